@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# `make demo DATA=folder` runs on real text; without DATA the demo generates its corpus.
+ifdef DATA
+DEMO_FLAGS := --gin_file=configs/runs/math_web/demo.gin --gin.demo.data="'$(DATA)'"
+else
+DEMO_FLAGS := --gin_file=configs/runs/demo.gin
+endif
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m slm_jax demo $(DEMO_FLAGS)
+
+test: lint
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+$(VENV)/.installed: pyproject.toml requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "slm_jax needs Python 3.11 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,248 @@
+"""A corpus is a table of token rows; a score is a column of it. Opening, reading, checking, writing.
+
+manifest.json       format version, fingerprint, counts, settings; written last, so its presence means complete
+columns/NAME        zarr3 arrays [num_rows, row_length]: tokens, segment_ids, loss_mask, source_ids
+documents.parquet   id, source, url, row, start, length, bytes: where each document begins
+vocabulary/         the vocabulary
+scores/NAME/        score columns, see scores.py
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from jaxtyping import Integer
+
+from slm_jax.data.preprocess import token_dtype
+from slm_jax.data.scores import ScoreColumn, create_score, open_score
+from slm_jax.data.store import SHARD_ROWS, Store
+from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
+from slm_jax.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+DOCUMENTS = "documents.parquet"
+COLUMNS = ("tokens", "segment_ids", "loss_mask", "source_ids")
+COLUMN_DTYPES = {"segment_ids": "uint16", "loss_mask": "bool", "source_ids": "uint8"}  # tokens: uint16 or uint32
+
+Rows = Integer[np.ndarray, "B"]
+
+
+class Corpus:
+    """A complete corpus, opened for reading. Make one with `slm_jax.data.prepare.prepare`, open it with `Corpus.open`.
+
+    Attributes:
+        path: where it lies.
+        manifest: everything recorded when it was made.
+        fingerprint: of the content, as 64 hexadecimal digits; equal content gives equal fingerprints.
+        num_rows, row_length: shape of every column.
+        vocabulary_hash, vocab_size: of the vocabulary its tokens belong to.
+        source_names: what a value of `source_ids` means.
+    """
+
+    def __init__(self, store: Store, manifest: dict[str, Any]):
+        self._store = store
+        self.path = store.path
+        self.manifest = manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        self.num_rows: int = manifest["num_rows"]
+        self.row_length: int = manifest["row_length"]
+        self.vocabulary_hash: str = manifest["vocabulary"]["content_hash"]
+        self.vocab_size: int = manifest["vocabulary"]["size"]
+        self.source_names: tuple[str, ...] = tuple(manifest["source_names"])
+        self._columns = {name: self._open_column(name) for name in COLUMNS}
+        self._scores: dict[str, ScoreColumn] = {}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "Corpus":
+        """Opens the corpus at a local path, gs:// or s3:// URL.
+
+        Raises:
+            UserError: nothing there, not finished, damaged, or of another format version.
+        """
+        store = Store(path)
+        manifest = store.read_json(MANIFEST)
+        if manifest is None:
+            raise UserError(_why_no_manifest(store))
+        if manifest.get("format_version") != FORMAT_VERSION:
+            version = manifest.get("format_version")
+            raise UserError(
+                f"corpus {store.path} has format version {version}, this version of slm_jax reads {FORMAT_VERSION}: "
+                "prepare it again"
+            )
+        try:
+            return cls(store, manifest)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{store.path}/{MANIFEST} is damaged ({error!r}): prepare the corpus again") from error
+
+    def read(self, rows: Rows, columns: Sequence[str] = COLUMNS) -> dict[str, np.ndarray]:
+        """Reads rows, in the order asked for.
+
+        Args:
+            rows: row numbers in [0, num_rows).
+            columns: names of columns, or 'scores/NAME/STATISTIC' for a score that is finished.
+
+        Returns:
+            One [B, L] array per column.
+        """
+        rows = np.asarray(rows)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.num_rows):
+            wrong = int(rows.min() if rows.min() < 0 else rows.max())
+            raise IndexError(f"row {wrong} is outside the corpus {self.path} of {self.num_rows} rows")
+        # All columns are asked for before the first is waited for.
+        futures = {name: self._column(name)[rows].read() for name in columns}
+        return {name: np.asarray(future.result()) for name, future in futures.items()}
+
+    def vocabulary(self) -> Vocabulary:
+        return load_vocabulary(self.path)
+
+    def documents(self) -> pyarrow.Table:
+        """One row per document, in the order of the rows: id, source, url, row and start of its first token, length
+        in tokens, bytes of its text."""
+        content = self._store.read(DOCUMENTS)
+        if content is None:
+            raise UserError(f"corpus {self.path} has lost its {DOCUMENTS}: prepare it again")
+        return pyarrow.parquet.read_table(io.BytesIO(content))
+
+    def score(self, name: str) -> ScoreColumn:
+        """The finished score column `name`, made for exactly this content.
+
+        Raises:
+            UserError: missing, half finished, or made for another corpus.
+        """
+        return open_score(self._store, name, self.fingerprint)
+
+    def create_score(
+        self, name: str, statistics: Sequence[str] = ("loss",), dtype: str = "float32", *, reference: Mapping[str, Any]
+    ) -> ScoreColumn:
+        """Creates a score column, or reopens one that was begun with the same arguments.
+
+        Args:
+            name: of the column; letters, digits, '.', '_' and '-'.
+            statistics: names of the arrays [num_rows, row_length] in it.
+            dtype: float32 or float16.
+            reference: JSON object that identifies the model, its fingerprint included.
+
+        Raises:
+            UserError: a column of this name was made with other arguments.
+        """
+        shape = (self.num_rows, self.row_length)
+        return create_score(self._store, name, tuple(statistics), dtype, dict(reference), self.fingerprint, shape)
+
+    def expect(self, fingerprint: str, what: str) -> None:
+        """Raises UserError unless `what` (a run, a column) was made from exactly this content."""
+        if fingerprint != self.fingerprint:
+            raise UserError(
+                f"{what} was made from a corpus with fingerprint {fingerprint[:12]}, but {self.path} has "
+                f"{self.fingerprint[:12]}: pass the corpus it was made from, or make it again"
+            )
+
+    def verify(self) -> None:
+        """Reads every row and raises UserError if the content is no longer what the fingerprint says."""
+        fresh = Corpus.open(self.path)
+        fingerprint = Fingerprint()
+        for begin in range(0, self.num_rows, SHARD_ROWS):
+            fingerprint.update(fresh.read(np.arange(begin, min(begin + SHARD_ROWS, self.num_rows))))
+        found = fingerprint.hexdigest(fresh.row_length, fresh.vocabulary().content_hash, fresh.source_names)
+        if found != self.fingerprint:
+            raise UserError(
+                f"corpus {self.path} was changed after it was made: its content has fingerprint {found[:12]}, "
+                f"its manifest says {self.fingerprint[:12]}; prepare it again"
+            )
+
+    def _column(self, name: str):
+        if name in self._columns:
+            return self._columns[name]
+        prefix, _, rest = name.partition("/")
+        score, _, statistic = rest.partition("/")
+        if prefix != "scores" or not statistic:
+            raise UserError(f"corpus {self.path} has no column {name!r}: {', '.join(COLUMNS)} or scores/NAME/STATISTIC")
+        if score not in self._scores:
+            self._scores[score] = self.score(score)
+        return self._scores[score].array(statistic)
+
+    def _open_column(self, name: str):
+        column = self._store.open_array(f"columns/{name}", immutable=True)
+        if column is None:
+            raise UserError(f"corpus {self.path} has lost its column {name!r}: prepare it again")
+        if column.shape != (self.num_rows, self.row_length):
+            raise UserError(
+                f"corpus {self.path}: column {name!r} is {column.shape[0]} x {column.shape[1]}, the manifest says "
+                f"{self.num_rows} x {self.row_length}; prepare it again"
+            )
+        return column
+
+
+def _why_no_manifest(store: Store) -> str:
+    if not store.keys():
+        return f"no corpus at {store.path}: check the path, or make one with the stage `prepare`"
+    if store.keys("work/") or store.keys("columns/"):
+        return f"corpus {store.path} is only half prepared: run the same `prepare` again, it continues"
+    return f"{store.path} is not a corpus (no {MANIFEST}): check the path"
+
+
+class Fingerprint:
+    """The fingerprint of a corpus, computed while rows are written or read: SHA-256 over the columns in row order."""
+
+    def __init__(self):
+        self._columns = {name: hashlib.sha256() for name in COLUMNS}
+
+    def update(self, block: Mapping[str, np.ndarray]) -> None:
+        for name, digest in self._columns.items():
+            digest.update(np.ascontiguousarray(block[name]).data)
+
+    def hexdigest(self, row_length: int, vocabulary_hash: str, source_names: Iterable[str]) -> str:
+        content = {name: digest.hexdigest() for name, digest in self._columns.items()}
+        content |= {"row_length": row_length, "vocabulary": vocabulary_hash, "source_names": list(source_names)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+class CorpusWriter:
+    """Writes a corpus: rows in order, then the rest. The manifest comes last: a corpus is complete or not there."""
+
+    def __init__(self, store: Store, num_rows: int, row_length: int, vocabulary: Vocabulary):
+        self._store, self._vocabulary = store, vocabulary
+        self._shape = (num_rows, row_length)
+        dtypes = {"tokens": token_dtype(vocabulary).name, **COLUMN_DTYPES}
+        self._arrays = {name: store.create_array(f"columns/{name}", dtypes[name], self._shape) for name in COLUMNS}
+        self._fingerprint, self._rows, self._writing = Fingerprint(), 0, []
+
+    def write(self, block: Mapping[str, np.ndarray]) -> None:
+        """Appends rows: [B, row_length] per column, `SHARD_ROWS` at a time except for the last."""
+        self._fingerprint.update(block)
+        self._wait()  # one block is on its way while the caller makes the next
+        begin, self._rows = self._rows, self._rows + len(block["tokens"])
+        self._writing = [self._arrays[name][begin : self._rows].write(block[name]) for name in COLUMNS]
+
+    def finish(self, documents: pyarrow.Table, source_names: Sequence[str], more: Mapping[str, Any]) -> Corpus:
+        """Writes documents, vocabulary and manifest. `more`: counts and settings to record in the manifest."""
+        self._wait()
+        assert self._rows == self._shape[0], f"{self._rows} rows written, {self._shape[0]} announced"
+        content = io.BytesIO()
+        pyarrow.parquet.write_table(documents, content)
+        self._store.write(DOCUMENTS, content.getvalue())
+        vocabulary = self._vocabulary
+        for name, file in vocabulary.files().items():
+            self._store.write(f"vocabulary/{name}", file)
+        about = {"kind": vocabulary.kind, "size": vocabulary.size, "content_hash": vocabulary.content_hash}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self._fingerprint.hexdigest(self._shape[1], vocabulary.content_hash, source_names),
+            "num_rows": self._shape[0],
+            "row_length": self._shape[1],
+            "source_names": list(source_names),
+            "vocabulary": about,
+        }
+        self._store.write_json(MANIFEST, {**more, **manifest})
+        return Corpus.open(self._store.path)
+
+    def _wait(self) -> None:
+        for future in self._writing:
+            future.result()
+        self._writing = []

@@ -1,0 +1,91 @@
+"""Token lists -> rows of one length, computed on document lengths alone: which piece of which document lies where."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Integer, UInt16
+
+
+class Pieces(NamedTuple):
+    """Pieces of documents in rows, in row order; all arrays are [P].
+
+    Piece p is `length[p]` tokens of document `document[p]` from its token `start[p]` on, and lies in row `row[p]` from
+    place `offset[p]` on. It is segment `segment[p]` of its row, counted from 1.
+    """
+
+    document: Int[np.ndarray, "P"]
+    start: Int[np.ndarray, "P"]
+    length: Int[np.ndarray, "P"]
+    row: Int[np.ndarray, "P"]
+    offset: Int[np.ndarray, "P"]
+    segment: Int[np.ndarray, "P"]
+    num_rows: int
+
+
+def pack_split(lengths: Integer[np.ndarray, "D"], row_length: int) -> Pieces:
+    """Concatenates the documents and cuts every `row_length` tokens: no token is lost, only the last row is padded.
+
+    A document that is cut continues in the next row as a new segment, without what came before.
+
+    Args:
+        lengths: tokens of each document, at least 1.
+        row_length: tokens of a row.
+    """
+    lengths = _checked(lengths, row_length)
+    begins = np.cumsum(lengths) - lengths
+    total = int(lengths.sum())
+    cuts = np.union1d(begins, np.arange(0, total, row_length))  # a piece begins where a document or a row does
+    document = np.searchsorted(begins, cuts, side="right") - 1
+    return _pieces(
+        document, cuts - begins[document], np.diff(cuts, append=total), cuts // row_length, cuts % row_length
+    )
+
+
+def pack_complete(lengths: Integer[np.ndarray, "D"], row_length: int) -> Pieces:
+    """MeCo's packing (arXiv 2501.01956, A.3): every row begins with the begin of a document.
+
+    Documents are appended until the row is full, what hangs over is discarded, the next row begins with the next
+    document. The last row is padded. Arguments as in `pack_split`.
+    """
+    lengths = _checked(lengths, row_length)
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    # If a row began with document d, the next would begin with document following[d]. Every row follows from the
+    # one before, so the chain is walked; all that can be computed at once is.
+    following = (np.searchsorted(ends, begins + row_length, side="left") + 1).tolist()
+    firsts, first = [], 0
+    while first < len(lengths):
+        firsts.append(first)
+        first = following[first]
+    firsts = np.array(firsts, np.int64)
+    row = np.searchsorted(firsts, np.arange(len(lengths)), side="right") - 1
+    offset = begins - begins[firsts[row]] if len(lengths) else begins
+    kept = np.minimum(lengths, row_length - offset)
+    return _pieces(np.arange(len(lengths)), np.zeros_like(lengths), kept, row, offset)
+
+
+PACKINGS = {"split": pack_split, "complete": pack_complete}
+
+
+def positions_from_segments(segment_ids: UInt16[np.ndarray, "B L"]) -> Int[np.ndarray, "B L"]:
+    """int32 positions that restart at 0 with every segment, as the rotary embedding reads them; 0 in the padding."""
+    place = np.arange(segment_ids.shape[1], dtype=np.int32)
+    begins = np.ones(segment_ids.shape, bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    latest = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    return np.where(segment_ids > 0, place - latest, 0).astype(np.int32)
+
+
+def _checked(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    if row_length < 1:
+        raise ValueError(f"row_length is {row_length}, must be positive")
+    lengths = np.asarray(lengths, np.int64)
+    if lengths.size and lengths.min() < 1:
+        raise ValueError(f"document {int(lengths.argmin())} has {int(lengths.min())} tokens, must be positive")
+    return lengths
+
+
+def _pieces(document, start, length, row, offset) -> Pieces:
+    number = np.arange(len(row))
+    first_of_row = np.searchsorted(row, row, side="left")  # rows ascend
+    return Pieces(document, start, length, row, offset, number - first_of_row + 1, int(row[-1]) + 1 if len(row) else 0)

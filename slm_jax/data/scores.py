@@ -1,0 +1,151 @@
+"""Score columns: float arrays [num_rows, row_length] that a reference model adds to a corpus, row range by row range.
+
+scores/NAME/manifest.json   corpus fingerprint, reference, statistics, dtype
+scores/NAME/STATISTIC       zarr3 array [num_rows, row_length]; NaN where nothing was written
+scores/NAME/finished        zarr3 array [num_rows] of 0 and 1; set after the values are on disk
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from slm_jax.data.store import SHARD_ROWS, Store
+from slm_jax.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+class ScoreColumn:
+    """One score of a corpus, from `Corpus.score` (finished) or `Corpus.create_score` (to be written).
+
+    Attributes:
+        name, statistics, reference: as given to `Corpus.create_score`.
+        num_rows: rows of the corpus.
+        chunk_rows: write whole multiples of this many rows where possible: they share a file.
+    """
+
+    chunk_rows = SHARD_ROWS
+
+    def __init__(self, store: Store, name: str, manifest: Mapping[str, Any]):
+        self.name = name
+        self.statistics: tuple[str, ...] = tuple(manifest["statistics"])
+        self.reference: dict[str, Any] = manifest["reference"]
+        arrays = {key: store.open_array(f"scores/{name}/{key}") for key in (*self.statistics, "finished")}
+        if lost := [key for key, array in arrays.items() if array is None]:
+            raise UserError(
+                f"score {name!r} of {store.path} has lost {lost[0]!r}: delete scores/{name} and score again"
+            )
+        self._arrays = arrays
+        self.num_rows: int = arrays["finished"].shape[0]
+
+    def array(self, statistic: str):
+        """The TensorStore array of one statistic."""
+        if statistic not in self.statistics:
+            raise UserError(f"score {self.name!r} has no statistic {statistic!r}: {', '.join(self.statistics)}")
+        return self._arrays[statistic]
+
+    def finished(self) -> Bool[np.ndarray, "N"]:
+        """Which rows have been written."""
+        return np.asarray(self._arrays["finished"].read().result()) > 0
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.finished().all())
+
+    def pending(self) -> list[tuple[int, int]]:
+        """Row ranges [begin, end) still to be written, each a whole chunk."""
+        unfinished = ~self.finished()
+        begins = range(0, self.num_rows, self.chunk_rows)
+        ranges = [(begin, min(begin + self.chunk_rows, self.num_rows)) for begin in begins]
+        return [(begin, end) for begin, end in ranges if unfinished[begin:end].any()]
+
+    def write(self, start: int, values: Mapping[str, Float[np.ndarray, "B L"]]) -> None:
+        """Writes rows [start, start + B) of every statistic; returns when they are on disk and marked as finished."""
+        if set(values) != set(self.statistics):
+            raise ValueError(f"score {self.name!r} holds {sorted(self.statistics)}, got {sorted(values)}")
+        end = start + len(next(iter(values.values())))
+        if start < 0 or end > self.num_rows:
+            raise IndexError(f"rows {start} to {end} are outside the score {self.name!r} of {self.num_rows} rows")
+        writing = []
+        for name, value in values.items():
+            array = self._arrays[name]
+            if value.shape != (end - start, array.shape[1]):
+                raise ValueError(f"{name} is {value.shape}, not {(end - start, array.shape[1])}")
+            writing.append(array[start:end].write(np.asarray(value, array.dtype.numpy_dtype)))
+        for future in writing:
+            future.result()
+        # Only now: a kill in between costs these rows, it never marks rows that are not there.
+        self._arrays["finished"][start:end].write(np.ones(end - start, np.uint8)).result()
+
+
+def open_score(store: Store, name: str, fingerprint: str) -> ScoreColumn:
+    """Opens a finished column made for the content `fingerprint`, else UserError. See `Corpus.score`."""
+    manifest = _manifest(store, name)
+    if manifest is None:
+        there = sorted({key.split("/")[1] for key in store.keys("scores/") if key.endswith("/manifest.json")})
+        raise UserError(
+            f"corpus {store.path} has no score {name!r} (it has {', '.join(there) or 'none'}): "
+            "make it with the stage `score`"
+        )
+    _check_corpus(store, name, manifest, fingerprint)
+    column = ScoreColumn(store, name, manifest)
+    finished = int(column.finished().sum())
+    if finished < column.num_rows:
+        raise UserError(
+            f"score {name!r} of {store.path} is half finished ({finished} of {column.num_rows} rows): "
+            "run the same `score` again, it continues"
+        )
+    return column
+
+
+def create_score(
+    store: Store,
+    name: str,
+    statistics: tuple[str, ...],
+    dtype: str,
+    reference: dict[str, Any],
+    fingerprint: str,
+    shape: tuple[int, int],
+) -> ScoreColumn:
+    """Creates a column, or reopens one begun with the same arguments. See `Corpus.create_score`."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"score name {name!r}: use letters, digits, '.', '_' and '-'")
+    if dtype not in ("float16", "float32"):
+        raise UserError(f"score {name!r}: dtype {dtype!r} is not one of float16, float32")
+    wanted = {"statistics": list(statistics), "dtype": dtype, "reference": json.loads(json.dumps(reference))}
+    manifest = _manifest(store, name)
+    if manifest is None:
+        for statistic in statistics:
+            store.create_array(f"scores/{name}/{statistic}", dtype, shape)
+        store.create_array(f"scores/{name}/finished", "uint8", shape[:1])
+        manifest = {"format_version": FORMAT_VERSION, "corpus_fingerprint": fingerprint, **wanted}
+        store.write_json(f"scores/{name}/manifest.json", manifest)
+    _check_corpus(store, name, manifest, fingerprint)
+    for key, value in wanted.items():
+        if manifest[key] != value:
+            raise UserError(
+                f"score {name!r} of {store.path} was begun with {key} {manifest[key]}, now {value}: "
+                f"choose another name or delete {store.path}/scores/{name}"
+            )
+    return ScoreColumn(store, name, manifest)
+
+
+def _manifest(store: Store, name: str) -> dict[str, Any] | None:
+    path = f"scores/{name}/manifest.json"
+    manifest = store.read_json(path)
+    if manifest is not None and manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{store.path}/{path} is of a format this version does not read: delete it and score again")
+    return manifest
+
+
+def _check_corpus(store: Store, name: str, manifest: dict[str, Any], fingerprint: str) -> None:
+    made_for = manifest["corpus_fingerprint"]
+    if made_for != fingerprint:
+        raise UserError(
+            f"score {name!r} was made for a corpus with fingerprint {made_for[:12]}, {store.path} has "
+            f"{fingerprint[:12]}: score this corpus again"
+        )

@@ -1,0 +1,123 @@
+"""Where a corpus lies: a local directory, gs:// or s3://, through TensorStore, with the same code for all three."""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+
+import tensorstore as ts
+
+from slm_jax.errors import UserError
+
+SHARD_ROWS = 256  # rows in one file of a column; one row is the unit of reading
+
+# Shard indices stay in memory: random rows are read about twice as fast.
+_CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
+
+
+class Store:
+    """Files and arrays below one path. Every file is replaced whole or not at all.
+
+    Args:
+        path: a local directory, or a gs:// or s3:// URL.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path).rstrip("/") or "/"
+        self.remote = self.path.startswith(("gs://", "s3://"))
+        if not self.remote:
+            if "://" in self.path:
+                raise UserError(f"{self.path}: only local paths, gs:// and s3:// are supported")
+            self.path = os.path.abspath(os.path.expanduser(self.path))
+
+    def local(self) -> pathlib.Path | None:
+        return None if self.remote else pathlib.Path(self.path)
+
+    def read(self, key: str) -> bytes | None:
+        """The content of one file, or None where there is none."""
+        result = self._files().read(key).result()
+        return result.value if result.state == "value" else None
+
+    def write(self, key: str, content: bytes) -> None:
+        self._files().write(key, content).result()
+
+    def read_json(self, key: str) -> dict | None:
+        """One JSON object; UserError where the file is damaged."""
+        content = self.read(key)
+        if content is None:
+            return None
+        try:
+            value = json.loads(content)
+        except ValueError as error:
+            raise UserError(f"{self.path}/{key} is damaged (not JSON): restore it or make the corpus again") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{self.path}/{key} is damaged (not an object): restore it or make the corpus again")
+        return value
+
+    def write_json(self, key: str, value: Mapping) -> None:
+        self.write(key, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8"))
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """All files whose name starts with `prefix`, sorted."""
+        if not self.remote and not os.path.isdir(self.path):
+            return []
+        names = (
+            self._files().list(ts.KvStore.KeyRange.prefix(prefix)).result() if prefix else self._files().list().result()
+        )
+        return sorted(name.decode("utf-8") for name in names)
+
+    def delete(self, prefix: str) -> None:
+        """Deletes all files whose name starts with `prefix`."""
+        self._files().delete_range(ts.KvStore.KeyRange.prefix(prefix)).result()
+
+    def create_array(self, key: str, dtype: str, shape: tuple[int, ...]) -> ts.TensorStore:
+        """A new zarr3 array, replacing what is there: one compressed chunk per row, `SHARD_ROWS` rows per file."""
+        fill = "NaN" if dtype.startswith("float") else False if dtype == "bool" else 0
+        row = [1 if len(shape) > 1 else SHARD_ROWS, *shape[1:]]  # a column of single values is read whole
+        inner = [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "zstd", "configuration": {"level": 1}},
+        ]
+        codecs = [{"name": "sharding_indexed", "configuration": {"chunk_shape": row, "codecs": inner}}]
+        metadata = {
+            "shape": list(shape),
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD_ROWS, *shape[1:]]}},
+            "codecs": codecs,
+            "fill_value": fill,
+        }
+        spec = {"driver": "zarr3", "kvstore": self._kvstore(key), "metadata": metadata}
+        return ts.open(spec, create=True, delete_existing=True, context=_CONTEXT).result()
+
+    def open_array(self, key: str, immutable: bool = False) -> ts.TensorStore | None:
+        """An existing array or None. `immutable`: what was read once need not be checked again for changes."""
+        spec = {"driver": "zarr3", "kvstore": self._kvstore(key)}
+        try:
+            return ts.open(
+                spec, open=True, context=_CONTEXT, recheck_cached_data="open" if immutable else True
+            ).result()
+        except ValueError as error:
+            if "NOT_FOUND" in str(error):
+                return None
+            raise UserError(f"{self.path}/{key} is damaged: restore it or make it again") from error
+
+    def _kvstore(self, key: str) -> dict | str:
+        path = f"{self.path}/{key}".rstrip("/") + "/"
+        return path if self.remote else {"driver": "file", "path": path}
+
+    def _files(self) -> ts.KvStore:
+        return ts.KvStore.open(self._kvstore(""), context=_CONTEXT).result()
+
+
+@contextlib.contextmanager
+def disk_full_is_an_answer(what: str, remedy: str) -> Iterator[None]:
+    """Turns 'no space left', from the system or from TensorStore, into one line that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left" not in str(error) and "quota exceeded" not in str(error):
+            raise
+        raise UserError(f"disk full while writing {what}: {remedy}") from error

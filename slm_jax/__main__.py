@@ -1,0 +1,92 @@
+"""`slm-jax STAGE` / `python -m slm_jax STAGE`: dispatch, nothing else."""
+
+import argparse
+import errno
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+
+import gin
+
+from slm_jax import config
+from slm_jax.errors import UserError
+
+# Stage -> the module whose function of that name it is. All are imported to register their gin names; none of them
+# imports TensorFlow or starts a device by being imported.
+STAGES = {
+    "prepare": "slm_jax.data.prepare",
+    "train": "slm_jax.train.loop",
+    "score": "slm_jax.score.reference",
+    "evaluate": "slm_jax.evaluate.perplexity",
+    "demo": "slm_jax.demo.pipeline",
+}
+DONE, FAILED, USAGE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a stage; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="slm-jax",
+        description="Train language models on the tokens that matter.",
+        epilog="`slm-jax STAGE --help` lists the settings of a stage.",
+        add_help=False,
+    )
+    parser.add_argument("stage", choices=STAGES, nargs="?", help="what to do")
+    parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="settings; repeatable")
+    parser.add_argument("--gin.NAME=VALUE", dest="_", action="store_true", help="one setting; wins over files")
+    parser.add_argument("--help", "-h", action="store_true", help="this text, or the settings of the stage")
+    try:
+        known, rest = parser.parse_known_args(arguments)
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    if known.stage is None:
+        parser.print_help(sys.stdout if known.help else sys.stderr)
+        return DONE if known.help else USAGE
+    for argument in rest:
+        if not re.fullmatch(r"--gin\.[^=]+=.*", argument, re.DOTALL):
+            return _fail(known.stage, f"unknown argument {argument!r}: settings look like --gin.NAME=VALUE", USAGE)
+    for module in STAGES.values():
+        importlib.import_module(module)
+    if known.help:
+        print(config.describe(known.stage, STAGES))
+        return DONE
+    return _run(known.stage, known.gin_file, [argument.removeprefix("--gin.") for argument in rest])
+
+
+def _run(stage: str, files: Sequence[str], bindings: Sequence[str]) -> int:
+    try:
+        config.load(files, bindings)
+    except UserError as error:
+        return _fail(stage, str(error), USAGE)
+    try:
+        gin.get_configurable(stage)()
+    except (UserError, FloatingPointError) as error:
+        return _fail(stage, _first_line(error), FAILED)
+    except (TypeError, RuntimeError) as error:
+        missing = re.search(r"missing \d+ required.*?arguments?: (.+)", str(error))
+        called = re.search(r"In call to configurable '([\w.]+)'", str(error))
+        if not (missing and called):
+            raise
+        name = called[1].split(".")[-1]
+        return _fail(stage, f"settings are missing: {name} needs {missing[1]} (--gin.{name}.NAME=VALUE)", USAGE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        return _fail(stage, f"{error.strerror}: {error.filename or ''}: free it and run the same command again", FAILED)
+    except KeyboardInterrupt:
+        return _fail(stage, "interrupted; the same command continues", FAILED)
+    return DONE
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
+
+
+def _fail(stage: str, message: str, code: int) -> int:
+    print(f"slm-jax {stage}: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Checkpoints through Orbax: asynchronous, onto any mesh, never trusting the last one blindly."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from slm_jax.errors import UserError
+from slm_jax.mesh import path_name
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save at length; failures are raised anyway
+
+
+class Checkpoints:
+    """`run_dir/checkpoints/<step>/`: parameters, the rest of the state, and what they are, as JSON.
+
+    keep: how many of the latest to keep; `milestones` (steps) are kept always.
+    """
+
+    def __init__(self, run_dir: str | Path, keep: int = 2, milestones: Sequence[int] = ()):
+        policy = ocp.checkpoint_managers.preservation_policy
+        self.directory = Path(run_dir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy.AnyPreservationPolicy(
+                    [policy.LatestN(keep), policy.CustomSteps(list(milestones))]
+                ),
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, params: Any, rest: Any, about: dict[str, Any]) -> None:
+        """Starts saving and returns; the arrays may be donated afterwards."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest), about=ocp.args.JsonSave(about)
+            ),
+        )
+
+    def restore(self, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]] | None:
+        """(params, rest, about) of the newest readable checkpoint, into the given shapes and shardings; None if none.
+
+        A checkpoint that cannot be read is renamed to `damaged-<step>`, said so, and the one before is taken.
+        """
+        arguments = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest), about=ocp.args.JsonRestore()
+        )
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                restored = self._manager.restore(step, args=arguments)
+                return restored["params"], restored["rest"], restored["about"]
+            except Exception as error:
+                damaged.append(step)
+                aside = self.directory / f"damaged-{step}"
+                if jax.process_index() == 0:
+                    (self.directory / str(step)).rename(aside)
+                print(
+                    f"checkpoint {step} in {self.directory} cannot be read ({_first_line(error)}): it is set aside as "
+                    f"{aside.name}, and the one before is used"
+                )
+                self._manager.reload()
+        if damaged:
+            raise UserError(f"no checkpoint in {self.directory} can be read: delete the run directory to start again")
+        return None
+
+    def close(self) -> None:
+        """Waits for saves under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def read_about(run_dir: str | Path, step: int | None = None) -> dict[str, Any]:
+    """What a checkpoint says of itself, with its `step`: model, vocabulary hash, run.
+
+    Raises:
+      UserError: the directory holds no checkpoint, or not that step.
+    """
+    with _open(run_dir) as manager:
+        step = _pick(run_dir, manager, step)
+        return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"] | {"step": step}
+
+
+def restore_params(run_dir: str | Path, shapes: Any, step: int | None = None) -> Any:
+    """Parameters only, into the given shapes and shardings."""
+    with _open(run_dir) as manager:
+        step = _pick(run_dir, manager, step)
+        try:
+            return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))["params"]
+        except Exception as error:
+            raise UserError(
+                f"checkpoint {step} of {run_dir} cannot be read ({_first_line(error)}): name another step"
+            ) from error
+
+
+def _open(run_dir: str | Path) -> ocp.CheckpointManager:
+    directory = Path(run_dir).absolute() / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(f"{run_dir} holds no checkpoints: it must be the run directory of a finished or stopped train")
+    return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True))
+
+
+def _pick(run_dir: str | Path, manager: ocp.CheckpointManager, step: int | None) -> int:
+    steps = sorted(manager.all_steps())
+    if not steps:
+        raise UserError(f"{run_dir} holds no finished checkpoint: let its train run reach one")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise UserError(f"{run_dir} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}")
+    return step
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def params_fingerprint(params: Any) -> str:
+    """A hash of the parameters' bits that is the same on every mesh: integer sums modulo 2^32 commute.
+
+    Cheap enough to take of any model at every start; tells models apart, is no defence against forgery.
+    """
+
+    @jax.jit
+    def sums(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+        index = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        words = []
+        for odd in (0x9E3779B1, 0x85EBCA77):
+            word = (bits ^ (index * jnp.uint32(odd))) * jnp.uint32(0xC2B2AE3D)
+            word = (word ^ (word >> 15)) * jnp.uint32(odd)
+            words.append(jnp.sum(word ^ (word >> 13), dtype=jnp.uint32))
+        return jnp.stack(words)
+
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{path_name(path)} {leaf.shape} {jax.device_get(sums(leaf)).tolist()}\n".encode())
+    return digest.hexdigest()[:16]

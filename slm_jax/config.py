@@ -1,0 +1,141 @@
+"""gin files and overrides; what a run was made with.
+
+gin binds config dataclasses and the arguments of stage functions, nothing deeper. A name that nothing answers to is an
+error that offers the nearest known name.
+"""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import importlib.util  # gin reads importlib.util without importing it
+import inspect
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from slm_jax.errors import UserError
+
+RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+
+
+def load(files: Sequence[str] = (), bindings: Sequence[str] = ()) -> None:
+    """Parses gin `files` in order, then `bindings` (`NAME=VALUE`); the later wins.
+
+    Includes are looked up from the working directory and from the three directories above the including file.
+
+    Raises:
+      UserError: a file is missing, a line does not parse, or a name is unknown.
+    """
+    gin.clear_config()
+    for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"gin file {file} does not exist: check --gin_file")
+        for directory in Path(file).resolve().parents[:3]:
+            gin.add_config_file_search_path(str(directory))
+    try:
+        gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)
+    except (ValueError, SyntaxError, OSError) as error:
+        raise UserError(_explain(str(error))) from error
+
+
+def _explain(text: str) -> str:
+    """One line for a gin error, with the nearest known name where a name is unknown."""
+    known = surface()
+    where = " ".join(line.strip() for line in text.splitlines()[1:3])
+    unknown = re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text)
+    parameter = re.search(r"Configurable '([\w.]+)' doesn't (?:have a parameter named|include kwarg) '(\w+)'", text)
+    if unknown:
+        name = unknown[1].split("/")[-1]
+        return f"unknown gin name {name!r}{_nearest(name, known)} ({where})"
+    if parameter:
+        configurable = parameter[1].split(".")[-1]
+        nearest = _nearest(parameter[2], known.get(configurable, {}))
+        return f"unknown gin name '{configurable}.{parameter[2]}'{nearest} ({where})"
+    if "parse" in text or "malformed" in text:
+        return (
+            f"gin cannot read a value: {' '.join(text.split())}; values are Python literals, and a string keeps its "
+            "quotes inside the shell's: --gin.train.run_dir=\"'runs/mine'\""
+        )
+    return " ".join(text.split())
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
+    return f": did you mean {near[0]!r}?" if near else f": known are {', '.join(sorted(known))}"
+
+
+def surface() -> dict[str, dict[str, str]]:
+    """Everything gin may bind: configurable name -> {parameter: default as text}. Frozen by a test."""
+    found = {}
+    for selector, entry in gin.config._REGISTRY.items():
+        if not (entry.module or "").startswith("slm_jax"):
+            continue
+        parameters = inspect.signature(entry.wrapped).parameters.values()
+        names = {p.name: _default(p) for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        if entry.allowlist:
+            names |= {name: "" for name in entry.allowlist if name not in names}
+        found[selector.split(".")[-1]] = names
+    return found
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    if parameter.default is inspect.Parameter.empty:
+        return "(required)"
+    return repr(parameter.default)
+
+
+def describe(stage: str, stages: Iterable[str]) -> str:
+    """The help text of a stage: its docstring, its settings, and those of the dataclasses that it can take."""
+    names = surface()
+    lines = [inspect.cleandoc(gin.get_configurable(stage).__doc__ or ""), "", "Settings (--gin.NAME=VALUE):"]
+    for configurable in [stage, *sorted(set(names) - set(stages))]:
+        lines += [f"  {configurable}.{name} = {default}" for name, default in names.get(configurable, {}).items()]
+    return "\n".join(lines)
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, tuples and paths as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, command and machine: what someone needs to know to repeat a run."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or None,
+        "command": sys.argv,
+        "platform": platform.platform(),
+    }
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(to_json(value), indent=2) + "\n")
+    os.replace(partial, path)

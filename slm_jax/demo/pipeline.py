@@ -1,0 +1,4 @@
+"""Stage `demo`."""
+import gin
+@gin.configurable(module="slm_jax")
+def demo(run_dir: str = "runs/demo", data: str | None = None): ...

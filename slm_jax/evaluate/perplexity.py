@@ -1,0 +1,116 @@
+"""Loss and bits per byte on held-out rows: an evaluator for the training loop, and the stage `evaluate`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from slm_jax import config as config_lib
+from slm_jax import mesh as mesh_lib
+from slm_jax.data.batches import read_batch
+from slm_jax.data.corpus import Corpus
+from slm_jax.errors import UserError
+from slm_jax.mesh import MeshConfig
+from slm_jax.metrics import mean, progress
+from slm_jax.models.config import ModelConfig
+from slm_jax.models.forward import Params
+from slm_jax.score.reference import check_fits, load_model
+from slm_jax.score.token_loss import batch_loss, predicted
+
+
+@gin.configurable(module="slm_jax")
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows of a corpus.
+
+    rows: how many, from the first; None for all. keep_tokens: also yield the loss of every token, as one array
+    [rows, L] with NaN where a token has none; the loop stores it as `token_losses/<name>/<step>.npy`.
+    """
+
+    name: str
+    corpus: str
+    rows: int | None = None
+    batch_rows: int = 16
+    keep_tokens: bool = False
+
+    def bind(
+        self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh
+    ) -> Callable[[Params], Iterator[tuple[str, Any]]]:
+        """Opens and checks the corpus; the result, called on parameters, yields (name, value)."""
+        table = Corpus.open(self.corpus)
+        check_fits(model, vocabulary_hash, table, "the model")
+        mesh_lib.check_batch(mesh, self.batch_rows)
+        num_rows = table.num_rows if self.rows is None else min(self.rows, table.num_rows)
+        compute = jax.jit(lambda params, batch: batch_loss(params, model, batch))
+        token_bytes = table.vocabulary().token_bytes()
+
+        def run(params: Params) -> Iterator[tuple[str, Any]]:
+            losses, valid, batch = _losses(compute, params, table, num_rows, self.batch_rows, mesh)
+            total, count = losses[valid].sum(dtype=np.float64), int(valid.sum())
+            num_bytes = int(token_bytes[batch["tokens"][valid]].sum())
+            yield f"{self.name}/loss", mean(total, count)
+            yield f"{self.name}/bits_per_byte", mean(total / math.log(2), num_bytes)
+            if len(table.source_names) > 1:
+                for i, source in enumerate(table.source_names):
+                    mine = valid & (batch["source_ids"] == i)
+                    yield f"{self.name}/loss/{source}", mean(losses[mine].sum(dtype=np.float64), mine.sum())
+            if self.keep_tokens:
+                yield f"{self.name}/tokens", np.where(valid, losses, np.nan).astype(np.float32)
+
+        return run
+
+
+def _losses(
+    compute: Callable[..., jax.Array], params: Params, table: Corpus, num_rows: int, batch_rows: int, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """(loss [rows, L], which tokens have one, the rows' columns)."""
+    losses, mine = [], mesh_lib.local_rows(mesh, batch_rows)
+    for first in range(0, num_rows, batch_rows):
+        rows = np.minimum(np.arange(first, first + batch_rows), num_rows - 1)  # the last batch repeats its last row
+        batch = read_batch([table], np.zeros(batch_rows, np.int64), rows)
+        on_devices = mesh_lib.to_devices(mesh, batch_rows, mine, jax.tree.map(lambda x: x[mine], batch))
+        losses.append(mesh_lib.to_host(compute(params, on_devices)))
+    columns = table.read(np.arange(num_rows))
+    valid = columns["loss_mask"] & np.asarray(predicted(columns["segment_ids"].astype(np.int32)))
+    return np.concatenate(losses)[:num_rows], valid, columns
+
+
+@gin.configurable(module="slm_jax")
+def evaluate(
+    run: str,
+    evaluators: Sequence[HeldOut],
+    output: str | None = None,
+    step: int | None = None,
+    mesh: MeshConfig = MeshConfig(),
+) -> dict[str, Any]:
+    """Loss per token (nats) and bits per byte of a checkpoint on held-out corpora.
+
+    Args:
+      run: run directory of the model.
+      evaluators: what to measure.
+      output: JSON file for the result; default `<run>/evaluate/<step>.json`.
+      step: checkpoint; None is the last.
+      mesh: how devices share the work.
+    """
+    if not evaluators:
+        raise UserError("evaluate.evaluators is empty: give it at least one HeldOut")
+    devices = mesh_lib.make_mesh(mesh)
+    model = load_model(run, devices, step)
+    output = output or f"{run}/evaluate/{model.step}.json"
+    print(f"evaluate: step {model.step} of {run} on {', '.join(e.corpus for e in evaluators)} -> {output}")
+    results: dict[str, Any] = {}
+    with jax.set_mesh(devices), progress(len(evaluators), 0, "evaluate", "corpus") as bar:
+        for evaluator in evaluators:
+            measured = evaluator.bind(model.config, model.vocabulary_hash, devices)(model.params)
+            results |= {name: value for name, value in measured if not isinstance(value, np.ndarray)}
+            bar.update()
+    record = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "results": results}
+    config_lib.write_json(output, record)
+    for name, value in results.items():
+        print(f"  {name}: {value:.4f}" if value is not None else f"  {name}: no token has a loss")
+    return record

@@ -1,0 +1,158 @@
+"""The device mesh and the one table that says where every parameter lives.
+
+Axes: `data` replicates the parameters, `fsdp` splits parameters and batch, `model` splits heads, hidden units and
+vocabulary. The batch is split over `data` and `fsdp`. Optimizer moments go through the same table as the parameters.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from slm_jax.errors import UserError
+
+P = PartitionSpec
+AXES = ("data", "fsdp", "model")
+BATCH = P(("data", "fsdp"))
+
+# The first pattern found in a parameter's path decides. Kernels of layers are stacked: their first axis is the layer.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed/embedding$", P("model", "fsdp")),  # [V, D]
+    (r"head/kernel$", P("fsdp", "model")),  # [D, V]
+    (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model", None)),  # [layer, D, H, K]
+    (r"attention/out/kernel$", P(None, "model", None, "fsdp")),  # [layer, H, K, D]
+    (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),  # [layer, D, F]
+    (r"mlp/down/kernel$", P(None, "model", "fsdp")),  # [layer, F, D]
+    (r"norm/scale$", P()),
+)
+
+
+@gin.configurable(module="slm_jax")
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 for one of them takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Any = None) -> Mesh:
+    """The mesh over `devices` (default: all).
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.model]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and one at most is -1")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
+    if math.prod(sizes) != len(devices):
+        shape = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
+        raise UserError(f"mesh {shape} needs {math.prod(sizes)} devices, {len(devices)} are here: change MeshConfig")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many pieces the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(mesh: Mesh, batch_rows: int, micro_batches: int = 1) -> None:
+    """Refuses a batch that the mesh cannot split evenly."""
+    pieces = batch_shards(mesh) * micro_batches
+    if batch_rows % pieces:
+        raise UserError(
+            f"a batch of {batch_rows} rows does not split into {batch_shards(mesh)} shards (data x fsdp) of "
+            f"{micro_batches} micro-batches: take a multiple of {pieces}"
+        )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """'layers/mlp/up/kernel' from a pytree key path."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def partition_spec(path: str, ndim: int) -> PartitionSpec:
+    """The table's answer for one array. Scalars (step, optimizer counts) are replicated.
+
+    Raises:
+      KeyError: no pattern matches; a new parameter needs a line in RULES.
+    """
+    if ndim == 0:
+        return P()
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            return spec
+    raise KeyError(f"no sharding rule matches parameter {path!r}: add a line to slm_jax.mesh.RULES")
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of parameters or of train state.
+
+    Raises:
+      UserError: an axis of the mesh does not divide the dimension it should split.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        spec = partition_spec(name, len(leaf.shape))
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"mesh axis {axis} of {mesh.shape[axis]} does not divide {name} of shape {tuple(leaf.shape)}: "
+                    f"choose MeshConfig.{axis} so that it divides {size}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over data and fsdp, everything else whole."""
+    return NamedSharding(mesh, BATCH)
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Pins the sharding of an activation when a mesh is set; without one (tests, notebooks) it is the identity."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
+    """Which rows of the global batch this process must read, ascending."""
+    shards = batch_sharding(mesh).addressable_devices_indices_map((batch_rows,)).values()
+    spans = {index[0].indices(batch_rows)[:2] for index in shards}
+    return np.concatenate([np.arange(start, stop) for start, stop in sorted(spans)])
+
+
+def to_devices(mesh: Mesh, batch_rows: int, rows: np.ndarray, batch: Any) -> Any:
+    """Puts this process's `rows` of a batch on its devices, as global arrays of `batch_rows` rows."""
+    sharding = batch_sharding(mesh)
+    place = {row: position for position, row in enumerate(rows.tolist())}
+
+    def put(local: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_rows)
+            return local[place[start] : place[start] + stop - start]
+
+        return jax.make_array_from_callback((batch_rows, *local.shape[1:]), sharding, shard)
+
+    return jax.tree.map(put, batch)
+
+
+def to_host(tree: Any) -> Any:
+    """Global arrays as numpy, whole on every process."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+    return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,88 @@
+"""From sums on devices to numbers people read: JSONL, TensorBoard, progress bar."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorboardX
+from tqdm import tqdm
+
+# Peak dense bfloat16 FLOP/s of one chip, from the vendors' data sheets; where a device is not listed MFU is not logged.
+PEAK_FLOPS = (
+    (r"TPU v4", 275e12),
+    (r"TPU v5 ?lite|TPU v5e", 197e12),
+    (r"TPU v5", 459e12),
+    (r"TPU v6", 918e12),
+    (r"A100", 312e12),
+    (r"H100|H200|GH200", 989e12),
+    (r"B200", 2250e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s of one device of this kind, or None."""
+    return next((peak for pattern, peak in PEAK_FLOPS if re.search(pattern, device_kind)), None)
+
+
+def mean(total: Any, count: Any) -> float | None:
+    """total / count as a Python float; None where nothing was counted."""
+    return float(total) / float(count) if float(count) > 0 else None
+
+
+class MetricsWriter:
+    """Appends rows to `metrics.jsonl` and scalars to TensorBoard.
+
+    A resumed run starts at `first_step`: rows from there on were written by a process that died after its last
+    checkpoint, and are cut, so that every step stands in the file once.
+    """
+
+    def __init__(self, run_dir: str | Path, first_step: int = 0):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step] if first_step else []
+        partial = self.path.with_name("metrics.jsonl.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(partial, self.path)
+        self._file = self.path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One row: `step` is the number of finished steps. None and NaN become null."""
+        row = {name: _plain(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray)) or hasattr(value, "dtype"):
+        value = np.asarray(value).item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """All rows of a run; a last line that a kill cut in the middle is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def progress(total: int, done: int, what: str, unit: str = "step") -> tqdm:
+    """A progress bar with rate and ETA."""
+    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5)

@@ -1,0 +1,99 @@
+"""The only door to the model: plain dicts of arrays in, arrays out.
+
+Parameters are `{"embed", "layers", "final_norm", "head"}` (no head when tied); every array under "layers" has the layer
+as its first axis, so that one compiled block is scanned over them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from slm_jax import mesh
+from slm_jax.models.attention import attention_mask
+from slm_jax.models.config import ModelConfig
+from slm_jax.models.layers import RMSNorm, rotary_angles
+from slm_jax.models.transformer import Block, Embedding, Head
+
+Params = dict[str, Any]
+
+
+def init_params(config: ModelConfig, key: PRNGKeyArray | Int[Array, "2"]) -> Params:
+    """Random float32 parameters; the same for the same key on any mesh."""
+    embed_key, layers_key, head_key = jax.random.split(key, 3)
+
+    def params_of(module: nnx.Module) -> Params:
+        return nnx.to_pure_dict(nnx.state(module))
+
+    layer_keys = jax.random.split(layers_key, config.num_layers)
+    params = {
+        "embed": params_of(Embedding(config, nnx.Rngs(params=embed_key))),
+        "layers": jax.vmap(lambda k: params_of(Block(config, nnx.Rngs(params=k))))(layer_keys),
+        "final_norm": params_of(RMSNorm(config.embed_dim, config.norm_eps)),
+    }
+    if not config.tied_head:
+        params["head"] = params_of(Head(config, nnx.Rngs(params=head_key)))
+    return params
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """The tree of `init_params` as ShapeDtypeStructs; allocates nothing."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _apply(build: Callable[[nnx.Rngs], nnx.Module], params: Params, *inputs: Any) -> Any:
+    """Calls a module on the given parameters: its structure is built abstractly, its own values never exist."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return nnx.merge(graphdef, params)(*inputs)
+
+
+def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Token embeddings in the compute dtype."""
+    return _apply(lambda rngs: Embedding(config, rngs), params["embed"], tokens)
+
+
+def layers(
+    params: Params,
+    config: ModelConfig,
+    x: Float[Array, "B L D"],
+    positions: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"],
+) -> Float[Array, "B L D"]:
+    """All blocks, scanned, each rematerialised as `config.remat` says."""
+    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+    mask = attention_mask(segment_ids)
+
+    def block(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        x = mesh.constrain(x, mesh.BATCH)
+        return _apply(lambda rngs: Block(config, rngs), layer, x, angles, mask), None
+
+    if config.remat == "full":
+        block = jax.checkpoint(block)
+    elif config.remat == "dots":
+        block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return jax.lax.scan(block, x, params["layers"])[0]
+
+
+def hidden_states(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"],
+) -> Float[Array, "B L D"]:
+    """The normed last hidden state of each token: what the head reads to predict the token after it."""
+    x = layers(params, config, embed(params, config, tokens), positions, segment_ids)
+    return _apply(lambda _: RMSNorm(config.embed_dim, config.norm_eps), params["final_norm"], x)
+
+
+def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:
+    """The float32 matrix from hidden states to logits."""
+    return params["embed"]["embedding"].T if config.tied_head else params["head"]["kernel"]
+
+
+def logits(params: Params, config: ModelConfig, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+    """All logits at once: for generation and tests; losses go through score.token_loss."""
+    return jnp.dot(hidden, head_matrix(params, config).astype(hidden.dtype), preferred_element_type=jnp.float32)

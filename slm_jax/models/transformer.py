@@ -1,0 +1,79 @@
+"""The decoder: Embedding, Block, final norm and Head, as NNX modules used functionally (see forward.py)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from slm_jax.models.attention import attention
+from slm_jax.models.config import ModelConfig
+from slm_jax.models.layers import Projection, RMSNorm, rotate
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        assert config.vocab_size is not None
+        shape = (config.vocab_size, config.embed_dim)
+        self.embedding = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.dtype = config.compute_dtype
+
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return self.embedding[...][tokens].astype(self.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        dim, heads, kv_heads, width = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        std = config.init_std
+        self.query = Projection((dim, heads, width), 1, std, rngs)
+        self.key = Projection((dim, kv_heads, width), 1, std, rngs)
+        self.value = Projection((dim, kv_heads, width), 1, std, rngs)
+        self.out = Projection((heads, width, dim), 2, output_std(config), rngs)
+
+    def __call__(
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"], mask: Bool[Array, "B 1 L L"]
+    ) -> Float[Array, "B L D"]:
+        query, key = rotate(self.query(x), angles), rotate(self.key(x), angles)
+        return self.out(attention(query, key, self.value(x), mask))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.gate = Projection((config.embed_dim, config.mlp_dim), 1, config.init_std, rngs)
+        self.up = Projection((config.embed_dim, config.mlp_dim), 1, config.init_std, rngs)
+        self.down = Projection((config.mlp_dim, config.embed_dim), 1, output_std(config), rngs)
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"], mask: Bool[Array, "B 1 L L"]
+    ) -> Float[Array, "B L D"]:
+        x = x + self.attention(self.attention_norm(x), angles, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Head(nnx.Module):
+    """The matrix from hidden states to vocabulary logits; token_loss applies it in chunks."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        assert config.vocab_size is not None
+        shape = (config.embed_dim, config.vocab_size)
+        self.kernel = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def output_std(config: ModelConfig) -> float:
+    """Projections back into the residual stream start smaller, so that its variance does not grow with depth."""
+    return config.init_std / (2 * config.num_layers) ** 0.5

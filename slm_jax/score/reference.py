@@ -1,0 +1,157 @@
+"""Stage `score`: a frozen reference over the rows of a corpus -> a column."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from slm_jax import mesh as mesh_lib
+from slm_jax.checkpoint import params_fingerprint, read_about, restore_params
+from slm_jax.data.batches import Batch, read_batch
+from slm_jax.data.corpus import Corpus
+from slm_jax.errors import UserError
+from slm_jax.mesh import MeshConfig
+from slm_jax.metrics import progress
+from slm_jax.models import forward
+from slm_jax.models.config import ModelConfig
+from slm_jax.models.forward import Params
+from slm_jax.score.token_loss import batch_loss, token_loss_and_entropy
+
+STATISTICS = ("loss", "entropy")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint in memory: parameters sharded over the mesh, and what they are."""
+
+    params: Params
+    config: ModelConfig
+    vocabulary_hash: str
+    step: int
+    fingerprint: str
+
+
+def load_model(run: str, mesh: Mesh, step: int | None = None) -> TrainedModel:
+    """The checkpoint of a train run (its last one, or that of `step`) on the given mesh."""
+    about = read_about(run, step)
+    config = ModelConfig(**about["model"])
+    shapes = forward.param_shapes(config)
+    shapes = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        mesh_lib.tree_shardings(shapes, mesh),
+    )
+    params = restore_params(run, shapes, about["step"])
+    return TrainedModel(params, config, about["vocabulary_hash"], about["step"], params_fingerprint(params))
+
+
+def check_fits(model: ModelConfig, vocabulary_hash: str, corpus: Corpus, what: str) -> None:
+    """Refuses a corpus of another vocabulary or with rows longer than the model's."""
+    if vocabulary_hash != corpus.vocabulary_hash:
+        raise UserError(
+            f"{what} was trained with vocabulary {vocabulary_hash[:12]}, corpus {corpus.path} has "
+            f"{corpus.vocabulary_hash[:12]}: prepare the corpus with the model's vocabulary (VocabularyConfig.path)"
+        )
+    check_rows(model, corpus, what)
+
+
+def check_rows(model: ModelConfig, corpus: Corpus, what: str) -> None:
+    """Refuses rows longer than the model's and ids beyond its embedding."""
+    if corpus.row_length > model.max_length:
+        raise UserError(
+            f"rows of corpus {corpus.path} have {corpus.row_length} tokens, {what} reads {model.max_length}: prepare "
+            "it with a smaller row_length or raise model.max_length"
+        )
+    if model.vocab_size is not None and corpus.vocab_size > model.vocab_size:
+        raise UserError(
+            f"corpus {corpus.path} has {corpus.vocab_size} ids, {what} embeds {model.vocab_size}: set "
+            f"model.vocab_size = {corpus.vocab_size}"
+        )
+
+
+def score_batch(params: Params, model: ModelConfig, batch: Batch, statistics: Sequence[str]) -> dict[str, jax.Array]:
+    """The named statistics of each token, float32 [B, L]: 0 where a token has no predecessor in its segment."""
+    if "entropy" not in statistics:
+        return {"loss": batch_loss(params, model, batch)}
+    hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids)
+    head = forward.head_matrix(params, model)
+    loss, entropy = token_loss_and_entropy(hidden, head, batch.tokens, batch.segment_ids)
+    return {"loss": loss, "entropy": entropy}
+
+
+@gin.configurable(module="slm_jax")
+def score(
+    corpus: str,
+    reference: str,
+    name: str = "reference",
+    step: int | None = None,
+    statistics: Sequence[str] = ("loss",),
+    dtype: str = "float32",
+    batch_rows: int = 16,
+    mesh: MeshConfig = MeshConfig(),
+) -> None:
+    """Scores every token of a corpus with a frozen reference model and adds the result as a column.
+
+    Killed and started again, it goes on with the rows that are missing.
+
+    Args:
+      corpus: corpus directory. Gains `scores/<name>/`.
+      reference: run directory of the reference.
+      name: of the column.
+      step: checkpoint of the reference; None is its last.
+      statistics: `loss` (nats) and, on request, `entropy` of the reference's next-token distribution (nats).
+      dtype: float16 or float32, of the column.
+      batch_rows: rows scored at a time, over all devices.
+      mesh: how devices share the work.
+    """
+    unknown = sorted(set(statistics) - set(STATISTICS))
+    if unknown or "loss" not in statistics:
+        raise UserError(f"score.statistics {tuple(statistics)}: takes 'loss' and, beside it, 'entropy'")
+    table = Corpus.open(corpus)
+    devices = mesh_lib.make_mesh(mesh)
+    mesh_lib.check_batch(devices, batch_rows)
+    model = load_model(reference, devices, step)
+    check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}")
+    about = {
+        "run": reference,
+        "step": model.step,
+        "fingerprint": model.fingerprint,
+        "vocabulary_hash": model.vocabulary_hash,
+        "parameters": model.config.parameter_count(),
+    }
+    column = table.create_score(name, tuple(statistics), dtype, reference=about)
+    where = Path(corpus) / "scores" / name
+    if column.complete:
+        print(f"score: column {where} is complete already")
+        return
+    rows_left = sum(stop - start for start, stop in column.pending())
+    print(f"score: {rows_left} of {table.num_rows} rows of {corpus} by {reference} (step {model.step}) -> {where}")
+    with jax.set_mesh(devices):
+        _score_rows(table, column, model, devices, batch_rows)
+    print(f"score: done, {where}")
+
+
+def _score_rows(table: Corpus, column: Any, model: TrainedModel, mesh: Mesh, batch_rows: int) -> None:
+    """Each process scores its own share of the missing chunks; a chunk is written once, whole."""
+    compute = jax.jit(lambda params, batch: score_batch(params, model.config, batch, column.statistics))
+    pending = column.pending()
+    mine = mesh_lib.local_rows(mesh, batch_rows)
+    with progress(sum(stop - start for start, stop in pending), 0, "score", "row") as bar:
+        for start, stop in pending:
+            rows = np.arange(start, stop)
+            pieces = []
+            for first in range(0, len(rows), batch_rows):
+                piece = rows[first : first + batch_rows]
+                padded = np.pad(piece, (0, batch_rows - len(piece)), mode="edge")
+                batch = read_batch([table], np.zeros(batch_rows, np.int64), padded)
+                local = jax.tree.map(lambda x: x[mine], batch)
+                scored = compute(model.params, mesh_lib.to_devices(mesh, batch_rows, mine, local))
+                pieces.append({name: x[: len(piece)] for name, x in mesh_lib.to_host(scored).items()})
+            if jax.process_index() == 0:
+                column.write(start, {n: np.concatenate([piece[n] for piece in pieces]) for n in pieces[0]})
+            bar.update(stop - start)

@@ -1,0 +1,248 @@
+"""Stage `train`: config, mesh, state, data, loop."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from slm_jax import config as config_lib
+from slm_jax import mesh as mesh_lib
+from slm_jax.checkpoint import Checkpoints, params_fingerprint
+from slm_jax.data.batches import read_ahead
+from slm_jax.errors import UserError
+from slm_jax.mesh import MeshConfig
+from slm_jax.metrics import MetricsWriter, peak_flops, progress
+from slm_jax.models.config import ModelConfig
+from slm_jax.models.forward import Params
+from slm_jax.score.reference import check_rows, load_model
+from slm_jax.train import rundir
+from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from slm_jax.train.phases import Phase, Plan
+from slm_jax.train.record import Record
+from slm_jax.train.schedules import Schedule, learning_rate
+from slm_jax.train.state import TrainState, init_state, state_shapes
+from slm_jax.train.step import Step, compile_step, make_step
+
+# What decides the shapes and meaning of parameters; the rest of ModelConfig may change between runs.
+SHAPE_FIELDS = (
+    "vocab_size",
+    "num_layers",
+    "embed_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_dim",
+    "tied_head",
+)
+
+
+@gin.configurable(module="slm_jax")
+def train(
+    run_dir: str,
+    model: ModelConfig,
+    phases: Sequence[Phase],
+    schedule: Schedule,
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    mesh: MeshConfig = MeshConfig(),
+    seed: int = 0,
+    initial: str | None = None,
+    initial_step: int | None = None,
+    micro_batches: int = 1,
+    checkpoint_every: int = 500,
+    keep_checkpoints: int = 2,
+    log_every: int = 1,
+    evaluate_every: int = 500,
+    evaluators: Sequence[Any] = (),
+    max_unusable: float = 0.01,
+    allow_equal_reference: bool = False,
+) -> dict[str, Any]:
+    """Trains a model through the phases of a run. Started again with the same command, it continues where it was.
+
+    Args:
+      run_dir: where everything is written: config.gin, run.json, metrics.jsonl, tensorboard/, checkpoints/,
+        summary.json at the end.
+      model: architecture; vocab_size None takes the corpus'.
+      phases: what to train on, on which tokens, for how many steps.
+      schedule: learning rate over the whole run.
+      optimizer: AdamW's settings.
+      mesh: devices along data, fsdp and model.
+      seed: of the initial parameters, the data order and random selection.
+      initial: run directory whose parameters to start from (its last checkpoint, or initial_step); None is random.
+      micro_batches: pieces in which a batch goes through the model; the result is the same, the memory less.
+      checkpoint_every, keep_checkpoints: steps between checkpoints, and how many of the latest stay. Those at phase
+        boundaries stay always.
+      log_every: steps between rows of metrics.jsonl.
+      evaluate_every: steps between evaluations, made at step 0 and at the end too.
+      evaluators: HeldOut and the like.
+      max_unusable: share of a batch whose scores may be not finite before the run stops.
+      allow_equal_reference: train on excess loss although reference and initial model are one (excess is 0 at first).
+    """
+    plan = Plan(phases, seed)
+    devices = mesh_lib.make_mesh(mesh)
+    for phase in plan.phases:
+        mesh_lib.check_batch(devices, phase.batch_rows, micro_batches)
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=plan.corpus.vocab_size)
+    check_rows(model, plan.corpus, "the model")
+    rate, transform = learning_rate(schedule, plan.total_steps), make_optimizer(optimizer)
+    measures = [evaluator.bind(model, plan.corpus.vocabulary_hash, devices) for evaluator in evaluators]
+    settings = {"phases": phases, "schedule": schedule, "optimizer": optimizer, "initial": initial, "mesh": mesh}
+    rundir.claim(run_dir, model, plan, seed, settings)
+
+    checkpoints = Checkpoints(run_dir, keep_checkpoints, milestones=plan.first_steps[1:].tolist())
+    with jax.set_mesh(devices), contextlib.closing(checkpoints), _terminated() as terminated:
+        shapes = state_shapes(model, transform, devices)
+        state, counters = _restore(checkpoints, shapes)
+        if state is None:
+            start = _initial_params(initial, initial_step, model, plan, devices) if initial else None
+            state = init_state(model, transform, devices, seed, start)
+            _refuse_equal_reference(state.params, plan, allow_equal_reference)
+        print(rundir.describe(run_dir, model, plan, devices, int(state.step)), flush=True)
+        speed = (model.flops_per_token(plan.corpus.row_length), _peak_flops(devices))
+        writer = MetricsWriter(run_dir, int(state.step))
+        record = Record(writer, plan.source_names, max_unusable, log_every, *speed, counters)
+        pieces = (micro_batches, mesh_lib.batch_shards(devices))
+        steps = [
+            compile_step(make_step(model, phase.selection, transform, rate, seed, *pieces), devices, shapes)
+            for phase in plan.phases
+        ]
+        about = {"model": model, "vocabulary_hash": plan.corpus.vocabulary_hash, "run": run_dir}
+
+        def evaluate(state: TrainState) -> None:
+            rundir.write_evaluation(run_dir, writer, int(state.step), (run(state.params) for run in measures))
+
+        def save(state: TrainState) -> None:
+            rest = {"opt_state": state.opt_state, "step": state.step}
+            full_about = config_lib.to_json(about | {"counters": record.counters()})
+            checkpoints.save(int(state.step), state.params, rest, full_about)
+
+        pauses = _pauses(plan, {evaluate: evaluate_every, save: checkpoint_every})
+        state = _run(state, plan, steps, transform, devices, record, pauses, terminated)
+        if terminated.is_set() and int(state.step) not in checkpoints.steps():
+            save(state)
+        writer.close()
+    if int(state.step) < plan.total_steps:
+        print(f"train: terminated at step {int(state.step)}, saved; the same command continues")
+        return {}
+    return rundir.finish(run_dir, model, plan, record)
+
+
+def _run(
+    state: TrainState,
+    plan: Plan,
+    steps: Sequence[Step],
+    transform: optax.GradientTransformation,
+    devices: Mesh,
+    record: Record,
+    pauses: Callable[[int], list[Callable[[TrainState], None]]],
+    terminated: threading.Event,
+) -> TrainState:
+    """From the state's step to the plan's end, or until terminated. Sums are fetched one step late, so that the device
+    never waits for the host."""
+    first = int(state.step)
+
+    def load(step: int) -> Any:
+        batch_rows = plan.phases[plan.phase_index(step)].batch_rows
+        rows = mesh_lib.local_rows(devices, batch_rows)
+        return mesh_lib.to_devices(devices, batch_rows, rows, plan.batch(step, rows))
+
+    if first == 0:
+        for pause in pauses(0):
+            pause(state)
+    batches = read_ahead(load, first, plan.total_steps)
+    pending = None
+    record.start_clock()
+    with contextlib.closing(batches), progress(plan.total_steps, first, "train") as bar:
+        for step, batch in enumerate(batches, first):
+            phase = plan.phase_index(step)
+            if phase and step == plan.first_steps[phase] and plan.phases[phase].reset_optimizer:
+                state = state._replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
+            state, sums = steps[phase](state, batch)
+            if pending:
+                record.add(*pending)
+                bar.set_postfix(loss=record.last_row["loss"], refresh=False)
+            pending = (step + 1, phase, plan.phases[phase].selection is not None, sums)
+            due = pauses(step + 1)
+            if due or terminated.is_set():
+                record.add(*pending)
+                pending = None
+                for pause in due:
+                    pause(state)
+                record.start_clock()
+            bar.update()
+            if terminated.is_set():
+                break
+    return state
+
+
+def _pauses(plan: Plan, every: dict[Callable[[TrainState], None], int]) -> Callable[[int], list]:
+    """What to do after so many finished steps: each action every so often, at phase boundaries and at the end."""
+    boundaries = set(plan.first_steps[1:].tolist())
+
+    def due(done: int) -> list:
+        return [action for action, period in every.items() if done in boundaries or (period and done % period == 0)]
+
+    return due
+
+
+def _restore(checkpoints: Checkpoints, shapes: TrainState) -> tuple[TrainState | None, dict[str, float]]:
+    restored = checkpoints.restore(shapes.params, {"opt_state": shapes.opt_state, "step": shapes.step})
+    if restored is None:
+        return None, {}
+    params, rest, about = restored
+    return TrainState(rest["step"], params, rest["opt_state"]), about["counters"]
+
+
+def _initial_params(run: str, step: int | None, model: ModelConfig, plan: Plan, devices: Mesh) -> Params:
+    """Parameters of another run, checked to be of this shape and vocabulary."""
+    start = load_model(run, devices, step)
+    if start.vocabulary_hash != plan.corpus.vocabulary_hash:
+        raise UserError(f"initial model {run} and corpus {plan.corpus.path} have different vocabularies")
+    differing = [name for name in SHAPE_FIELDS if getattr(start.config, name) != getattr(model, name)]
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"initial model {run} has {name} = {getattr(start.config, name)}, the run's model {getattr(model, name)}: "
+            "set model.* to the initial model's"
+        )
+    return start.params
+
+
+def _refuse_equal_reference(params: Params, plan: Plan, allowed: bool) -> None:
+    """Excess loss against oneself is 0 everywhere: the ranking would be an accident."""
+    fingerprint = params_fingerprint(params)
+    for phase in plan.phases:
+        for draw in phase.mixture if phase.selection and phase.selection.score == "excess" else ():
+            reference = plan.corpora[draw.corpus].score(phase.selection.reference).reference
+            if reference.get("fingerprint") == fingerprint and not allowed:
+                raise UserError(
+                    f"column {phase.selection.reference} of {draw.corpus} was scored by the very model this run starts "
+                    "from, so every excess loss is 0: train a reference, or set train.allow_equal_reference = True"
+                )
+
+
+def _peak_flops(devices: Mesh) -> float | None:
+    peak = peak_flops(devices.devices.flat[0].device_kind)
+    return peak * devices.size if peak else None
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[threading.Event]:
+    """An event that SIGTERM (a preemption) sets; the loop saves and leaves at the next step."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,42 @@
+"""AdamW without its learning rate.
+
+The learning rate is a function of the global step and is applied by the train step, so that resetting the optimizer
+state at a phase boundary does not restart the schedule.
+"""
+
+import dataclasses
+
+import gin
+import jax
+import optax
+
+from slm_jax import mesh
+from slm_jax.models.forward import Params
+
+
+@gin.configurable(module="slm_jax")
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; the defaults are TinyLlama's recipe, which the papers leave open or share (PAPERS §1.3, §3.4)."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """clip by global norm -> Adam -> decoupled weight decay. Updates are to be scaled by -learning rate."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+    )
+
+
+def decay_mask(params: Params) -> Params:
+    """True for matrices and embeddings, False for norm scales (and biases)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: mesh.path_name(path).rsplit("/", 1)[-1] in ("kernel", "embedding"), params
+    )

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import gin
 import numpy as np
@@ -42,11 +42,11 @@ from slm_jax.errors import UserError
 
 @gin.configurable
 def prepare(
-    corpus: str = gin.REQUIRED,
-    sources: Sequence[Source] = gin.REQUIRED,
+    corpus: str | os.PathLike,
+    sources: Sequence[Source],
     vocabulary: VocabularyConfig | None = None,
     row_length: int = 1024,
-    packing: Literal["split", "complete"] = "split",
+    packing: str = "split",
     seed: int = 0,
     processes: int = 0,
 ) -> Corpus:

@@ -63,14 +63,8 @@ class Store:
         """All files whose name starts with `prefix`, sorted."""
         if not self.remote and not os.path.isdir(self.path):
             return []
-        names = (
-            self._files().list(ts.KvStore.KeyRange.prefix(prefix)).result() if prefix else self._files().list().result()
-        )
-        return sorted(name.decode("utf-8") for name in names)
-
-    def delete(self, prefix: str) -> None:
-        """Deletes all files whose name starts with `prefix`."""
-        self._files().delete_range(ts.KvStore.KeyRange.prefix(prefix)).result()
+        after = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""  # the first name behind all of them
+        return sorted(name.decode("utf-8") for name in self._files().list(ts.KvStore.KeyRange(prefix, after)).result())
 
     def create_array(self, key: str, dtype: str, shape: tuple[int, ...]) -> ts.TensorStore:
         """A new zarr3 array, replacing what is there: one compressed chunk per row, `SHARD_ROWS` rows per file."""

@@ -3,10 +3,13 @@
 Reading needs no TensorFlow; `register_task` and `documents` do, and import it when called.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -243,8 +246,12 @@ def register_task(source: Source, vocabulary: Vocabulary) -> "seqio.Task":
     Its examples hold `targets`, the ids [BOS] + text + [EOS], beside text, url, source, spans and index. `prepare`
     reads the documents before tokenisation (`documents`) and tokenises outside of tf.data: four times as fast.
     """
-    import seqio
+    with _native_log_aside():
+        import seqio
+        import tensorflow as tf
 
+        # On a GPU, TensorFlow would take all of the memory that jax needs.
+        tf.config.set_visible_devices([], "GPU")
     content = json.dumps({**asdict(source), "files": source.paths() or source.files}, sort_keys=True)
     digest = hashlib.sha256((content + vocabulary.content_hash).encode("utf-8")).hexdigest()[:16]
     name = f"slm_jax.{source.name.replace('-', '_')}.{digest}"
@@ -260,7 +267,8 @@ def register_task(source: Source, vocabulary: Vocabulary) -> "seqio.Task":
         source=data,
         preprocessors=[
             *mapping,
-            seqio.CacheDatasetPlaceholder(),  # what stands before it gives the documents
+            seqio.CacheDatasetPlaceholder(),  # what stands before it gives the documents, in batches
+            lambda dataset: dataset.unbatch(),
             lambda dataset: dataset.filter(lambda row: row["skipped"] == ""),
             _add_targets,
             seqio.preprocessors.tokenize,
@@ -270,18 +278,41 @@ def register_task(source: Source, vocabulary: Vocabulary) -> "seqio.Task":
     )
 
 
+@contextlib.contextmanager
+def _native_log_aside() -> Iterator[None]:
+    """TensorFlow's libraries log to file descriptor 2 while they are imported, and no setting stops them."""
+    if "tensorflow" in sys.modules:
+        yield
+        return
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
 def documents(task: "seqio.Task") -> Iterator[dict[str, Any]]:
     """The rows of `read_documents`, read through a Task that `register_task` made; same errors."""
     dataset = task.preprocess_precache(task.source.get_dataset("train", shuffle=False))
-    for row in dataset.as_numpy_iterator():
-        row = {key: value.decode("utf-8") if isinstance(value, bytes) else int(value) for key, value in row.items()}
-        if error := row.pop("error"):
-            raise UserError(error)
-        yield row
+    for batch in dataset.as_numpy_iterator():
+        for values in zip(*batch.values(), strict=True):
+            values = [value.decode("utf-8") if isinstance(value, bytes) else int(value) for value in values]
+            row = dict(zip(batch, values, strict=True))
+            if error := row.pop("error"):
+                raise UserError(error)
+            yield row
+
+
+_STRINGS = ("text", "url", "source", "spans", "skipped", "error")
+_NUMBERS = ("index", "bytes_read")
+_BATCH = 128  # one element of tf.data's generators costs near a millisecond, whatever it holds
 
 
 def _dataset_function(source: Source):
-    """The rows of `read_documents` as a tf.data.Dataset.
+    """The rows of `read_documents` as a tf.data.Dataset of batches.
 
     An error travels as a last row: raised inside tf.data, it would reach the user wrapped in pages of TensorFlow's own.
     """
@@ -292,14 +323,18 @@ def _dataset_function(source: Source):
             for row in read_documents(source):
                 yield row | {"error": ""}
         except UserError as error:
-            yield dict.fromkeys(strings, "") | dict.fromkeys(numbers, 0) | {"skipped": "error", "error": str(error)}
+            yield dict.fromkeys(_STRINGS, "") | dict.fromkeys(_NUMBERS, 0) | {"skipped": "error", "error": str(error)}
 
-    strings, numbers = ("text", "url", "source", "spans", "skipped", "error"), ("index", "bytes_read")
-    signature = {key: tf.TensorSpec((), tf.string) for key in strings}
-    signature |= {key: tf.TensorSpec((), tf.int64) for key in numbers}
+    def batches() -> Iterator[dict[str, list]]:
+        remaining = rows()
+        while batch := list(itertools.islice(remaining, _BATCH)):
+            yield {key: [row[key] for row in batch] for key in batch[0]}
+
+    signature = {key: tf.TensorSpec((None,), tf.string) for key in _STRINGS}
+    signature |= {key: tf.TensorSpec((None,), tf.int64) for key in _NUMBERS}
 
     def dataset(split: str, shuffle_files: bool = False, seed: int | None = None):
-        return tf.data.Dataset.from_generator(rows, output_signature=signature).prefetch(256)
+        return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(2)
 
     return dataset
 
@@ -328,7 +363,7 @@ def _tfds_rows(source: Source):
             "error": "",
         }
 
-    return lambda dataset: dataset.enumerate().map(row)
+    return lambda dataset: dataset.enumerate().map(row).batch(_BATCH)
 
 
 def _add_targets(dataset):

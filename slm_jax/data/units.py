@@ -7,6 +7,7 @@ it is complete, so a unit is there or not there.
 
 import contextlib
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
 from slm_jax.errors import UserError
 
 UNIT_DOCUMENTS = 1000
-UNIT_CHARACTERS = 8_000_000  # books: a unit must fit into memory
+UNIT_CHARACTERS = 2_000_000  # books: a unit must be small in memory, and there must be enough of them to share
 
 Unit = list[dict[str, Any]]  # rows of `slm_jax.data.tasks.documents`
 
@@ -56,7 +57,9 @@ def write_unit(work: pathlib.Path, number: int, unit: Unit, vocabulary: Vocabula
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     for name in ("tokens", "loss_mask", "noise"):
-        np.save(unfinished / f"{name}.npy", np.concatenate([getattr(document, name) for document in tokenized]))
+        content = io.BytesIO()  # numpy, writing to a file itself, does not say that the disk is full
+        np.save(content, np.concatenate([getattr(document, name) for document in tokenized]))
+        (unfinished / f"{name}.npy").write_bytes(content.getbuffer())
     index = {
         "id": [f"{row['source'].partition('/')[0]}:{row['index']}" for row in unit],
         "index": [row["index"] for row in unit],

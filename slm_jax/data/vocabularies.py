@@ -11,9 +11,9 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol, SupportsIndex, runtime_checkable
 
 import gin
 import numpy as np
@@ -45,11 +45,12 @@ class VocabularyConfig:
     """
 
     path: str | None = None
-    kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
+    kind: str = "sentencepiece"
     size: int = 2048
     train_characters: int = 20_000_000
 
 
+@runtime_checkable
 class Vocabulary(Protocol):
     """What the project asks of a vocabulary. `encode` adds no BOS and no EOS; ids are in [0, size)."""
 
@@ -67,7 +68,7 @@ class Vocabulary(Protocol):
         """Also the [begin, end) characters of `text` each id stands for; all bytes of one character share its span."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids`; control ids (padding, BOS, EOS) give nothing."""
         ...
 
@@ -75,7 +76,7 @@ class Vocabulary(Protocol):
         """UTF-8 bytes each id stands for, 0 for control ids: bits per byte = loss sum / ln 2 / sum(token_bytes)."""
         ...
 
-    def piece(self, token: int) -> str:
+    def piece(self, token: SupportsIndex) -> str:
         """A readable form of one id."""
         ...
 
@@ -105,16 +106,16 @@ class ByteVocabulary:
         offsets = [(i, i + 1) for i, character in enumerate(text) for _ in character.encode("utf-8")]
         return self.encode(text), offsets
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(int(i) - self._first for i in ids if i >= self._first).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        return bytes(i - self._first for i in map(int, ids) if i >= self._first).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> Int[np.ndarray, "V"]:
         return (np.arange(self.size) >= self._first).astype(np.int64)
 
-    def piece(self, token: int) -> str:
-        if token < self._first:
+    def piece(self, token: SupportsIndex) -> str:
+        byte = int(token) - self._first
+        if byte < 0:
             return ("<pad>", "<s>", "</s>")[token]
-        byte = token - self._first
         return chr(byte) if 32 <= byte < 127 else f"<0x{byte:02X}>"
 
     def files(self) -> dict[str, bytes]:
@@ -160,14 +161,21 @@ class SentencePieceVocabulary:
         for number, part in enumerate(parts):
             if number:
                 ids += self._space_ids
-                offsets += [(begin - 1, begin)] * len(self._space_ids)
-            pieces = self._processor.encode(part, return_type="proto").pieces
-            ids += [piece.id for piece in pieces]
-            offsets += _whole_characters([(begin + piece.begin, begin + piece.end) for piece in pieces])
-            begin += len(part) + 1
+                offsets += [(begin, begin + 1)] * len(self._space_ids)
+                begin += 1
+            first = len(offsets)
+            # The pieces' own begin and end count bytes or characters, by version; their surfaces make up the text.
+            for piece in self._processor.encode(part, return_type="proto").pieces:
+                ids.append(piece.id)
+                offsets.append((begin, begin + len(piece.surface)))
+                begin = offsets[-1][1]
+            # A character that fell back to bytes is given to the last of them only: give it to all.
+            for i in reversed(range(first, len(offsets) - 1)):
+                if offsets[i][0] == offsets[i][1]:
+                    offsets[i] = offsets[i + 1]
         return ids, offsets
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         return self._processor.decode([int(i) for i in ids])
 
     def token_bytes(self) -> Int[np.ndarray, "V"]:
@@ -180,7 +188,7 @@ class SentencePieceVocabulary:
             return 1
         return len(self._processor.id_to_piece(token).replace(SPACE, " ").encode("utf-8"))
 
-    def piece(self, token: int) -> str:
+    def piece(self, token: SupportsIndex) -> str:
         return self._processor.id_to_piece(int(token))
 
     def files(self) -> dict[str, bytes]:
@@ -188,14 +196,6 @@ class SentencePieceVocabulary:
 
     def save(self, directory: str | os.PathLike) -> None:
         _save(self, directory)
-
-
-def _whole_characters(offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """SentencePiece gives a character that fell back to bytes to its last byte only: give it to all of them."""
-    for i in reversed(range(len(offsets) - 1)):
-        if offsets[i][0] == offsets[i][1] == offsets[i + 1][0]:
-            offsets[i] = offsets[i + 1]
-    return offsets
 
 
 def _files(vocabulary: Vocabulary, more: dict[str, bytes]) -> dict[str, bytes]:

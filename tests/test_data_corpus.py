@@ -1,0 +1,192 @@
+"""The table: what is written is read, what is damaged is refused, and score columns belong to one content."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow
+import pytest
+
+from slm_jax.data.corpus import COLUMNS, Corpus, CorpusWriter
+from slm_jax.data.store import SHARD_ROWS, Store, disk_full_is_an_answer
+from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.errors import UserError
+
+ROWS, LENGTH = SHARD_ROWS + 44, 8
+REFERENCE = {"checkpoint": "small", "fingerprint": "abc", "steps": [1, 2]}
+
+
+def content(seed: int = 0) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return {
+        "tokens": generator.integers(0, 259, (ROWS, LENGTH)).astype(np.uint16),
+        "segment_ids": generator.integers(0, 3, (ROWS, LENGTH)).astype(np.uint16),
+        "loss_mask": generator.integers(0, 2, (ROWS, LENGTH)).astype(bool),
+        "source_ids": generator.integers(0, 2, (ROWS, LENGTH)).astype(np.uint8),
+    }
+
+
+def make(path, seed: int = 0) -> Corpus:
+    writer = CorpusWriter(Store(path), ROWS, LENGTH, ByteVocabulary())
+    for begin in range(0, ROWS, SHARD_ROWS):
+        writer.write({name: column[begin : begin + SHARD_ROWS] for name, column in content(seed).items()})
+    return writer.finish(pyarrow.table({"id": ["a:0"]}), ["a", "b"], {"settings": {}})
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    return make(tmp_path / "corpus")
+
+
+def refusal(call, *arguments, **named) -> str:
+    with pytest.raises(UserError) as error:
+        call(*arguments, **named)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def loss(rows: int, value: float) -> dict[str, np.ndarray]:
+    return {"loss": np.full((rows, LENGTH), value, np.float32)}
+
+
+def test_rows_come_back_in_the_order_asked_for(corpus):
+    rows = np.array([ROWS - 1, 3, 3, 0])
+    read = corpus.read(rows)
+    assert list(read) == list(COLUMNS)
+    for name, column in content().items():
+        assert read[name].dtype == column.dtype
+        np.testing.assert_array_equal(read[name], column[rows])
+    assert corpus.read(np.array([], np.int64), ["tokens"])["tokens"].shape == (0, LENGTH)
+    assert (corpus.num_rows, corpus.row_length, corpus.vocab_size) == (ROWS, LENGTH, 259)
+    assert corpus.source_names == ("a", "b")
+    assert corpus.vocabulary().content_hash == corpus.vocabulary_hash
+    assert corpus.documents().to_pylist() == [{"id": "a:0"}]
+
+
+@pytest.mark.parametrize("row", [-1, ROWS])
+def test_rows_outside_are_refused(corpus, row):
+    with pytest.raises(IndexError, match=f"row {row} is outside"):
+        corpus.read(np.array([0, row]))
+
+
+def test_unknown_column(corpus):
+    assert "no column 'token'" in refusal(corpus.read, np.array([0]), ["token"])
+
+
+def test_fingerprint_is_of_the_content(corpus, tmp_path):
+    assert make(tmp_path / "same").fingerprint == corpus.fingerprint
+    assert make(tmp_path / "other", seed=1).fingerprint != corpus.fingerprint
+    moved = shutil.move(tmp_path / "corpus", tmp_path / "moved")
+    assert Corpus.open(moved).fingerprint == corpus.fingerprint
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_verify_notices_one_changed_value(corpus, column):
+    corpus.verify()
+    value = corpus.read(np.array([7]), [column])[column]
+    Store(corpus.path).open_array(f"columns/{column}")[7:8].write(
+        np.where(value == 0, 1, 0).astype(value.dtype)
+    ).result()
+    assert "was changed after it was made" in refusal(corpus.verify)
+
+
+def test_expect_names_both_and_the_remedy(corpus):
+    corpus.expect(corpus.fingerprint, "the run")
+    message = refusal(corpus.expect, "0123456789abcdef", "the run runs/a")
+    assert "the run runs/a" in message and "0123456789ab" in message and corpus.fingerprint[:12] in message
+
+
+def test_a_corpus_that_cannot_be_opened(corpus, tmp_path):
+    path = tmp_path / "corpus"
+    assert "no corpus at" in refusal(Corpus.open, tmp_path / "nothing")
+    assert "is not a corpus" in refusal(Corpus.open, path / "vocabulary")
+    assert "only local paths" in refusal(Corpus.open, "ftp://host/corpus")
+    manifest = path / "manifest.json"
+    good = manifest.read_text()
+    for text, message in [
+        (good[:-20], "is damaged (not JSON)"),
+        ("[]", "not an object"),
+        (good.replace('"num_rows"', '"rows"'), "is damaged (KeyError('num_rows'))"),
+        (json.dumps(json.loads(good) | {"format_version": 99}), "has format version 99"),
+        (json.dumps(json.loads(good) | {"num_rows": 5}), "the manifest says 5 x 8"),
+    ]:
+        manifest.write_text(text)
+        assert message in refusal(Corpus.open, path)
+    manifest.write_text(good)
+    shutil.rmtree(path / "columns" / "loss_mask")
+    assert "has lost its column 'loss_mask'" in refusal(Corpus.open, path)
+    manifest.unlink()
+    assert "only half prepared" in refusal(Corpus.open, path)
+
+
+def test_a_score_is_written_in_ranges_and_read_beside_the_columns(corpus):
+    score = corpus.create_score("small", reference=REFERENCE)
+    assert score.pending() == [(0, SHARD_ROWS), (SHARD_ROWS, ROWS)] and not score.complete
+    score.write(SHARD_ROWS, loss(44, 2.0))
+    score.write(0, loss(10, 1.0))
+    message = refusal(corpus.score, "small")
+    assert f"half finished (54 of {ROWS} rows)" in message
+    again = Corpus.open(corpus.path).create_score("small", reference=REFERENCE)
+    assert again.finished().sum() == 54 and again.pending() == [(0, SHARD_ROWS)]
+    again.write(0, loss(SHARD_ROWS, 1.0))
+    assert again.complete and again.pending() == []
+    assert corpus.score("small").reference == REFERENCE
+    read = corpus.read(np.array([0, ROWS - 1]), ["tokens", "scores/small/loss"])
+    assert read["scores/small/loss"][:, 0].tolist() == [1.0, 2.0]
+    assert "has no statistic 'entropy'" in refusal(corpus.read, np.array([0]), ["scores/small/entropy"])
+
+
+def test_score_refusals(corpus, tmp_path):
+    corpus.create_score("small", ("loss", "entropy"), "float16", reference=REFERENCE)
+    assert "has no score 'large' (it has small)" in refusal(corpus.score, "large")
+    other = {"checkpoint": "large"}
+    assert "was begun with reference" in refusal(
+        corpus.create_score, "small", ("loss", "entropy"), "float16", reference=other
+    )
+    assert "was begun with dtype float16" in refusal(
+        corpus.create_score, "small", ("loss", "entropy"), reference=REFERENCE
+    )
+    assert "was begun with statistics" in refusal(corpus.create_score, "small", dtype="float16", reference=REFERENCE)
+    assert "use letters" in refusal(corpus.create_score, "../escape", reference=REFERENCE)
+    assert "dtype 'int8'" in refusal(corpus.create_score, "a", dtype="int8", reference=REFERENCE)
+    another = make(tmp_path / "another", seed=1)
+    shutil.copytree(tmp_path / "corpus" / "scores", tmp_path / "another" / "scores")
+    message = refusal(another.score, "small")
+    assert corpus.fingerprint[:12] in message and another.fingerprint[:12] in message
+    score = corpus.create_score("good", reference=REFERENCE)
+    with pytest.raises(IndexError, match="outside the score"):
+        score.write(ROWS - 1, loss(2, 0.0))
+    with pytest.raises(ValueError, match="holds"):
+        score.write(0, {"entropy": np.zeros((1, LENGTH), np.float32)})
+    with pytest.raises(ValueError, match="loss is"):
+        score.write(0, {"loss": np.zeros((1, LENGTH + 1), np.float32)})
+
+
+def test_nothing_is_marked_finished_when_the_values_did_not_arrive(corpus):
+    score = corpus.create_score("small", reference=REFERENCE)
+
+    class Failing:
+        shape, dtype = score.array("loss").shape, score.array("loss").dtype
+
+        def __getitem__(self, rows):
+            raise OSError("lost the disk")
+
+    score._arrays["loss"] = Failing()
+    with pytest.raises(OSError):
+        score.write(0, loss(4, 1.0))
+    assert not score.finished().any()
+
+
+def test_remote_paths_are_the_same_specification(monkeypatch):
+    store = Store("gs://a-bucket/corpora/web")
+    assert store.local() is None
+    assert store._kvstore("columns/tokens") == "gs://a-bucket/corpora/web/columns/tokens/"
+
+
+def test_no_space_left_is_told_in_one_line():
+    for error in (OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: No space left on device")):
+        full = pytest.raises(UserError, match="disk full while writing rows: free some")
+        with full, disk_full_is_an_answer("rows", "free some"):
+            raise error
+    with pytest.raises(ValueError, match="something else"), disk_full_is_an_answer("rows", "free some"):
+        raise ValueError("something else")

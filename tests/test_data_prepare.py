@@ -195,7 +195,7 @@ def test_seed_packing_and_a_given_vocabulary(corpus, files, tmp_path):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"sources": []}, "sources must be a list of Source"),
+        ({"row_length": 1 << 18}, "row_length is 262144"),
         ({"row_length": 1}, "row_length is 1"),
         ({"packing": "best"}, "packing is 'best', must be one of split, complete"),
         ({"processes": -1}, "processes is -1"),

@@ -178,8 +178,8 @@ def test_parquet_that_is_none(tmp_path):
         ({"part": "half"}, "part 'half' must be 'K/N'"),
         ({"max_documents": 0}, "max_documents is 0"),
         ({"name": "a b"}, "name must be letters"),
-        ({"files": ["tfds:c4/en:train"], "part": "0/2"}, "slice in TFDS instead"),
-        ({"files": ["tfds:c4"]}, "must be one 'tfds:NAME:SPLIT'"),
+        ({"files": ["tfds:c4/en:3.1.0:train"], "part": "0/2"}, "slice in TFDS instead"),
+        ({"files": ["tfds:c4"]}, "must be one 'tfds:NAME:VERSION:SPLIT'"),
     ],
 )
 def test_a_source_that_makes_no_sense(settings, reason, tmp_path):
@@ -234,5 +234,7 @@ def test_tensorflow_datasets(tmp_path, monkeypatch):
         rows = list(documents(register_task(source, ByteVocabulary())))
     finally:
         seqio.set_tfds_data_dir_override(None)
+    missing = register_task(Source("s", ["tfds:no_such_data:1.0.0:train"]), ByteVocabulary())
+    assert "no_such_data" in refusal(list, documents(missing))
     found = {(row["text"], row["source"], row["skipped"]) for row in rows}
     assert found == {("one", "s/x", ""), ("", "s/x", "empty text"), ("two", "s", "")}

@@ -43,7 +43,7 @@ from slm_jax.errors import UserError
 @gin.configurable
 def prepare(
     corpus: str | os.PathLike,
-    sources: Sequence[Source],
+    sources: Sequence[Source] = (),
     vocabulary: VocabularyConfig | None = None,
     row_length: int = 1024,
     packing: str = "split",
@@ -54,7 +54,7 @@ def prepare(
 
     Args:
         corpus: where to write it: a directory, a gs:// or s3:// URL.
-        sources: where the documents come from.
+        sources: where the documents come from; one Source by default.
         vocabulary: which vocabulary to use or train; None for the defaults of VocabularyConfig.
         row_length: tokens of a row.
         packing: 'split' cuts documents at the end of a row and loses no token; 'complete' begins every row with the
@@ -65,7 +65,8 @@ def prepare(
     Raises:
         UserError: settings, files or records that cannot be used; a corpus made with other settings; a full disk.
     """
-    vocabulary = vocabulary or VocabularyConfig()  # made here, not in the signature: gin binds it when it is called
+    # Made here, not in the signature: gin binds them when they are called.
+    sources, vocabulary = sources or [Source()], vocabulary or VocabularyConfig()  # pyright: ignore[reportCallIssue]
     _check(sources, vocabulary, row_length, packing, processes)
     store = Store(corpus)
     known = load_vocabulary(vocabulary.path) if vocabulary.path else None
@@ -82,10 +83,11 @@ def prepare(
         if known is None:
             known = _trained(work, sources, vocabulary)
         known.save(work / "vocabulary")
+        reused = len(list(work.glob("unit-???????")))
         skipped, num_units, seconds = _tokenize(work, sources, known, processes)
         table = Documents(work, num_units)
         result = _write(store, table, known, settings, skipped)
-        _report(result, int(table.length.sum()), seconds)
+        _report(result, reused, int(table.length.sum()) / max(seconds, 1e-9))
     shutil.rmtree(work)
     return result
 
@@ -115,7 +117,7 @@ def _settings(sources, config: VocabularyConfig, known: Vocabulary | None, row_l
     described = []
     for source in sources:
         inputs = [_identity(path) for path in source.paths()] or list(source.files)
-        described.append({**asdict(source), "files": inputs})
+        described.append({**asdict(source), "files": inputs, "directory": None})
     wanted = {"train": config.size, "train_characters": config.train_characters}
     return {
         "sources": described,
@@ -389,11 +391,12 @@ def _announce(store: Store, sources, settings: dict[str, Any], known: Vocabulary
     print(f"  rows of {settings['row_length']:,} tokens, packing {settings['packing']}, {processes} processes")
 
 
-def _report(corpus: Corpus, tokenized: int, seconds: float) -> None:
+def _report(corpus: Corpus, reused: int, speed: float) -> None:
     counts = corpus.manifest
+    work = f"{reused} units were tokenized before" if reused else f"tokenized {speed:,.0f} tokens/s"
     print(
         f"prepare: {counts['num_documents']:,} documents, {counts['num_tokens']:,} tokens in {corpus.num_rows:,} rows; "
-        f"tokenized {tokenized / max(seconds, 1e-9):,.0f} tokens/s"
+        f"{work}"
     )
     if counts["num_discarded_tokens"]:
         print(f"  discarded by packing: {counts['num_discarded_tokens']:,} tokens")

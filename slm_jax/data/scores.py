@@ -34,13 +34,15 @@ class ScoreColumn:
         self.name = name
         self.statistics: tuple[str, ...] = tuple(manifest["statistics"])
         self.reference: dict[str, Any] = manifest["reference"]
-        arrays = {key: store.open_array(f"scores/{name}/{key}") for key in (*self.statistics, "finished")}
-        if lost := [key for key, array in arrays.items() if array is None]:
-            raise UserError(
-                f"score {name!r} of {store.path} has lost {lost[0]!r}: delete scores/{name} and score again"
-            )
-        self._arrays = arrays
-        self.num_rows: int = arrays["finished"].shape[0]
+        self._arrays = {}
+        for key in (*self.statistics, "finished"):
+            array = store.open_array(f"scores/{name}/{key}")
+            if array is None:
+                raise UserError(
+                    f"score {name!r} of {store.path} has lost {key!r}: delete scores/{name} and score again"
+                )
+            self._arrays[key] = array
+        self.num_rows: int = self._arrays["finished"].shape[0]
 
     def array(self, statistic: str):
         """The TensorStore array of one statistic."""

@@ -50,7 +50,7 @@ SCHEMAS = {
     "oscar": Schema(text="content", url="warc_headers.warc-target-uri"),
 }
 
-_TFDS = re.compile(r"tfds:(?P<name>[^:]+(:\d+\.\d+\.\d+)?):(?P<split>.+)")
+_TFDS = re.compile(r"tfds:(?P<name>[^:]+:\d+\.\d+\.\d+):(?P<split>.+)")
 
 
 @gin.configurable
@@ -61,7 +61,8 @@ class Source:
     Attributes:
         name: the source name of its documents in the corpus; letters, digits, '.', '_' and '-'.
         files: paths or globs of .jsonl, .json (JSON lines), .parquet and .txt files, .gz or .zst or plain; or one
-            'tfds:NAME:SPLIT'.
+            'tfds:NAME:VERSION:SPLIT'.
+        directory: in which relative paths are looked up; the working directory by default.
         schema: which fields hold what, a key of `SCHEMAS`.
         text_field, url_field, source_field: override the schema, as dotted paths (`meta.redpajama_set_name`). Documents
             with a value in `source_field` get the source name NAME/VALUE.
@@ -74,6 +75,7 @@ class Source:
 
     name: str
     files: Sequence[str]
+    directory: str = ""
     schema: str = "plain"
     text_field: str | None = None
     url_field: str | None = None
@@ -95,7 +97,11 @@ class Source:
         return Schema(self.text_field or schema.text, self.url_field or schema.url, self.source_field or schema.source)
 
     def paths(self) -> list[str]:
-        return [] if self.tfds else readers.resolve(self.files, f"source {self.name!r}")
+        return (
+            []
+            if self.tfds
+            else readers.resolve([os.path.join(self.directory, file) for file in self.files], f"source {self.name!r}")
+        )
 
     def check(self) -> None:
         """Raises UserError for settings that make no sense and for files that are missing."""
@@ -113,10 +119,10 @@ class Source:
         if self.tfds and (self.part or self.max_documents or self.max_characters or self.spans_field):
             raise UserError(
                 f"{where}: part, max_documents, max_characters and spans_field are for files; "
-                "slice in TFDS instead, such as tfds:NAME:train[:50%]"
+                "slice in TFDS instead, such as tfds:NAME:VERSION:train[:50%]"
             )
         if any(str(file).startswith("tfds:") for file in self.files) and not self.tfds:
-            raise UserError(f"{where}: {self.files[0]!r} must be one 'tfds:NAME:SPLIT', alone in the list")
+            raise UserError(f"{where}: {self.files[0]!r} must be one 'tfds:NAME:VERSION:SPLIT', alone in the list")
         self.paths()
 
 
@@ -252,11 +258,12 @@ def register_task(source: Source, vocabulary: Vocabulary) -> "seqio.Task":
 
         # On a GPU, TensorFlow would take all of the memory that jax needs.
         tf.config.set_visible_devices([], "GPU")
-    content = json.dumps({**asdict(source), "files": source.paths() or source.files}, sort_keys=True)
+    content = json.dumps({**asdict(source), "files": source.paths() or source.files, "directory": None}, sort_keys=True)
     digest = hashlib.sha256((content + vocabulary.content_hash).encode("utf-8")).hexdigest()[:16]
     name = f"slm_jax.{source.name.replace('-', '_')}.{digest}"
     if name in seqio.TaskRegistry.names():
         return seqio.TaskRegistry.get(name)
+    data: Any  # seqio's own sources do not fit the protocol that it asks for
     if source.tfds:
         tfds_name, split = source.tfds
         data, mapping = seqio.TfdsDataSource(tfds_name, splits={"train": split}), [_tfds_rows(source)]
@@ -296,7 +303,13 @@ def _native_log_aside() -> Iterator[None]:
 
 def documents(task: "seqio.Task") -> Iterator[dict[str, Any]]:
     """The rows of `read_documents`, read through a Task that `register_task` made; same errors."""
-    dataset = task.preprocess_precache(task.source.get_dataset("train", shuffle=False))
+    import tensorflow_datasets as tfds
+
+    try:
+        dataset = task.preprocess_precache(task.source.get_dataset("train", shuffle=False))
+    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"source {task.source}: {reason} Check name, version and TFDS_DATA_DIR") from error
     for batch in dataset.as_numpy_iterator():
         for values in zip(*batch.values(), strict=True):
             values = [value.decode("utf-8") if isinstance(value, bytes) else int(value) for value in values]

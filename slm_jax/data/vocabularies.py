@@ -90,10 +90,12 @@ class Vocabulary(Protocol):
 class ByteVocabulary:
     """Every UTF-8 byte is an id: 0 padding, 1 BOS, 2 EOS, byte b is 3 + b."""
 
-    kind = "bytes"
-    size = 259
-    pad_id, bos_id, eos_id = 0, 1, 2
-    unk_id = None
+    kind: str = "bytes"
+    size: int = 259
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    unk_id: int | None = None
     _first = 3
 
     def __init__(self):
@@ -128,7 +130,7 @@ class ByteVocabulary:
 class SentencePieceVocabulary:
     """A SentencePiece model, held as the bytes of its `.model` file."""
 
-    kind = "sentencepiece"
+    kind: str = "sentencepiece"
 
     def __init__(self, model: bytes, name: str = "the SentencePiece model"):
         """`name` is what an error message calls the model."""
@@ -137,12 +139,12 @@ class SentencePieceVocabulary:
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"{name} is not a SentencePiece model: pass the .model file that was trained") from error
         self.model = model
-        self.size = self._processor.get_piece_size()
+        self.size: int = self._processor.get_piece_size()
         self.content_hash = hashlib.sha256(model).hexdigest()
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
-        self.unk_id = self._processor.unk_id()
+        self.unk_id: int | None = self._processor.unk_id()
         # Padding is never looked at, so a model without it (Llama's) pads with its unknown id.
-        self.pad_id = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.unk_id
+        self.pad_id = self._processor.pad_id() if self._processor.pad_id() >= 0 else self._processor.unk_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(f"{name} has no BOS or no EOS piece: train it with bos_id and eos_id")
         self._space_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode("utf-8")]
@@ -312,7 +314,9 @@ def to_seqio(vocabulary: Vocabulary) -> "seqio.Vocabulary":
     if vocabulary.kind == "bytes":
 
         class Bytes(seqio.ByteVocabulary):  # seqio's has no BOS, and EOS where ours has BOS
-            bos_id, eos_id, unk_id = vocabulary.bos_id, vocabulary.eos_id, None
+            bos_id = property(lambda self: vocabulary.bos_id)
+            eos_id = property(lambda self: vocabulary.eos_id)
+            unk_id = property(lambda self: None)
 
         return Bytes()
     with tempfile.TemporaryDirectory() as directory:

@@ -123,6 +123,17 @@ def test_numbers_and_plain_words(tmp_path: Path):
     assert page.count("<svg") == 3
 
 
+def test_continual_runs_are_compared_with_their_own_causal_run(tmp_path: Path):
+    summary = copy.deepcopy(SUMMARY)
+    summary["runs"]["continual_causal"] = run_summary(3.434, 4.238, 614400)
+    summary["runs"]["continual_selective"] = run_summary(3.256, 4.904, 368640)
+    summary["steps_to_continual_causal_target_loss"] = {"continual_selective": 60}
+    page = rendered(tmp_path, summary).replace("&#39;", "'")
+    assert "continual_selective is better than continual_causal on the target text" in page
+    assert "continual_selective reaches continual_causal's final target loss at step 60 of 150" in page
+    assert "continual_causal is" not in page
+
+
 def test_text_never_runs(tmp_path: Path):
     hostile = [
         "<script>alert(1)</script>",

@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's first colours, then darker ones: apart for colour-blind readers, legible on white and on dark grey.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a6d00", "#777777")
-DASHES = ("-", "-", "--", "-", "--", "-.")
+DASHES = ("-", "--", ":")  # the next one when the colours begin again
 INK = "#123456"  # stands for the page's text colour until the SVG is written
 LABEL_POINTS = 12.0  # least distance of two labels at the ends of lines
 
 
 class Line(NamedTuple):
-    """One curve; values that are None or not finite are left out. `colour` is a place in COLOURS and in DASHES."""
+    """One curve; values that are None or not finite are left out. `colour` counts through COLOURS."""
 
     label: str
     steps: Sequence[float]
@@ -54,7 +54,8 @@ def curve_svg(description: str, lines: Sequence[Line], reached: float | None = N
 def _draw(axes: Axes, lines: Sequence[Line], reached: float | None, smooth: bool) -> None:
     ends = []
     for line in lines:
-        colour, dash = COLOURS[line.colour % len(COLOURS)], DASHES[line.colour % len(DASHES)]
+        colour = COLOURS[line.colour % len(COLOURS)]
+        dash = DASHES[line.colour // len(COLOURS) % len(DASHES)]
         steps, values = line.points()
         if smooth:
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)

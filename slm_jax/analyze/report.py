@@ -20,6 +20,8 @@ COLUMNS = (
     ("seconds", "seconds", 0, False),
 )
 
+VERDICT = {"better": "better than", "worse": "worse than", "same": "equal to"}
+
 
 def write_report(
     path: Path,
@@ -71,12 +73,18 @@ def _difference(values: Mapping[str, Any], baseline: Mapping[str, Any], field: s
     return here - there
 
 
+def _baseline(name: str, runs: Mapping[str, Any]) -> str:
+    """The run that another is compared with: `continual_causal` for `continual_...` if there is one, else `causal`."""
+    related = f"{name.split('_')[0]}_causal"
+    return related if related in runs else "causal"
+
+
 def _rows(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    causal = runs.get("causal", {})
     for name, values in runs.items():
+        baseline = _baseline(name, runs)
         cells = []
         for field, heading, digits, compared in COLUMNS:
-            change = _difference(values, causal, field) if compared and name != "causal" else None
+            change = _difference(values, runs.get(baseline, {}), field) if compared and name != baseline else None
             cells.append(
                 {
                     "heading": heading,
@@ -95,15 +103,19 @@ def _kind(change: float) -> str:
 
 def _findings(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(better, worse or note; a sentence) for what the numbers say, favourable or not."""
-    runs, reached = summary["runs"], summary.get("steps_to_causal_target_loss") or {}
-    causal = runs.get("causal", {})
+    runs = summary["runs"]
+    reached = {
+        name: steps for key in summary if key.startswith("steps_to_") for name, steps in (summary[key] or {}).items()
+    }
     for name, values in runs.items():
+        baseline = _baseline(name, runs)
+        causal = runs.get(baseline, {})
         for field, text in (("target_loss", "the target text"), ("general_loss", "general text")):
             change = _difference(values, causal, field)
-            if name != "causal" and change is not None:
+            if name != baseline and change is not None:
                 yield (
                     _kind(change),
-                    f"{name} is {_kind(change).replace('same', 'no different')} than causal on {text}: "
+                    f"{name} is {VERDICT[_kind(change)]} {baseline} on {text}: "
                     f"{_number(values[field], 3)} against {_number(causal[field], 3)} nats per token "
                     f"({_number(change, 3, signed=True)}).",
                 )
@@ -111,12 +123,12 @@ def _findings(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if steps and all_steps:
             yield (
                 "better" if steps < all_steps else "note",
-                f"{name} reaches causal's final target loss at step {_number(steps, 0)} of {_number(all_steps, 0)}: "
-                f"causal takes {_number(all_steps / steps, 2)} times as many. Steps are not time: training the "
+                f"{name} reaches {baseline}'s final target loss at step {_number(steps, 0)} of {_number(all_steps, 0)}: "
+                f"{baseline} takes {_number(all_steps / steps, 2)} times as many. Steps are not time: training the "
                 "reference and scoring the corpus come on top.",
             )
         elif name in reached:
-            yield "worse", f"{name} does not reach causal's final target loss."
+            yield "worse", f"{name} does not reach {baseline}'s final target loss."
     yield from _reference_finding(summary)
 
 

@@ -119,12 +119,12 @@ def _findings(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                     f"{_number(values[field], 3)} against {_number(causal[field], 3)} nats per token "
                     f"({_number(change, 3, signed=True)}).",
                 )
-        steps, all_steps = reached.get(name), causal.get("steps")
-        if steps and all_steps:
+        steps, total = reached.get(name), causal.get("steps")
+        if steps and total:
             yield (
-                "better" if steps < all_steps else "note",
-                f"{name} reaches {baseline}'s final target loss at step {_number(steps, 0)} of {_number(all_steps, 0)}: "
-                f"{baseline} takes {_number(all_steps / steps, 2)} times as many. Steps are not time: training the "
+                "better" if steps < total else "note",
+                f"{name} reaches {baseline}'s final target loss at step {_number(steps, 0)} of {_number(total, 0)}: "
+                f"{baseline} takes {_number(total / steps, 2)} times as many. Steps are not time: training the "
                 "reference and scoring the corpus come on top.",
             )
         elif name in reached:

@@ -29,7 +29,7 @@ RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpo
 def load(files: Sequence[str] = (), bindings: Sequence[str] = ()) -> None:
     """Parses gin `files` in order, then `bindings` (`NAME=VALUE`); the later wins.
 
-    Includes are looked up from the working directory and from the three directories above the including file.
+    Includes are looked up from the working directory and from the four directories above the including file.
 
     Raises:
       UserError: a file is missing, a line does not parse, or a name is unknown.
@@ -38,7 +38,7 @@ def load(files: Sequence[str] = (), bindings: Sequence[str] = ()) -> None:
     for file in files:
         if not os.path.isfile(file):
             raise UserError(f"gin file {file} does not exist: check --gin_file")
-        for directory in Path(file).resolve().parents[:3]:
+        for directory in Path(file).resolve().parents[:4]:
             gin.add_config_file_search_path(str(directory))
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)

@@ -42,12 +42,13 @@ class MeshConfig:
     model: int = 1
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Any = None) -> Mesh:
+def make_mesh(config: MeshConfig | None = None, devices: Any = None) -> Mesh:
     """The mesh over `devices` (default: all).
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
+    config = config or MeshConfig()
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.model]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):

@@ -14,13 +14,15 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import read_batch
 from slm_jax.data.corpus import Corpus
-from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import mean, progress
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
 from slm_jax.score.reference import check_fits, load_model
 from slm_jax.score.token_loss import batch_loss, predicted
+
+# Called on parameters, yields (name, value): a number, or an array that the loop stores as a file.
+Measure = Callable[[Params], Iterator[tuple[str, Any]]]
 
 
 @gin.configurable(module="slm_jax")
@@ -38,9 +40,7 @@ class HeldOut:
     batch_rows: int = 16
     keep_tokens: bool = False
 
-    def bind(
-        self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh
-    ) -> Callable[[Params], Iterator[tuple[str, Any]]]:
+    def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
         """Opens and checks the corpus; the result, called on parameters, yields (name, value)."""
         table = Corpus.open(self.corpus)
         check_fits(model, vocabulary_hash, table, "the model")
@@ -83,22 +83,21 @@ def _losses(
 @gin.configurable(module="slm_jax")
 def evaluate(
     run: str,
-    evaluators: Sequence[HeldOut],
+    evaluators: Sequence[HeldOut] = (),
     output: str | None = None,
     step: int | None = None,
-    mesh: MeshConfig = MeshConfig(),
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """Loss per token (nats) and bits per byte of a checkpoint on held-out corpora.
 
     Args:
       run: run directory of the model.
-      evaluators: what to measure.
+      evaluators: what to measure; one HeldOut by default.
       output: JSON file for the result; default `<run>/evaluate/<step>.json`.
       step: checkpoint; None is the last.
       mesh: how devices share the work.
     """
-    if not evaluators:
-        raise UserError("evaluate.evaluators is empty: give it at least one HeldOut")
+    evaluators = evaluators or [HeldOut()]
     devices = mesh_lib.make_mesh(mesh)
     model = load_model(run, devices, step)
     output = output or f"{run}/evaluate/{model.step}.json"

@@ -93,7 +93,7 @@ def score(
     statistics: Sequence[str] = ("loss",),
     dtype: str = "float32",
     batch_rows: int = 16,
-    mesh: MeshConfig = MeshConfig(),
+    mesh: MeshConfig | None = None,
 ) -> None:
     """Scores every token of a corpus with a frozen reference model and adds the result as a column.
 

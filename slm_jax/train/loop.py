@@ -20,7 +20,7 @@ from slm_jax.data.batches import read_ahead
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import MetricsWriter, peak_flops, progress
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.config import ModelConfig, model_config
 from slm_jax.models.forward import Params
 from slm_jax.score.reference import check_rows, load_model
 from slm_jax.train import rundir
@@ -47,11 +47,11 @@ SHAPE_FIELDS = (
 @gin.configurable(module="slm_jax")
 def train(
     run_dir: str,
-    model: ModelConfig,
-    phases: Sequence[Phase],
-    schedule: Schedule,
-    optimizer: OptimizerConfig = OptimizerConfig(),
-    mesh: MeshConfig = MeshConfig(),
+    model: ModelConfig | None = None,
+    phases: Sequence[Phase] = (),
+    schedule: Schedule | None = None,
+    optimizer: OptimizerConfig | None = None,
+    mesh: MeshConfig | None = None,
     seed: int = 0,
     initial: str | None = None,
     initial_step: int | None = None,
@@ -70,7 +70,7 @@ def train(
       run_dir: where everything is written: config.gin, run.json, metrics.jsonl, tensorboard/, checkpoints/,
         summary.json at the end.
       model: architecture; vocab_size None takes the corpus'.
-      phases: what to train on, on which tokens, for how many steps.
+      phases: what to train on, on which tokens, for how many steps; one Phase by default.
       schedule: learning rate over the whole run.
       optimizer: AdamW's settings.
       mesh: devices along data, fsdp and model.
@@ -85,6 +85,9 @@ def train(
       max_unusable: share of a batch whose scores may be not finite before the run stops.
       allow_equal_reference: train on excess loss although reference and initial model are one (excess is 0 at first).
     """
+    # Called here rather than as defaults, so that gin's settings of these dataclasses reach them.
+    model, schedule, optimizer = model or model_config(), schedule or Schedule(), optimizer or OptimizerConfig()
+    phases = phases or [Phase()]
     plan = Plan(phases, seed)
     devices = mesh_lib.make_mesh(mesh)
     for phase in plan.phases:

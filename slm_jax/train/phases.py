@@ -16,14 +16,14 @@ from slm_jax.score.selection import Selection
 @gin.configurable(module="slm_jax")
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """`steps` steps of `batch_rows` rows drawn from `mixture`.
+    """`steps` steps of `batch_rows` rows drawn from `mixture` (default: one Draw).
 
     selection: None trains on every token (causal), else on the selected ones. reset_optimizer: forget the moments when
     the phase begins.
     """
 
     steps: int
-    mixture: Sequence[Draw]
+    mixture: Sequence[Draw] = ()
     batch_rows: int = 16
     selection: Selection | None = None
     reset_optimizer: bool = False
@@ -32,7 +32,7 @@ class Phase:
         if self.steps < 1 or self.batch_rows < 1:
             raise UserError(f"Phase: steps {self.steps} and batch_rows {self.batch_rows} are 1 or more")
         if not self.mixture:
-            raise UserError("Phase.mixture is empty: give it at least one Draw")
+            object.__setattr__(self, "mixture", (Draw(),))
 
     @property
     def score_columns(self) -> tuple[str, ...]:

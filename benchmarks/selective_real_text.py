@@ -15,9 +15,9 @@ import numpy as np
 from slm_jax.demo.pipeline import demo
 
 STAGES = (
-    ("reference", "score", "score_clean", "causal", "selective", "random", "selective_short")
-    + ("mixed_causal", "mixed_selective")
-    + ("continual_causal", "continual_selective", "continual_random")
+    *("reference", "score", "score_clean", "causal", "selective", "random", "selective_short"),
+    *("mixed_causal", "mixed_selective"),
+    *("continual_causal", "continual_selective", "continual_random"),
 )
 MEASURES = ("target_loss", "target_bits_per_byte", "general_loss")
 

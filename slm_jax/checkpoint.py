@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,29 +51,43 @@ class Checkpoints:
     def restore(self, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]] | None:
         """(params, rest, about) of the newest readable checkpoint, into the given shapes and shardings; None if none.
 
-        A checkpoint that cannot be read is renamed to `damaged-<step>`, said so, and the one before is taken.
+        Newer ones that cannot be read are renamed to `damaged-<step>`, and said so.
+
+        Raises:
+          UserError: there are checkpoints, and none can be read; all stay where they are.
         """
         arguments = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest), about=ocp.args.JsonRestore()
         )
-        damaged = []
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 restored = self._manager.restore(step, args=arguments)
-                return restored["params"], restored["rest"], restored["about"]
             except Exception as error:
-                damaged.append(step)
-                aside = self.directory / f"damaged-{step}"
-                if jax.process_index() == 0:
-                    (self.directory / str(step)).rename(aside)
-                print(
-                    f"checkpoint {step} in {self.directory} cannot be read ({_first_line(error)}): it is set aside as "
-                    f"{aside.name}, and the one before is used"
-                )
-                self._manager.reload()
+                damaged[step] = _first_line(error)
+                continue
+            self._set_aside(damaged, step)
+            return restored["params"], restored["rest"], restored["about"]
         if damaged:
-            raise UserError(f"no checkpoint in {self.directory} can be read: delete the run directory to start again")
+            step, why = next(iter(damaged.items()))
+            raise UserError(
+                f"no checkpoint in {self.directory} can be read ({step}: {why}): delete the run directory to start "
+                "again"
+            )
         return None
+
+    def _set_aside(self, damaged: dict[int, str], used: int) -> None:
+        for step, why in damaged.items():
+            aside = self.directory / f"damaged-{step}"
+            if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+            print(
+                f"checkpoint {step} in {self.directory} cannot be read ({why}): it is set aside as {aside.name}, and "
+                f"the one before ({used}) is used"
+            )
+        if damaged:
+            self._manager.reload()
 
     def close(self) -> None:
         """Waits for saves under way."""

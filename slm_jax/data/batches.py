@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.packing import positions_from_segments
@@ -29,10 +29,10 @@ COLUMNS = ("tokens", "segment_ids", "loss_mask", "source_ids")
 
 
 def make_batch(
-    tokens: Int[np.ndarray, "B L"],
-    segment_ids: Int[np.ndarray, "B L"],
+    tokens: Integer[np.ndarray, "B L"],
+    segment_ids: Integer[np.ndarray, "B L"],
     loss_mask: Bool[np.ndarray, "B L"],
-    source_ids: Int[np.ndarray, "B L"] | None = None,
+    source_ids: Integer[np.ndarray, "B L"] | None = None,
     scores: dict[str, Float[np.ndarray, "B L"]] | None = None,
 ) -> Batch:
     """A Batch from bare arrays: dtypes set, positions derived."""

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Integer, UInt16
+from jaxtyping import Int, Integer
 
 
 class Pieces(NamedTuple):
@@ -67,7 +67,7 @@ def pack_complete(lengths: Integer[np.ndarray, "D"], row_length: int) -> Pieces:
 PACKINGS = {"split": pack_split, "complete": pack_complete}
 
 
-def positions_from_segments(segment_ids: UInt16[np.ndarray, "B L"]) -> Int[np.ndarray, "B L"]:
+def positions_from_segments(segment_ids: Integer[np.ndarray, "B L"]) -> Int[np.ndarray, "B L"]:
     """int32 positions that restart at 0 with every segment, as the rotary embedding reads them; 0 in the padding."""
     place = np.arange(segment_ids.shape[1], dtype=np.int32)
     begins = np.ones(segment_ids.shape, bool)

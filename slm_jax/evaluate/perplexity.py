@@ -7,6 +7,7 @@ from typing import Any
 
 import gin
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -76,7 +77,7 @@ def _losses(
         on_devices = mesh_lib.to_devices(mesh, batch_rows, mine, jax.tree.map(lambda x: x[mine], batch))
         losses.append(mesh_lib.to_host(compute(params, on_devices)))
     columns = table.read(np.arange(num_rows))
-    valid = columns["loss_mask"] & np.asarray(predicted(columns["segment_ids"].astype(np.int32)))
+    valid = columns["loss_mask"] & np.asarray(predicted(jnp.asarray(columns["segment_ids"], jnp.int32)))
     return np.concatenate(losses)[:num_rows], valid, columns
 
 

@@ -101,7 +101,9 @@ def train(
     rundir.claim(run_dir, model, plan, seed, settings)
 
     checkpoints = Checkpoints(run_dir, keep_checkpoints, milestones=plan.first_steps[1:].tolist())
-    with jax.set_mesh(devices), contextlib.closing(checkpoints), _terminated() as terminated:
+    with jax.set_mesh(devices), contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(checkpoints))
+        terminated = stack.enter_context(_terminated())
         shapes = state_shapes(model, transform, devices)
         state, counters = _restore(checkpoints, shapes)
         if state is None:
@@ -110,7 +112,7 @@ def train(
             _refuse_equal_reference(state.params, plan, allow_equal_reference)
         print(rundir.describe(run_dir, model, plan, devices, int(state.step)), flush=True)
         speed = (model.flops_per_token(plan.corpus.row_length), _peak_flops(devices))
-        writer = MetricsWriter(run_dir, int(state.step))
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir, int(state.step))))
         record = Record(writer, plan.source_names, max_unusable, log_every, *speed, counters)
         pieces = (micro_batches, mesh_lib.batch_shards(devices))
         steps = [
@@ -131,7 +133,6 @@ def train(
         state = _run(state, plan, steps, transform, devices, record, pauses, terminated)
         if terminated.is_set() and int(state.step) not in checkpoints.steps():
             save(state)
-        writer.close()
     if int(state.step) < plan.total_steps:
         print(f"train: terminated at step {int(state.step)}, saved; the same command continues")
         return {}

@@ -34,7 +34,8 @@ def claim(run_dir: str, model: ModelConfig, plan: Plan, seed: int, settings: dic
         "corpora": {name: corpus.fingerprint for name, corpus in plan.corpora.items()},
     }
     new = config_lib.to_json({"identity": identity, "settings": settings})
-    if path.exists():
+    # A start that was refused before its first checkpoint is no run yet.
+    if path.exists() and any((path.parent / "checkpoints").glob("[0-9]*")):
         _compare(run_dir, json.loads(path.read_text()), new)
     if jax.process_index() == 0:
         device = jax.devices()[0]
@@ -54,6 +55,11 @@ def _compare(run_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     if was["seed"] != now["seed"]:
         raise UserError(
             f"{run_dir} holds a run of seed {was['seed']}, this one has {now['seed']}: choose another run_dir"
+        )
+    if was["vocabulary_hash"] != now["vocabulary_hash"]:
+        raise UserError(
+            f"{run_dir} holds a run with vocabulary {was['vocabulary_hash'][:12]}, this one's corpora have "
+            f"{now['vocabulary_hash'][:12]}: choose another train.run_dir"
         )
     for name, fingerprint in now["corpora"].items():
         if was["corpora"].get(name, fingerprint) != fingerprint:

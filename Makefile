@@ -4,9 +4,7 @@ BIN := $(VENV)/bin
 
 # `make demo DATA=folder` runs on real text; without DATA the demo generates its corpus.
 ifdef DATA
-DEMO_FLAGS := --gin_file=configs/runs/math_web/demo.gin --gin.demo.data="'$(DATA)'"
-else
-DEMO_FLAGS := --gin_file=configs/runs/demo.gin
+DEMO_FLAGS := --gin.demo.recipe="'math_web'" --gin.demo.data="'$(DATA)'"
 endif
 
 .PHONY: demo test lint clean

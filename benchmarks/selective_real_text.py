@@ -14,11 +14,11 @@ import numpy as np
 
 from slm_jax.demo.pipeline import demo
 
-STAGES = (
+SCRATCH = (
     *("reference", "score", "score_clean", "causal", "selective", "random", "selective_short"),
     *("mixed_causal", "mixed_selective"),
-    *("continual_causal", "continual_selective", "continual_random"),
 )
+CONTINUAL = ("continual_causal", "continual_selective", "continual_random")
 MEASURES = ("target_loss", "target_bits_per_byte", "general_loss")
 
 
@@ -28,8 +28,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", default=None)
     arguments = parser.parse_args()
-    for seed in arguments.seeds:
-        demo(recipe="math_web", data=arguments.data, stages=STAGES, seed=seed)
+    for stages in (SCRATCH, (*SCRATCH, *CONTINUAL)):
+        for seed in arguments.seeds:
+            demo(recipe="math_web", data=arguments.data, stages=stages, seed=seed)
     root = Path("runs/math_web")
     files = [(root if seed == 0 else root / f"seed{seed}") / "summary.json" for seed in arguments.seeds]
     summaries = [json.loads(file.read_text()) for file in files]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import gin
 
 from slm_jax import config
+from slm_jax.data.store import disk_full_is_an_answer
 from slm_jax.errors import UserError
 
 # Stage -> the module whose function of that name it is. All are imported to register their gin names; none of them
@@ -60,7 +61,8 @@ def _run(stage: str, files: Sequence[str], bindings: Sequence[str]) -> int:
     except UserError as error:
         return _fail(stage, str(error), USAGE)
     try:
-        gin.get_configurable(stage)()
+        with disk_full_is_an_answer(f"the results of {stage}", "free some space, then the same command continues"):
+            gin.get_configurable(stage)()
     except (UserError, FloatingPointError) as error:
         return _fail(stage, _first_line(error), FAILED)
     except (TypeError, RuntimeError) as error:
@@ -71,9 +73,10 @@ def _run(stage: str, files: Sequence[str], bindings: Sequence[str]) -> int:
         name = called[1].split(".")[-1]
         return _fail(stage, f"settings are missing: {name} needs {missing[1]} (--gin.{name}.NAME=VALUE)", USAGE)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        number = re.match(r"\[Errno (\d+)\]", str(error))  # gin raises a copy that keeps no more than the text
+        if not number or int(number[1]) not in (errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise
-        return _fail(stage, f"{error.strerror}: {error.filename or ''}: free it and run the same command again", FAILED)
+        return _fail(stage, f"{_first_line(error)}: make it writable, then run the same command again", FAILED)
     except KeyboardInterrupt:
         return _fail(stage, "interrupted; the same command continues", FAILED)
     return DONE

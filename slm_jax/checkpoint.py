@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from slm_jax.errors import UserError
 from slm_jax.mesh import path_name
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save at length; failures are raised anyway
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save at length; failures are raised anyway
 
 
 class Checkpoints:
@@ -103,19 +103,24 @@ def read_about(run_dir: str | Path, step: int | None = None) -> dict[str, Any]:
     """
     with _open(run_dir) as manager:
         step = _pick(run_dir, manager, step)
-        return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"] | {"step": step}
+        return _read(run_dir, manager, step, about=ocp.args.JsonRestore()) | {"step": step}
 
 
 def restore_params(run_dir: str | Path, shapes: Any, step: int | None = None) -> Any:
     """Parameters only, into the given shapes and shardings."""
     with _open(run_dir) as manager:
-        step = _pick(run_dir, manager, step)
-        try:
-            return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))["params"]
-        except Exception as error:
-            raise UserError(
-                f"checkpoint {step} of {run_dir} cannot be read ({_first_line(error)}): name another step"
-            ) from error
+        return _read(run_dir, manager, _pick(run_dir, manager, step), params=ocp.args.StandardRestore(shapes))
+
+
+def _read(run_dir: str | Path, manager: ocp.CheckpointManager, step: int, **item: Any) -> Any:
+    """One item of a checkpoint."""
+    (name,) = item
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**item))[name]
+    except Exception as error:
+        raise UserError(
+            f"checkpoint {step} of {run_dir} cannot be read ({_first_line(error)}): name another step"
+        ) from error
 
 
 def _open(run_dir: str | Path) -> ocp.CheckpointManager:

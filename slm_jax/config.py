@@ -75,7 +75,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def surface() -> dict[str, dict[str, str]]:
     """Everything gin may bind: configurable name -> {parameter: default as text}. Frozen by a test."""
     found = {}
-    for selector, entry in gin.config._REGISTRY.items():
+    for selector, entry in gin.config._REGISTRY.items():  # pyright: ignore[reportAttributeAccessIssue]
         if not (entry.module or "").startswith("slm_jax"):
             continue
         parameters = inspect.signature(entry.wrapped).parameters.values()

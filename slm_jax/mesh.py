@@ -32,7 +32,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; -1 for one of them takes what the others leave."""
@@ -131,7 +131,7 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
     """Which rows of the global batch this process must read, ascending."""
     shards = batch_sharding(mesh).addressable_devices_indices_map((batch_rows,)).values()
-    spans = {index[0].indices(batch_rows)[:2] for index in shards}
+    spans = {index[0].indices(batch_rows)[:2] for index in shards if index is not None}
     return np.concatenate([np.arange(start, stop) for start, stop in sorted(spans)])
 
 
@@ -141,7 +141,7 @@ def to_devices(mesh: Mesh, batch_rows: int, rows: np.ndarray, batch: Any) -> Any
     place = {row: position for position, row in enumerate(rows.tolist())}
 
     def put(local: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_rows)
             return local[place[start] : place[start] + stop - start]
 

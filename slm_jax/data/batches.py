@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,10 +72,11 @@ def read_batch(
             if merged[name].dtype != read[name].dtype:
                 merged[name] = merged[name].astype(np.promote_types(merged[name].dtype, read[name].dtype))
             merged[name][mine] = read[name]
-    return make_batch(*(merged[name] for name in COLUMNS), {name: merged[name] for name in score_columns})
+    scores = {name: merged[name] for name in score_columns}
+    return make_batch(*(merged[name] for name in COLUMNS), scores=scores)
 
 
-def read_ahead(make: Callable[[int], Any], first: int, last: int, depth: int = 2) -> Iterator[Any]:
+def read_ahead(make: Callable[[int], Any], first: int, last: int, depth: int = 2) -> Generator[Any, None, None]:
     """Yields make(first), ..., make(last - 1), each made in a background thread up to `depth` ahead.
 
     An exception in `make` is raised to the reader; closing the iterator stops the thread.

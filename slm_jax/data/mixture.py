@@ -13,13 +13,14 @@ import gin
 import numpy as np
 from jaxtyping import Int
 
+from slm_jax.data.hashing import mix
 from slm_jax.errors import UserError
 
 SHARE_UNIT = 1000  # shares are read as fractions with denominators up to this
 ORDERS = ("shuffled", "original")
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """One corpus of a mixture.
@@ -98,12 +99,12 @@ def permuted(index: Int[np.ndarray, " N"], epoch: Int[np.ndarray, " N"], size: i
     """
     half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = _mix(epoch.astype(np.uint64) ^ _mix(np.full(len(epoch), seed, np.uint64)))
+    keys = mix(epoch.astype(np.uint64) ^ mix(np.full(len(epoch), seed, np.uint64)))
 
     def encrypt(value: np.ndarray, keys: np.ndarray) -> np.ndarray:
         left, right = value >> half, value & mask
         for number in range(4):
-            left, right = right, left ^ (_mix(right ^ _mix(keys + np.uint64(number))) & mask)
+            left, right = right, left ^ (mix(right ^ mix(keys + np.uint64(number))) & mask)
         return left << half | right
 
     value = encrypt(index.astype(np.uint64), keys)
@@ -112,11 +113,3 @@ def permuted(index: Int[np.ndarray, " N"], epoch: Int[np.ndarray, " N"], size: i
         value[outside] = encrypt(value[outside], keys[outside])
         outside = value >= size
     return value.astype(np.int64)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every bit of x reaches every bit of the result."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -21,13 +21,13 @@ from typing import Any
 
 import gin
 import numpy as np
-import pyarrow
 from tqdm import tqdm
 
-from slm_jax.data.corpus import MANIFEST, Corpus, CorpusWriter
-from slm_jax.data.packing import PACKINGS, Pieces
-from slm_jax.data.preprocess import token_dtype
-from slm_jax.data.store import SHARD_ROWS, Store, disk_full_is_an_answer
+from slm_jax.data.corpus import MANIFEST, Corpus
+from slm_jax.data.hashing import mix, salt
+from slm_jax.data.packing import PACKINGS
+from slm_jax.data.rows import write_rows
+from slm_jax.data.store import Store, disk_full_is_an_answer
 from slm_jax.data.tasks import Source, documents, register_task
 from slm_jax.data.units import Documents, tokenize_units, unit_path, units_of
 from slm_jax.data.vocabularies import (
@@ -86,7 +86,7 @@ def prepare(
         reused = len(list(work.glob("unit-???????")))
         skipped, num_units, seconds = _tokenize(work, sources, known, processes)
         table = Documents(work, num_units)
-        result = _write(store, table, known, settings, skipped)
+        result = write_rows(store, table, known, settings, skipped)
         _report(result, reused, int(table.length.sum()) / max(seconds, 1e-9))
     shutil.rmtree(work)
     return result
@@ -214,9 +214,9 @@ def _trained(work: pathlib.Path, sources: Sequence[Source], config: VocabularyCo
     # Keeps the documents with the smallest keys among those read so far, never more text than is needed.
     chosen, characters = [], 0
     for ordinal, source in enumerate(sources):
-        salt = _salt("vocabulary", source.name)
+        source_salt = salt("vocabulary", source.name)
         for row in tqdm(_rows(source, ByteVocabulary(), Counter()), f"reading {source.name}", unit=" documents"):
-            key = int(_mix(np.uint64(row["index"]) ^ salt))
+            key = int(mix(np.uint64(row["index"]) ^ source_salt))
             heapq.heappush(chosen, (-key, -ordinal, -row["index"], row["text"]))
             characters += len(row["text"])
             while characters - len(chosen[0][-1]) >= config.train_characters:
@@ -262,115 +262,6 @@ def _tokenize(
     # Units beyond the last can only be there if the reading changed under us.
     assert not unit_path(work, count).exists()
     return skipped, count, time.monotonic() - begin
-
-
-def _salt(*words: Any) -> np.uint64:
-    digest = hashlib.sha256(json.dumps(words).encode("utf-8")).digest()
-    return np.uint64(int.from_bytes(digest[:8], "little"))
-
-
-def _mix(values):
-    """splitmix64's finaliser: an unkeyed permutation of uint64, the same on every machine and numpy version."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
-
-
-def _shuffled(table: Documents, names: Sequence[str], seed: int) -> np.ndarray:
-    """The order of the documents, [D]: by a hash of seed, source and index."""
-    ordinal_of = {name: ordinal for ordinal, name in enumerate(names)}
-    ordinal = np.array([ordinal_of[source.partition("/")[0]] for source in table.source])
-    salts = np.array([_salt(seed, name) for name in names], np.uint64)
-    keys = _mix(table.index.astype(np.uint64) ^ salts[ordinal])
-    return np.lexsort((table.index, ordinal, keys))
-
-
-def _source_names(table: Documents, names: Sequence[str]) -> list[str]:
-    """Names that occur, in the order of the sources; NAME/noise where a document has marked spans."""
-    occur = set(table.source) | {
-        f"{name}/noise" for name, noisy in zip(table.source, table.noisy, strict=True) if noisy
-    }
-    result = sorted(occur, key=lambda name: (names.index(name.partition("/")[0]), name))
-    if len(result) > 255:
-        raise UserError(f"the documents have {len(result)} source names, at most 255 are possible: set no source_field")
-    return result
-
-
-def _write(
-    store: Store, table: Documents, vocabulary: Vocabulary, settings: dict[str, Any], skipped: Counter
-) -> Corpus:
-    """Shuffles, packs and writes the documents."""
-    names = [source["name"] for source in settings["sources"]]
-    source_names = _source_names(table, names)
-    order = _shuffled(table, names, settings["seed"])
-    row_length = settings["row_length"]
-    pieces = PACKINGS[settings["packing"]](table.length[order], row_length)
-    if pieces.segment.max() > np.iinfo(np.uint16).max:
-        raise UserError(f"row_length {row_length} is too long: a row would hold more than 65,535 documents")
-    writer = CorpusWriter(store, pieces.num_rows, row_length, vocabulary)
-    tokens_of, loss_tokens = np.zeros(len(source_names), np.int64), 0
-    for block in tqdm(_blocks(table, order, pieces, source_names, row_length, vocabulary), "writing rows",
-                      total=-(-pieces.num_rows // SHARD_ROWS), unit=" blocks"):  # fmt: skip
-        tokens_of += np.bincount(block["source_ids"][block["segment_ids"] > 0], minlength=len(source_names))
-        loss_tokens += int(block["loss_mask"].sum())
-        writer.write(block)
-    documents_of = Counter(table.source)
-    more = {
-        "settings": settings,
-        "num_documents": len(order),
-        "num_tokens": int(tokens_of.sum()),
-        "num_loss_tokens": loss_tokens,
-        "num_discarded_tokens": int(table.length.sum() - tokens_of.sum()),
-        "skipped": dict(skipped),
-        "sources": {
-            name: {"documents": documents_of[name], "tokens": int(count)}
-            for name, count in zip(source_names, tokens_of, strict=True)
-        },
-    }
-    return writer.finish(_document_table(table, order, pieces), source_names, more)
-
-
-def _blocks(table: Documents, order, pieces: Pieces, source_names, row_length, vocabulary) -> Iterator[dict]:
-    """The columns, `SHARD_ROWS` rows at a time."""
-    source_id = {name: number for number, name in enumerate(source_names)}
-    clean = np.array([source_id[name] for name in table.source], np.uint8)
-    noise = np.array([source_id.get(f"{name}/noise", 0) for name in table.source], np.uint8)
-    for begin in range(0, pieces.num_rows, SHARD_ROWS):
-        end = min(begin + SHARD_ROWS, pieces.num_rows)
-        shape = (end - begin, row_length)
-        tokens = np.full(shape, vocabulary.pad_id, token_dtype(vocabulary))
-        segment_ids, source_ids = np.zeros(shape, np.uint16), np.zeros(shape, np.uint8)
-        loss_mask = np.zeros(shape, bool)
-        for p in range(*np.searchsorted(pieces.row, (begin, end)).tolist()):
-            document, length = int(order[pieces.document[p]]), int(pieces.length[p])
-            place = (int(pieces.row[p]) - begin, slice(int(pieces.offset[p]), int(pieces.offset[p]) + length))
-            tokens[place], loss_mask[place], noisy = table.piece(document, int(pieces.start[p]), length)
-            segment_ids[place] = pieces.segment[p]
-            source_ids[place] = np.where(noisy, noise[document], clean[document])
-        yield {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask, "source_ids": source_ids}
-
-
-def _document_table(table: Documents, order: np.ndarray, pieces: Pieces) -> pyarrow.Table:
-    first = np.searchsorted(pieces.document, np.arange(len(order)))  # pieces come in the order of the documents
-    return pyarrow.table(
-        {
-            "id": [table.id[document] for document in order],
-            "source": [table.source[document] for document in order],
-            "url": [table.url[document] or None for document in order],
-            "row": pieces.row[first],
-            "start": pieces.offset[first],
-            "length": np.bincount(pieces.document, pieces.length, minlength=len(order)).astype(np.int64),
-            "bytes": table.bytes[order],
-        },
-        schema=_DOCUMENTS_SCHEMA,
-    )
-
-
-_DOCUMENTS_SCHEMA = pyarrow.schema(
-    [(name, pyarrow.string()) for name in ("id", "source", "url")]
-    + [(name, pyarrow.int64()) for name in ("row", "start", "length", "bytes")]
-)
 
 
 def _announce(store: Store, sources, settings: dict[str, Any], known: Vocabulary | None, processes: int) -> None:

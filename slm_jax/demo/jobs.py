@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -54,6 +55,8 @@ def run_jobs(jobs: Sequence[Job], lanes: int, environment: dict[str, str]) -> No
     Raises:
       UserError: a job failed; names it, its last line and its log. The jobs under way are stopped.
     """
+    # A terminated demo must not leave its stages behind: SIGTERM unwinds like an error.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     waiting = {job.name: job for job in jobs}
     running: dict[Future[None], Job] = {}
     processes: dict[str, subprocess.Popen] = {}

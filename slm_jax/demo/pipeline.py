@@ -47,7 +47,7 @@ STAGES = (
 CONFIGS = Path(__file__).parents[2] / "configs" / "runs"
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 def demo(
     recipe: str = "demo",
     data: str | None = None,

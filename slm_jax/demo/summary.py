@@ -160,9 +160,10 @@ def _begins(corpus: Corpus) -> list[tuple[int, int]]:
 
 def _tokens(corpus, vocabulary: Vocabulary, columns, loss, reference, selected, valid) -> list[dict[str, Any]]:
     has_noise = any(name.endswith("/noise") for name in corpus.source_names)
+    texts = _texts(vocabulary, columns["tokens"].tolist())
     return [
         {
-            "text": vocabulary.piece(int(columns["tokens"][i])),
+            "text": texts[i],
             "loss": float(loss[i]) if valid[i] else None,
             "ref_loss": float(reference[i]) if valid[i] else None,
             "excess": float(loss[i] - reference[i]) if valid[i] else None,
@@ -172,6 +173,18 @@ def _tokens(corpus, vocabulary: Vocabulary, columns, loss, reference, selected, 
         }
         for i in range(len(loss))
     ]
+
+
+def _texts(vocabulary: Vocabulary, tokens: list[int]) -> list[str]:
+    """What each token adds to the text; the bytes of one character are shown with its last byte."""
+    num_bytes = vocabulary.token_bytes()
+    texts, before = [], ""
+    for i, token in enumerate(tokens):
+        text = vocabulary.decode(tokens[: i + 1])
+        cut = text.endswith("\ufffd")
+        texts.append(vocabulary.piece(token) if num_bytes[token] == 0 else "" if cut else text[len(before) :])
+        before = before if cut else text
+    return texts
 
 
 def _varied(passages: list[dict[str, Any]]) -> list[dict[str, Any]]:

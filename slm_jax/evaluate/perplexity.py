@@ -26,7 +26,7 @@ from slm_jax.score.token_loss import batch_loss, predicted
 Measure = Callable[[Params], Iterator[tuple[str, Any]]]
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """Held-out rows of a corpus.
@@ -81,7 +81,7 @@ def _losses(
     return np.concatenate(losses)[:num_rows], valid, columns
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 def evaluate(
     run: str,
     evaluators: Sequence[HeldOut] = (),
@@ -98,7 +98,7 @@ def evaluate(
       step: checkpoint; None is the last.
       mesh: how devices share the work.
     """
-    evaluators = evaluators or [HeldOut()]
+    evaluators = evaluators or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
     devices = mesh_lib.make_mesh(mesh)
     model = load_model(run, devices, step)
     output = output or f"{run}/evaluate/{model.step}.json"

@@ -80,7 +80,8 @@ SIZES: dict[str, ModelConfig] = {
 }
 
 
-@gin.configurable("model", module="slm_jax", allowlist=["size", *(f.name for f in dataclasses.fields(ModelConfig))])
+# pyright takes gin's decorator for one without arguments.
+@gin.configurable("model", allowlist=["size", *(f.name for f in dataclasses.fields(ModelConfig))])  # pyright: ignore[reportCallIssue]
 def model_config(size: str = "demo", **changes: Any) -> ModelConfig:
     """A named size, with single fields changed: `model.size = 'tinyllama_1_1b'`, `model.num_layers = 2`."""
     if size not in SIZES:

@@ -84,7 +84,7 @@ def score_batch(params: Params, model: ModelConfig, batch: Batch, statistics: Se
     return {"loss": loss, "entropy": entropy}
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 def score(
     corpus: str,
     reference: str,

@@ -17,7 +17,7 @@ SCOPES = ("batch", "sequence", "device")
 RATIO_UNIT = 10_000  # ratios are exact to this fraction, so that counts are integers on every machine
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """The selective objective of a phase.

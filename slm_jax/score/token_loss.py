@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from slm_jax.data.batches import Batch
@@ -24,7 +25,7 @@ def batch_loss(params: Params, model: ModelConfig, batch: Batch) -> Float[Array,
     return token_loss(hidden, forward.head_matrix(params, model), batch.tokens, batch.segment_ids)
 
 
-def predicted(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+def predicted(segment_ids: Int[Array | np.ndarray, "B L"]) -> Bool[Array, "B L"]:
     """True where a token has a predecessor in its segment, so where it has a loss. Padding has none."""
     same = segment_ids[:, 1:] == segment_ids[:, :-1]
     return jnp.pad(same, ((0, 0), (1, 0))) & (segment_ids > 0)
@@ -43,7 +44,7 @@ def token_loss(
     padding and take no probability.
     """
     shifted = jnp.roll(hidden, 1, axis=1)  # column 0 takes the last state, but column 0 is never predicted
-    loss = _loss(shifted, head, tokens, head.shape[1] if vocab_size is None else vocab_size)
+    loss: jax.Array = _loss(shifted, head, tokens, head.shape[1] if vocab_size is None else vocab_size)
     return jnp.where(predicted(segment_ids), loss, 0.0)
 
 

@@ -44,7 +44,7 @@ SHAPE_FIELDS = (
 )
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 def train(
     run_dir: str,
     model: ModelConfig | None = None,
@@ -87,7 +87,7 @@ def train(
     """
     # Called here rather than as defaults, so that gin's settings of these dataclasses reach them.
     model, schedule, optimizer = model or model_config(), schedule or Schedule(), optimizer or OptimizerConfig()
-    phases = phases or [Phase()]
+    phases = phases or [Phase()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
     plan = Plan(phases, seed)
     devices = mesh_lib.make_mesh(mesh)
     for phase in plan.phases:
@@ -99,6 +99,8 @@ def train(
     measures = [evaluator.bind(model, plan.corpus.vocabulary_hash, devices) for evaluator in evaluators]
     settings = {"phases": phases, "schedule": schedule, "optimizer": optimizer, "initial": initial, "mesh": mesh}
     rundir.claim(run_dir, model, plan, seed, settings)
+    if summary := rundir.finished(run_dir, plan):
+        return summary
 
     checkpoints = Checkpoints(run_dir, keep_checkpoints, milestones=plan.first_steps[1:].tolist())
     with jax.set_mesh(devices), contextlib.ExitStack() as stack:
@@ -125,6 +127,8 @@ def train(
             rundir.write_evaluation(run_dir, writer, int(state.step), (run(state.params) for run in measures))
 
         def save(state: TrainState) -> None:
+            if int(state.step) == 0:
+                return  # the seed, or the initial run, makes it again
             rest = {"opt_state": state.opt_state, "step": state.step}
             full_about = config_lib.to_json(about | {"counters": record.counters()})
             checkpoints.save(int(state.step), state.params, rest, full_about)
@@ -224,7 +228,9 @@ def _refuse_equal_reference(params: Params, plan: Plan, allowed: bool) -> None:
     """Excess loss against oneself is 0 everywhere: the ranking would be an accident."""
     fingerprint = params_fingerprint(params)
     for phase in plan.phases:
-        for draw in phase.mixture if phase.selection and phase.selection.score == "excess" else ():
+        if phase.selection is None or phase.selection.score != "excess":
+            continue
+        for draw in phase.mixture:
             reference = plan.corpora[draw.corpus].score(phase.selection.reference).reference
             if reference.get("fingerprint") == fingerprint and not allowed:
                 raise UserError(

@@ -14,7 +14,7 @@ from slm_jax import mesh
 from slm_jax.models.forward import Params
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW; the defaults are TinyLlama's recipe, which the papers leave open or share (PAPERS §1.3, §3.4)."""

@@ -13,7 +13,7 @@ from slm_jax.errors import UserError
 from slm_jax.score.selection import Selection
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """`steps` steps of `batch_rows` rows drawn from `mixture` (default: one Draw).
@@ -32,7 +32,7 @@ class Phase:
         if self.steps < 1 or self.batch_rows < 1:
             raise UserError(f"Phase: steps {self.steps} and batch_rows {self.batch_rows} are 1 or more")
         if not self.mixture:
-            object.__setattr__(self, "mixture", (Draw(),))
+            object.__setattr__(self, "mixture", (Draw(),))  # pyright: ignore[reportCallIssue] (gin gives the rest)
 
     @property
     def score_columns(self) -> tuple[str, ...]:

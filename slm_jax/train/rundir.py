@@ -111,6 +111,16 @@ def write_evaluation(
         writer.write(step, row)
 
 
+def finished(run_dir: str, plan: Plan) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do."""
+    path = Path(run_dir) / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else None
+    if summary is None or summary["steps"] != plan.total_steps:
+        return None
+    print(f"train: {run_dir} has its {plan.total_steps} steps already; see {path}")
+    return summary
+
+
 def finish(run_dir: str, model: ModelConfig, plan: Plan, record: Record) -> dict[str, Any]:
     """Writes and returns summary.json: what the run was and where it ended."""
     last = {name: value for row in read_metrics(run_dir) for name, value in row.items() if value is not None}

@@ -8,7 +8,7 @@ import optax
 from slm_jax.errors import UserError
 
 
-@gin.configurable(module="slm_jax")
+@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Learning rate: linear warm-up from 0 to `peak`, then `cosine` down to `peak * final`, or `constant`.

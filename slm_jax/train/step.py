@@ -63,8 +63,8 @@ def make_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["trained_tokens"], 1.0), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = jnp.asarray(schedule(state.step + 1), jnp.float32)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
-        sums |= {"grad_norm": optax.global_norm(grads), "learning_rate": rate}
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        sums |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         return TrainState(state.step + 1, params, opt_state), sums
 
     return step

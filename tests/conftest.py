@@ -1,0 +1,59 @@
+"""What all tests share: the CPU, shown to JAX as eight devices, and runs that many tests start from.
+
+Most of the time of a toy run is compilation: XLA optimizes little, which halves it, and programs compiled once are kept
+for the session, also for other workers and for the processes that tests start. The environment is set before any
+backend starts; workers and children inherit it.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if OWN_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="slm_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+import toy  # noqa: E402
+
+from slm_jax.data.corpus import Corpus  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_unconfigure() -> None:
+    if OWN_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Corpus:
+    """96 rows of two sources. Tests that add columns take a copy."""
+    return toy.write_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
+
+
+@pytest.fixture
+def corpus_copy(corpus, tmp_path) -> Corpus:
+    return Corpus.open(shutil.copytree(corpus.path, tmp_path / "corpus"))
+
+
+@pytest.fixture(scope="session")
+def reference(corpus, tmp_path_factory) -> Path:
+    """The run directory of a model trained for 6 steps on `corpus`, with checkpoints 3 and 6."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    toy.train_here(run_dir, [toy.phase(corpus)], seed=100, checkpoint_every=3)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def shell() -> Iterator[toy.Shell]:
+    shell = toy.Shell()
+    yield shell
+    shell.close()

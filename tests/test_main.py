@@ -1,0 +1,186 @@
+"""The command line: exit codes, and one line for a mistake instead of a traceback."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy
+
+from slm_jax import config
+from slm_jax.__main__ import STAGES
+from slm_jax.checkpoint import Checkpoints
+from slm_jax.metrics import read_metrics
+
+
+@pytest.fixture
+def run(shell, tmp_path):
+    """Runs a command; returns exit code, output and the last line of errors. Whatever went wrong, there is no
+    traceback."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code, output, errors = shell(*arguments, folder=tmp_path)
+        assert "Traceback" not in errors, errors
+        return code, output, (errors.splitlines() or [""])[-1]
+
+    return run
+
+
+def train_command(run_dir: Path, corpus: str, **more: dict) -> list[str]:
+    """`train` as in `toy.train_here`, for 6 steps."""
+    wanted = {
+        "train": {"run_dir": str(run_dir)},
+        "Draw": {"corpus": corpus, "epochs": 100},
+        "Phase": {"steps": 6, "batch_rows": 8},
+        "Schedule": {"peak": 1e-2, "kind": "constant", "warmup": 0},
+    }
+    for owner, values in more.items():
+        wanted[owner] = wanted.get(owner, {}) | values
+    return ["train", *toy.MODEL_SETTINGS, *toy.settings(**wanted)]
+
+
+def test_the_module_is_a_command(tmp_path):
+    """In a fresh process, as it is typed: exit codes reach the shell."""
+    for arguments, code in (["--help"], 0), (["demo", "--gin.demo.recipe='other'"], 1), (["evaluat"], 2):
+        command = [sys.executable, "-m", "slm_jax", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert all(stage in done.stdout for stage in STAGES) if code == 0 else done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_stage(run):
+    code, output, _ = run()
+    assert code == 2 and output == ""
+    code, output, _ = run("--help")
+    assert code == 0 and all(stage in output for stage in STAGES)
+
+
+def test_unknown_stage(run):
+    code, _, error = run("trian")
+    assert code == 2 and "invalid choice: 'trian'" in error and "train" in error
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_lists_every_setting_of_a_stage(stage, run):
+    code, output, _ = run(stage, "--help")
+    assert code == 0
+    for module in STAGES.values():
+        importlib.import_module(module)
+    names = config.surface()
+    for configurable in (stage, "Phase", "Source"):
+        for name, default in names[configurable].items():
+            assert f"\n  {configurable}.{name} = {default}\n" in output + "\n"
+    assert names[stage]
+
+
+@pytest.mark.parametrize(
+    "arguments, code, messages",
+    [
+        (["train", "--seed=1"], 2, ["unknown argument '--seed=1'", "--gin.NAME=VALUE"]),
+        (["train", "more"], 2, ["unknown argument 'more'"]),
+        (["train", "--gin.train.run_dir"], 2, ["unknown argument '--gin.train.run_dir'"]),
+        (["train", "--gin_file=nowhere.gin"], 2, ["gin file nowhere.gin does not exist", "--gin_file"]),
+        (["train", "--gin.trian.seed=1"], 2, ["unknown gin name 'trian'", "did you mean 'train'?"]),
+        (["train", "--gin.train.sed=1"], 2, ["unknown gin name 'train.sed'", "did you mean 'seed'?"]),
+        (["train", "--gin.model.layers=1"], 2, ["unknown gin name 'model.layers'", "did you mean 'num_layers'?"]),
+        (["train", "--gin.train.phases=[@Phas()]"], 2, ["unknown gin name 'Phas'", "did you mean 'Phase'?"]),
+        (["train", "--gin.train.run_dir=runs/mine"], 2, ["gin cannot read a value", "quotes"]),
+        (["train", "--gin.train.run_dir=mine"], 2, ["gin cannot read a value", "quotes"]),
+        (["train", "--gin.Phase.steps=1", "--gin.Draw.corpus='c'"], 2, ["train needs 'run_dir'"]),
+        (["train", "--gin.train.run_dir='r'"], 2, ["Phase needs 'steps'", "--gin.Phase.NAME=VALUE"]),
+        (["train", "--gin.train.run_dir='r'", "--gin.Phase.steps=1"], 2, ["Draw needs 'corpus'"]),
+        (["score", "--gin.score.corpus='c'"], 2, ["score needs 'reference'"]),
+        (["score", "--gin.score.corpus='c'", "--gin.score.reference='r'"], 1, ["no corpus at", "/c: check the path"]),
+        (["evaluate", "--gin.evaluate.run='r'"], 2, ["HeldOut needs", "'name'", "'corpus'"]),
+        (["demo", "--gin.demo.recipe='other'"], 1, ["no recipe 'other'", "known are demo, math_web"]),
+        (["demo", "--gin.demo.stages=['causl']"], 1, ["has no stage 'causl': it has crawl"]),
+        (["demo", "--gin.demo.data='nowhere'"], 1, ["demo.data nowhere is not a folder"]),
+    ],
+)
+def test_mistakes_are_one_line(arguments, code, messages, run, tmp_path):
+    got, _, error = run(*arguments)
+    assert error.startswith(f"slm-jax {arguments[0]}: error: ")
+    for message in messages:
+        assert message in error
+    assert got == code
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "bindings, message",
+    [
+        (["Phase.selection=@Selection()", "Selection.ratio=1.5"], "Selection.ratio 1.5 is outside (0, 1]"),
+        (["Phase.selection=@Selection()", "Selection.ratio=0"], "Selection.ratio 0 is outside (0, 1]"),
+        (["Phase.selection=@Selection()", "Selection.score='exces'"], "Selection.score 'exces' is unknown: known are"),
+        (["train.mesh=@MeshConfig()", "MeshConfig.data=3"], "needs 3 devices, 1 are here: change MeshConfig"),
+        (["train.micro_batches=3"], "a batch of 8 rows does not split"),
+        (["model.max_length=8"], "have 16 tokens, the model reads 8"),
+        (["model.size='huge'"], "model size 'huge' is unknown: known are demo"),
+        (["model.num_heads=3"], "num_heads 3 is not a multiple of num_kv_heads 2"),
+        (["Draw.order='sorted'"], "Draw.order 'sorted' is unknown"),
+        (["Draw.share=0"], "share and epochs are above 0"),
+        (["Draw.epochs=0.1"], "the run draws 48 rows from corpus"),
+        (["Phase.steps=0"], "steps 0 and batch_rows 8 are 1 or more"),
+        (["Schedule.kind='linear'"], "Schedule.kind 'linear' is unknown"),
+    ],
+)
+def test_values_that_cannot_be_are_one_line(bindings, message, corpus, run, tmp_path):
+    command = [*train_command(tmp_path / "run", corpus.path), *(f"--gin.{binding}" for binding in bindings)]
+    code, _, error = run(*command)
+    assert message in error and code == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_is_one_line(corpus, run, tmp_path):
+    code, _, error = run(*train_command(tmp_path / "run", corpus.path, Schedule={"peak": 1e30}))
+    assert code == 1 and error.startswith("slm-jax train: error: step 2: the ") and "is not finite" in error
+
+
+def test_a_train_run_leaves_what_it_was_made_with(corpus, run, tmp_path):
+    run_dir = tmp_path / "run"
+    code, output, _ = run(*train_command(run_dir, corpus.path))
+    assert code == 0 and f"see {run_dir}/summary.json" in output
+    about = json.loads((run_dir / "run.json").read_text())
+    assert about["identity"]["corpora"] == {corpus.path: corpus.fingerprint}
+    assert about["identity"]["vocabulary_hash"] == corpus.vocabulary_hash
+    assert about["identity"]["model"]["embed_dim"] == 32 and about["identity"]["seed"] == 0
+    assert about["versions"]["jax"] and about["device_kind"] == "cpu" and about["settings"]["phases"][0]["steps"] == 6
+    assert {"commit", "command", "python", "platform", "num_devices"} <= set(about)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["tokens_seen"] == summary["tokens_trained"] > 0
+    assert list((run_dir / "tensorboard").iterdir())
+
+    # config.gin alone makes the same run again.
+    again = tmp_path / "again"
+    code, _, _ = run("train", f"--gin_file={run_dir}/config.gin", f"--gin.train.run_dir={str(again)!r}")
+    assert code == 0 and toy.losses(again) == toy.losses(run_dir)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize("free", [20_000, 300_000])
+def test_a_full_disk_and_then_more_space(free, corpus, run, tmp_path):
+    """Full at the first files, and full within a checkpoint: one line; with space again the same command goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={free}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted")
+    command = train_command(disk / "run", corpus.path, train={"checkpoint_every": 1})
+    try:
+        code, _, error = run(*command)
+        assert code == 1 and "disk full" in error and "same command" in error
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        code, output, _ = run(*command)
+        assert code == 0 and "done, 6 steps" in output
+        toy.train_here(tmp_path / "run", [toy.phase(corpus)])
+        assert toy.losses(disk / "run") == toy.losses(tmp_path / "run")
+        assert [row["step"] for row in read_metrics(disk / "run")] == [1, 2, 3, 4, 5, 6]
+        checkpoints = Checkpoints(disk / "run")
+        assert checkpoints.steps()[-1] == 6
+        checkpoints.close()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)

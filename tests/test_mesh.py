@@ -1,0 +1,59 @@
+"""The sharding table and what does not fit it."""
+
+import jax
+import numpy as np
+import pytest
+
+from slm_jax import mesh as mesh_lib
+from slm_jax.errors import UserError
+from slm_jax.mesh import MeshConfig
+from slm_jax.models import forward
+from slm_jax.models.config import SIZES
+
+
+def test_every_parameter_has_a_rule_and_big_ones_are_split():
+    shapes = forward.param_shapes(SIZES["tinyllama_1_1b"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        spec = mesh_lib.partition_spec(mesh_lib.path_name(path), len(leaf.shape))
+        if leaf.size > 1_000_000:
+            assert {"fsdp", "model"} <= set(spec), f"{mesh_lib.path_name(path)} is replicated"
+
+
+def test_a_parameter_without_a_rule_raises():
+    with pytest.raises(KeyError, match="add a line to slm_jax.mesh.RULES"):
+        mesh_lib.partition_spec("layers/mixer/kernel", 3)
+
+
+def test_mesh_that_does_not_fit_the_devices():
+    with pytest.raises(UserError, match=r"mesh data 3 x fsdp 1 x model 1 needs 3 devices, 8 are here"):
+        mesh_lib.make_mesh(MeshConfig(data=3), jax.devices())
+    with pytest.raises(UserError, match="one at most is -1"):
+        mesh_lib.make_mesh(MeshConfig(data=-1, fsdp=-1), jax.devices())
+
+
+def test_mesh_that_does_not_fit_the_model():
+    mesh = mesh_lib.make_mesh(MeshConfig(data=1, model=8), jax.devices())
+    shapes = forward.param_shapes(SIZES["tinyllama_1_1b"])
+    with pytest.raises(UserError, match=r"mesh axis model of 8 does not divide layers/attention/key/kernel"):
+        mesh_lib.tree_shardings(shapes, mesh)
+
+
+def test_batch_that_does_not_fit_the_mesh():
+    mesh = mesh_lib.make_mesh(MeshConfig(data=4, fsdp=2), jax.devices())
+    mesh_lib.check_batch(mesh, 16, 2)
+    with pytest.raises(UserError, match=r"batch of 24 rows does not split into 8 shards .* take a multiple of 16"):
+        mesh_lib.check_batch(mesh, 24, 2)
+
+
+def test_minus_one_takes_what_is_left():
+    assert dict(mesh_lib.make_mesh(MeshConfig(fsdp=2), jax.devices()).shape) == {"data": 4, "fsdp": 2, "model": 1}
+
+
+def test_batches_reach_the_devices_whole():
+    mesh = mesh_lib.make_mesh(MeshConfig(data=2, fsdp=2, model=2), jax.devices())
+    rows = mesh_lib.local_rows(mesh, 8)
+    assert rows.tolist() == list(range(8))
+    batch = {"x": np.arange(16).reshape(8, 2)}
+    placed = mesh_lib.to_devices(mesh, 8, rows, batch)
+    np.testing.assert_array_equal(mesh_lib.to_host(placed)["x"], batch["x"])
+    assert placed["x"].sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 2)

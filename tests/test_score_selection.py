@@ -1,0 +1,138 @@
+"""Selection: the paper's worked example, exact counts, ties, scopes, nothing excluded, no gradient through scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from slm_jax.errors import UserError
+from slm_jax.score.selection import Selection, kept_count, select, token_scores
+
+jit_select = jax.jit(select, static_argnums=0)
+COLUMN = "scores/reference/loss"
+FLOATS = st.floats(-50, 50, width=32) | st.sampled_from([0.0, -0.0, 1.0])
+
+
+def test_worked_check_of_the_paper():
+    """PAPERS §1.1: L = [2, .5, 3, 1], L_RM = [1, .6, 2.9, .2]; half of the tokens are 0 and 3, and the loss is 1.5."""
+    loss, reference = jnp.array([[2.0, 0.5, 3.0, 1.0]]), jnp.array([[1.0, 0.6, 2.9, 0.2]])
+    selection = Selection(ratio=0.5)
+    scores = token_scores(selection, loss, {COLUMN: reference}, jax.random.key(0))
+    np.testing.assert_allclose(scores, [[1.0, -0.1, 0.1, 0.8]], atol=1e-6)
+    chosen = select(selection, scores, jnp.ones((1, 4), bool))
+    assert chosen.tolist() == [[True, False, False, True]]
+    assert float(jnp.sum(loss * chosen) / jnp.sum(chosen)) == 1.5
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.data(),
+    st.sampled_from([(1, 1), (1, 8), (3, 11)]),  # few shapes: each is compiled once
+    st.sampled_from([0.0001, 0.1, 0.5, 0.6, 0.9999, 1.0]),
+    st.sampled_from(["batch", "sequence"]),
+)
+def test_exact_count_and_nothing_excluded(data, shape, ratio, scope):
+    """Any scores, any mask: exactly `kept_count` of the valid tokens of each group, none of the others, and no token
+    left out scores higher than one taken."""
+    scores = data.draw(hnp.arrays(np.float32, shape, elements=FLOATS))
+    valid = data.draw(hnp.arrays(bool, shape))
+    chosen = np.asarray(jit_select(Selection(ratio=ratio, scope=scope), scores, valid))
+    assert not (chosen & ~valid).any()
+    groups = [(scores, valid, chosen)] if scope == "batch" else list(zip(scores, valid, chosen, strict=True))
+    for group_scores, group_valid, group_chosen in groups:
+        count = int(group_valid.sum())
+        expected = min(count, max(1, int(np.floor(count * round(ratio * 10_000) / 10_000 + 0.5))))
+        assert group_chosen.sum() == expected
+        left_out = group_valid & ~group_chosen
+        if left_out.any() and group_chosen.any():
+            assert group_scores[left_out].max() <= group_scores[group_chosen].min()
+
+
+@settings(deadline=None, max_examples=50)
+@given(hnp.arrays(np.float32, 30, elements=st.sampled_from([-1.0, 0.0, 0.5, 2.0])), st.sampled_from([0.03, 0.5, 0.8]))
+def test_ties_go_to_the_lower_position(scores, ratio):
+    chosen = np.asarray(jit_select(Selection(ratio=ratio), scores[None], np.ones((1, 30), bool)))[0]
+    order = sorted(range(30), key=lambda i: (-scores[i], i))
+    assert sorted(order[: chosen.sum()]) == np.flatnonzero(chosen).tolist()
+
+
+@pytest.mark.parametrize(
+    "count, ratio, expected",
+    [(10, 0.6, 6), (5, 0.6, 3), (4, 0.5, 2), (5, 0.5, 3), (3, 0.1, 1), (0, 0.6, 0), (1, 0.6, 1), (7, 1.0, 7)]
+    + [(1_048_576, 0.6, 629_146), (2_000_000_000, 0.6, 1_200_000_000)],
+)
+def test_kept_count_is_exact(count, ratio, expected):
+    """0.6 * 5 is 3.0000000000000004 in floats: a ceiling would keep 4. And int32 must not overflow."""
+    assert int(kept_count(jnp.asarray(count, jnp.int32), ratio)) == expected
+
+
+def test_scopes_on_one_batch():
+    """Row 0 has all the high scores: the batch takes them, each sequence and each device its own share."""
+    scores = jnp.array([[9.0, 8, 7, 6], [1, 2, 3, 4], [0, 0, 5, 0], [0, 0, 0, 0.5]])
+    valid = jnp.ones((4, 4), bool)
+    rows = lambda scope: (  # noqa: E731
+        np.asarray(select(Selection(ratio=0.25, scope=scope), scores, valid, num_devices=2)).sum(axis=1).tolist()
+    )
+    assert rows("batch") == [4, 0, 0, 0]
+    assert rows("sequence") == [1, 1, 1, 1]
+    assert rows("device") == [2, 0, 1, 1]
+
+
+def test_ratio_is_of_the_valid_tokens():
+    """Padding and prompts count neither as kept nor as left out."""
+    valid = jnp.zeros((2, 50), bool).at[:, :10].set(True)
+    assert int(select(Selection(ratio=0.6), jnp.zeros((2, 50)), valid).sum()) == 12
+
+
+def test_low_losses_of_the_reference_come_first():
+    loss, reference = jnp.array([[1.0, 1, 1, 1]]), jnp.array([[4.0, 1, 3, 2]])
+    columns = {COLUMN: reference, "scores/reference/entropy": reference}
+    for score in ("reference", "entropy"):
+        selection = Selection(score=score, ratio=0.5)
+        scores = token_scores(selection, loss, columns, jax.random.key(0))
+        assert select(selection, scores, jnp.ones((1, 4), bool)).tolist() == [[False, True, False, True]]
+
+
+def test_high_own_losses_come_first():
+    selection = Selection(score="loss", ratio=0.5)
+    scores = token_scores(selection, jnp.array([[4.0, 1, 3, 2]]), {}, jax.random.key(0))
+    assert select(selection, scores, jnp.ones((1, 4), bool)).tolist() == [[True, False, True, False]]
+    assert selection.columns() == ()
+
+
+def test_random_depends_on_the_key_alone():
+    selection = Selection(score="random", ratio=0.5)
+    draw = lambda seed: token_scores(selection, jnp.zeros((4, 100)), {}, jax.random.key(seed))  # noqa: E731
+    assert (draw(1) == draw(1)).all()
+    assert (draw(1) != draw(2)).any()
+    assert int(select(selection, draw(1), jnp.ones((4, 100), bool)).sum()) == 200
+
+
+def test_threshold():
+    selection = Selection(threshold=0.5)
+    valid = jnp.array([[True, True, True, False]])
+    assert select(selection, jnp.array([[0.5, 0.6, -1, 3]]), valid).tolist() == [[False, True, False, False]]
+
+
+def test_no_gradient_flows_through_scores():
+    reference = jnp.array([[1.0, 0.6, 2.9, 0.2]])
+    score = lambda loss: token_scores(Selection(), loss, {COLUMN: reference}, jax.random.key(0)).sum()  # noqa: E731
+    assert (jax.grad(score)(jnp.ones((1, 4))) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "settings_, message",
+    [
+        ({"ratio": 0.0}, r"ratio 0.0 is outside \(0, 1\]"),
+        ({"ratio": 1.5}, r"ratio 1.5 is outside \(0, 1\]"),
+        ({"ratio": 60.0}, r"0.6 keeps 60 %"),
+        ({"score": "exces"}, "known are excess, loss, reference, entropy, random"),
+        ({"scope": "global"}, "known are batch, sequence, device"),
+    ],
+)
+def test_wrong_settings_are_refused(settings_, message):
+    with pytest.raises(UserError, match=message):
+        Selection(**settings_)

@@ -1,0 +1,435 @@
+"""The stage `train`: exact resume after any kill, phases, refusals, and what a checkpoint survives."""
+
+import dataclasses
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from slm_jax import checkpoint, config
+from slm_jax import mesh as mesh_lib
+from slm_jax.checkpoint import Checkpoints, restore_params
+from slm_jax.data.batches import Batch
+from slm_jax.data.corpus import Corpus
+from slm_jax.evaluate.perplexity import HeldOut
+from slm_jax.mesh import MeshConfig
+from slm_jax.metrics import read_metrics
+from slm_jax.score.reference import load_model
+from slm_jax.score.selection import Selection
+from slm_jax.train.loop import train
+from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from slm_jax.train.phases import Plan
+from slm_jax.train.schedules import Schedule, learning_rate
+from slm_jax.train.state import TrainState, state_shapes
+
+RANDOM_HALF = Selection(score="random", ratio=0.5)
+
+
+def mesh(**axes: int):
+    """A mesh on as many devices as the axes name; one by default."""
+    config = MeshConfig(**{"data": 1, **axes})
+    return mesh_lib.make_mesh(config, jax.devices()[: config.data * config.fsdp * config.model])
+
+
+def shapes(devices=None) -> TrainState:
+    return state_shapes(toy.MODEL, make_optimizer(OptimizerConfig()), devices or mesh())
+
+
+def saved(run_dir: Path, devices=None) -> tuple[TrainState, dict]:
+    """The last checkpoint as numpy, and what it says of itself."""
+    wanted, checkpoints = shapes(devices), Checkpoints(run_dir)
+    restored = checkpoints.restore(wanted.params, {"opt_state": wanted.opt_state, "step": wanted.step})
+    checkpoints.close()
+    assert restored is not None
+    params, rest, about = restored
+    return jax.tree.map(np.asarray, TrainState(rest["step"], params, rest["opt_state"])), about
+
+
+def parameters(run_dir: Path, step: int):
+    return jax.tree.map(np.asarray, restore_params(run_dir, shapes().params, step))
+
+
+def assert_equal(tree, other) -> None:
+    """To the bit."""
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def rows_without_time(run_dir: Path) -> list[dict]:
+    return [{name: x for name, x in row.items() if name != "tokens_per_second"} for row in read_metrics(run_dir)]
+
+
+def last_step(run_dir: Path) -> int:
+    return max((row["step"] for row in read_metrics(run_dir)), default=0)
+
+
+def test_killed_at_random_steps_and_terminated_it_ends_the_same_to_the_bit(corpus, tmp_path):
+    """Two kills, each at a random step after the one before (so within, before or after a save), and a SIGTERM; the
+    mixture, the random selection, the schedule, the counters and the evaluations all have to come back."""
+    other = toy.write_corpus(tmp_path / "other", seed=1, sources=("b", "c"))
+    common = (
+        *toy.MODEL_SETTINGS,
+        "--gin.Phase.mixture=[@one/Draw(), @two/Draw()]",
+        *(f"--gin.{name}/Draw.corpus={c.path!r}" for name, c in (("one", corpus), ("two", other))),
+        "--gin.two/Draw.share=0.5",
+        "--gin.Phase.selection=@Selection()",
+        "--gin.train.evaluators=[@HeldOut()]",
+        *toy.settings(
+            Selection={"score": "random"},
+            Draw={"epochs": 100},
+            Phase={"steps": 60, "batch_rows": 8},
+            Schedule={"peak": 1e-2},
+            HeldOut={"name": "held", "corpus": other.path, "rows": 16, "batch_rows": 8},
+            train={"checkpoint_every": 5, "evaluate_every": 10},
+        ),
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+
+    def start(run_dir: Path) -> toy.Command:
+        return toy.Command(tmp_path / "log", "train", *common, *toy.settings(train={"run_dir": str(run_dir)}))
+
+    code, output = start(whole).finish()
+    assert code == 0, output
+    rng, step = random.Random(), 0
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+        step = last_step(broken) + rng.randint(1, 12)
+        code, output = start(broken).when(lambda step=step: last_step(broken) >= step, number)
+        assert code == (0 if number == signal.SIGTERM else -signal.SIGKILL), output
+        assert last_step(broken) < 60, f"the run was over before step {step} was noticed"
+    assert "terminated at step" in output and f"step {last_step(broken)}, saved" in output
+    assert not (broken / "summary.json").exists()
+    code, output = start(broken).finish()
+    assert code == 0, output
+    assert "from step 0" not in output
+
+    assert_equal(saved(broken)[0], saved(whole)[0])
+    rows = rows_without_time(broken)
+    assert rows == rows_without_time(whole)
+    assert [step for step, _ in toy.losses(broken)] == list(range(1, 61))
+    assert [row["step"] for row in rows if "held/loss" in row] == list(range(0, 61, 10))
+    counters = [json.loads((run / "summary.json").read_text()) for run in (broken, whole)]
+    assert counters[0]["tokens_seen"] == counters[1]["tokens_seen"] == rows[-2]["tokens_seen"]
+    assert counters[0]["tokens_trained"] == counters[1]["tokens_trained"] < counters[1]["tokens_seen"]
+
+
+def test_training_scoring_and_evaluation_import_no_tensorflow(corpus_copy, tmp_path):
+    program = """
+import sys
+from slm_jax.__main__ import main
+stages, step = sys.argv[1:], []
+while stages:
+    end = stages.index("--")
+    assert main(stages[:end]) == 0
+    stages = stages[end + 1:]
+loaded = {"tensorflow", "seqio", "tensorflow_datasets"} & set(sys.modules)
+sys.exit(f"imported: {loaded}" if loaded else 0)
+"""
+    run, held = str(tmp_path / "run"), {"name": "held", "corpus": corpus_copy.path, "batch_rows": 8}
+    command = [
+        *("train", *toy.MODEL_SETTINGS),
+        *toy.settings(train={"run_dir": run}, Phase={"steps": 2, "batch_rows": 8}, Draw={"corpus": corpus_copy.path}),
+        *("--", "score", *toy.settings(score={"corpus": corpus_copy.path, "reference": run}), "--"),
+        *("evaluate", *toy.settings(evaluate={"run": run}, HeldOut=held), "--"),
+    ]
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "held/loss" in json.loads((tmp_path / "run" / "evaluate" / "2.json").read_text())["results"]
+
+
+def test_a_checkpoint_of_eight_devices_continues_on_one(corpus, tmp_path):
+    """Parameters and moments are the same numbers on either mesh, and so is what follows."""
+    axes = {"data": 2, "fsdp": 2, "model": 2}
+    sharded = train(
+        str(tmp_path / "eight"), toy.MODEL, [toy.phase(corpus, steps=3)], toy.SCHEDULE, mesh=MeshConfig(**axes)
+    )
+    assert sharded["steps"] == 3
+    assert_equal(saved(tmp_path / "eight", mesh(**axes))[0], saved(tmp_path / "eight")[0])
+    fingerprints = {load_model(str(tmp_path / "eight"), devices).fingerprint for devices in (mesh(**axes), mesh())}
+    assert len(fingerprints) == 1
+
+    toy.train_here(tmp_path / "one", [toy.phase(corpus)])
+    toy.train_here(tmp_path / "eight", [toy.phase(corpus)])
+    (steps, ours), (_, expected) = (np.array(toy.losses(tmp_path / run)).T for run in ("eight", "one"))
+    assert steps.tolist() == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_batches_do_not_depend_on_the_number_of_hosts(corpus, tmp_path, hosts):
+    other = toy.write_corpus(tmp_path / "other", seed=1, sources=("b", "c"))
+    plan = Plan([toy.phase(corpus, other), toy.phase(other, batch_rows=16)], seed=3)
+    for step in (7, 0, 5):  # in any order, across the phase boundary
+        whole = plan.batch(step)
+        shares = np.split(np.arange(len(whole.tokens)), hosts)
+        parts = [plan.batch(step, rows) for rows in shares]
+        assert_equal(
+            Batch(*(np.concatenate(column) for column in zip(*(p[:5] for p in parts), strict=True)), {}), whole
+        )
+    assert not np.array_equal(plan.batch(0).tokens, plan.batch(1).tokens)
+
+
+def test_evaluation_changes_nothing(corpus, tmp_path):
+    held = HeldOut("held", corpus.path, rows=20, batch_rows=8, keep_tokens=True)
+    toy.train_here(tmp_path / "with", [toy.phase(corpus)], evaluators=[held], evaluate_every=2)
+    toy.train_here(tmp_path / "without", [toy.phase(corpus)])
+    assert toy.losses(tmp_path / "with") == toy.losses(tmp_path / "without")
+    assert_equal(saved(tmp_path / "with")[0], saved(tmp_path / "without")[0])
+    traces = sorted((tmp_path / "with" / "token_losses" / "held").glob("*.npy"))
+    assert [int(path.stem) for path in traces] == [0, 2, 4, 6]
+    tokens = np.load(traces[-1])
+    assert tokens.shape == (20, toy.ROW_LENGTH)
+    evaluated = [row for row in read_metrics(tmp_path / "with") if "held/loss" in row]
+    np.testing.assert_allclose(np.nanmean(tokens), evaluated[-1]["held/loss"], rtol=1e-6)
+    assert evaluated[-1]["held/loss"] < evaluated[0]["held/loss"]
+
+
+def two_phases(corpus: Corpus, other: Corpus):
+    return [toy.phase(corpus, steps=3), toy.phase(other, steps=3, selection=RANDOM_HALF, reset_optimizer=True)]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Corpus:
+    return toy.write_corpus(tmp_path_factory.mktemp("other") / "corpus", seed=1, sources=("b", "c"))
+
+
+def test_two_phases_under_one_schedule(corpus, other, tmp_path):
+    """The second phase has its own corpus and objective and forgets the moments, not the learning rate; started at
+    the boundary's checkpoint it is the same again."""
+    schedule = Schedule(peak=1e-2, warmup=2.0)
+    toy.train_here(tmp_path / "run", two_phases(corpus, other), schedule=schedule)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    rate = learning_rate(schedule, 6)
+    np.testing.assert_allclose([row["learning_rate"] for row in rows], [rate(t) for t in range(1, 7)], rtol=1e-6)
+    assert [row["phase"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert (
+        [row["loss/a"] is None for row in rows]
+        == [row["loss/c"] is not None for row in rows]
+        == [False] * 3 + [True] * 3
+    )
+    assert all("selected_share" not in row for row in rows[:3])
+    assert all(abs(row["selected_share"] - 0.5) < 0.01 for row in rows[3:])
+    state, _ = saved(tmp_path / "run")
+    assert [int(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0] == [3]  # Adam's count
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    toy.train_here(tmp_path / "run", two_phases(corpus, other), schedule=schedule)
+    assert toy.losses(tmp_path / "run") == [(row["step"], row["loss"]) for row in rows]
+    assert_equal(saved(tmp_path / "run")[0], state)
+
+
+def poisoned(reference: Path, path: Path, token: int) -> str:
+    """A run directory whose model has not a number for one token."""
+    params = load_model(str(reference), mesh()).params
+    params["embed"]["embedding"] = params["embed"]["embedding"].at[token].set(np.nan)
+    checkpoints = Checkpoints(path)
+    about = config.to_json(checkpoint.read_about(reference))
+    checkpoints.save(1, params, {"step": np.int32(1)}, about)
+    checkpoints.close()
+    return str(path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_source(corpus, reference, tmp_path):
+    other = toy.write_corpus(tmp_path / "other", seed=1, sources=("tainted",), words=["QQ"])
+    initial = poisoned(reference, tmp_path / "poisoned", token=3 + ord("Q"))
+    phases = [toy.phase(corpus, steps=2), toy.phase(corpus, other, steps=2)]
+    with pytest.raises(FloatingPointError, match=r"step 3: the loss is not finite, in source tainted \(\d+ tokens\);"):
+        toy.train_here(tmp_path / "run", phases, initial=initial, checkpoint_every=1)
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.steps()[-1] == 2  # not of the step that failed
+    checkpoints.close()
+    assert [step for step, _ in toy.losses(tmp_path / "run")] == [1, 2]
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(corpus, tmp_path):
+    """A rate that throws the parameters to 1e30: the next step must not be taken for training."""
+    with pytest.raises(FloatingPointError, match=r"step 2: the (loss|gradient) is not finite.*lower Schedule.peak"):
+        toy.train_here(tmp_path / "run", [toy.phase(corpus)], schedule=Schedule(peak=1e30, kind="constant", warmup=0.0))
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.steps() == [0]
+    checkpoints.close()
+
+
+def add_column(corpus: Corpus, not_finite: int) -> None:
+    """A column `reference` with random losses, of which `not_finite` valid ones are NaN or infinite."""
+    valid = corpus.read(np.arange(corpus.num_rows), ["loss_mask"])["loss_mask"]
+    valid[:, 0] = False
+    loss = np.random.default_rng(0).uniform(0, 9, valid.shape).astype(np.float32)
+    places = np.argwhere(valid)
+    for i, place in enumerate(places[np.random.default_rng(1).permutation(len(places))[:not_finite]]):
+        loss[tuple(place)] = (np.nan, np.inf, -np.inf)[i % 3]
+    corpus.create_score("reference", reference={"fingerprint": "another"}).write(0, {"loss": loss})
+
+
+def test_scores_that_are_no_numbers_are_counted_and_limited(corpus_copy, tmp_path):
+    """12 steps of 8 rows read every row once, so every such score once; they never train."""
+    add_column(corpus_copy, not_finite=30)
+    everything = [toy.phase(corpus_copy, steps=12, selection=Selection(ratio=1.0))]
+    toy.train_here(tmp_path / "run", everything, max_unusable=0.5)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert sum(row["unusable_scores"] for row in rows) == 30
+    assert rows[-1]["tokens_seen"] - rows[-1]["tokens_trained"] == 30
+    message = toy.refusal(toy.train_here, tmp_path / "strict", everything, max_unusable=0.0)
+    assert "tokens have a score that is not finite" in message and "train.max_unusable (now 0.0)" in message
+
+
+def test_a_column_that_is_missing_half_finished_or_lacks_what_is_needed(corpus_copy, tmp_path):
+    def message(selection: Selection) -> str:
+        return toy.refusal(toy.train_here, tmp_path / "run", [toy.phase(corpus_copy, selection=selection)])
+
+    assert "has no score 'reference' (it has none)" in message(Selection())
+    column = corpus_copy.create_score("reference", reference={"fingerprint": "another"})
+    assert "is half finished (0 of 96 rows)" in message(Selection())
+    column.write(0, {"loss": np.zeros((96, toy.ROW_LENGTH), np.float32)})
+    assert "has loss but the phase needs entropy" in message(Selection(score="entropy"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_of_another_run_is_refused(corpus, reference, tmp_path, capsys):
+    run = shutil.copytree(reference, tmp_path / "run")
+    again = {"seed": 100, "checkpoint_every": 3}
+
+    def message(phases=None, **changed) -> str:
+        return toy.refusal(toy.train_here, run, phases or [toy.phase(corpus)], **{**again, **changed})
+
+    assert "model has num_layers = 2, this one has 3: choose another train.run_dir" in message(
+        model=dataclasses.replace(toy.MODEL, num_layers=3)
+    )
+    assert "a run of seed 100, this one has 7" in message(seed=7)
+    manifest = tmp_path / "corpus" / "manifest.json"
+    copy = Corpus.open(shutil.copytree(corpus.path, tmp_path / "corpus"))
+    vocabulary = json.loads(manifest.read_text())
+    vocabulary["vocabulary"]["content_hash"] = "0123456789abcdef"
+    manifest.write_text(json.dumps(vocabulary))
+    assert "vocabulary" in message([toy.phase(copy)])
+    # What may change is used, and said.
+    before = toy.losses(run)
+    capsys.readouterr()
+    toy.train_here(run, [toy.phase(corpus, steps=8)], **again)
+    assert "phases differs from that of the earlier start" in capsys.readouterr().out
+    assert toy.losses(run)[:6] == before and toy.losses(run)[-1][0] == 8
+
+
+def test_a_corpus_that_changed_under_the_run_is_refused(tmp_path):
+    path = tmp_path / "corpus"
+    toy.train_here(tmp_path / "run", [toy.phase(toy.write_corpus(path))])
+    shutil.rmtree(path)
+    changed = toy.write_corpus(path, seed=5)
+    message = toy.refusal(toy.train_here, tmp_path / "run", [toy.phase(changed)])
+    assert f"corpus {path} changed since" in message and changed.fingerprint[:12] in message
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_all(step: Path) -> None:
+    for path in step.rglob("*"):
+        if path.is_file():
+            halve(path)
+
+
+DAMAGES = {
+    "every file cut": cut_all,
+    "parameters gone": lambda step: shutil.rmtree(step / "params"),
+    "moments gone": lambda step: shutil.rmtree(step / "rest"),
+    "about cut": lambda step: [halve(path) for path in (step / "about").iterdir()],
+    "arrays cut": lambda step: [halve(path) for path in (step / "params").rglob("d/*")],
+    "empty": lambda step: [shutil.rmtree(path) for path in step.iterdir() if path.is_dir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_cut_off_is_set_aside_and_the_one_before_is_used(damage, reference, tmp_path, capsys):
+    run = shutil.copytree(reference, tmp_path / "run")
+    for _ in range(2):  # the second time finds the first one's remains
+        DAMAGES[damage](run / "checkpoints" / "6")
+        state, about = saved(run)
+        assert state.step == 3
+        assert about["counters"]["tokens_seen"] > 0
+        assert "checkpoint 6 in" in capsys.readouterr().out
+        shutil.rmtree(run / "checkpoints" / "6", ignore_errors=True)
+        shutil.copytree(reference / "checkpoints" / "6", run / "checkpoints" / "6")
+    assert saved(run)[0].step == 6
+
+
+def test_after_a_damaged_checkpoint_the_run_ends_the_same(corpus, reference, tmp_path, capsys):
+    run = shutil.copytree(reference, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "6" / "params")
+    toy.train_here(run, [toy.phase(corpus)], seed=100, checkpoint_every=3)
+    output = capsys.readouterr().out
+    assert "checkpoint 6 in" in output and "the one before (3) is used" in output and "from step 3" in output
+    assert_equal(saved(run)[0], saved(reference)[0])
+    assert rows_without_time(run) == rows_without_time(reference)
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_started_anew(corpus, reference, tmp_path):
+    """Not at the second try either: what may be saved by hand must not be overwritten."""
+    run = shutil.copytree(reference, tmp_path / "run")
+    for step in (3, 6):
+        shutil.rmtree(run / "checkpoints" / str(step) / "params")
+    for _ in range(2):
+        message = toy.refusal(toy.train_here, run, [toy.phase(corpus)], seed=100)
+        assert "can be read" in message and "start again" in message
+    assert read_metrics(run) == read_metrics(reference)
+
+
+def test_starting_from_another_run(corpus, reference, tmp_path):
+    start = {"initial": str(reference), "checkpoint_every": 2}
+    toy.train_here(tmp_path / "last", [toy.phase(corpus, steps=2)], **start)
+    toy.train_here(tmp_path / "third", [toy.phase(corpus, steps=2)], **start, initial_step=3)
+    for run, step in (("last", 6), ("third", 3)):
+        path = tmp_path / run
+        first = restore_params(path, shapes().params, 0)
+        assert_equal(
+            jax.tree.map(np.asarray, first), jax.tree.map(np.asarray, restore_params(reference, shapes().params, step))
+        )
+    assert toy.losses(tmp_path / "last")[0][1] < toy.losses(tmp_path / "third")[0][1] < toy.losses(reference)[0][1]
+
+    def message(**changed) -> str:
+        return toy.refusal(toy.train_here, tmp_path / "new", [toy.phase(corpus)], **{**start, **changed})
+
+    assert "has mlp_dim = 64, the run's model 32" in message(model=dataclasses.replace(toy.MODEL, mlp_dim=32))
+    assert "has no checkpoint of step 5: it has 3, 6" in message(initial_step=5)
+    assert "holds no checkpoints" in message(initial=str(tmp_path))
+
+
+def test_the_initial_models_vocabulary_must_be_the_corpus(corpus_copy, reference, tmp_path):
+    path = Path(corpus_copy.path) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["vocabulary"]["content_hash"] = "0123456789abcdef"
+    path.write_text(json.dumps(manifest))
+    message = toy.refusal(
+        toy.train_here, tmp_path / "new", [toy.phase(Corpus.open(corpus_copy.path))], initial=str(reference)
+    )
+    assert "different vocabularies" in message
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"mesh": MeshConfig(data=3)}, "needs 3 devices, 1 are here"),
+        ({"mesh": MeshConfig(data=-1, fsdp=-1)}, "one at most is -1"),
+        ({"micro_batches": 3}, "a batch of 8 rows does not split into 1 shards (data x fsdp) of 3 micro-batches"),
+        ({"model": dataclasses.replace(toy.MODEL, max_length=8)}, "have 16 tokens, the model reads 8"),
+        ({"model": dataclasses.replace(toy.MODEL, vocab_size=100)}, "has 259 ids, the model embeds 100"),
+        ({"schedule": Schedule(warmup=6.0)}, "Schedule.warmup takes 6 steps, the run has 6"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(changed, message, corpus, tmp_path):
+    assert message in toy.refusal(toy.train_here, tmp_path / "run", [toy.phase(corpus)], **changed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_rows_than_there_are(corpus, tmp_path):
+    few = dataclasses.replace(toy.phase(corpus, steps=13).mixture[0], epochs=1.0)
+    phase = dataclasses.replace(toy.phase(corpus, steps=13), mixture=[few])
+    message = toy.refusal(toy.train_here, tmp_path / "run", [phase])
+    assert "draws 104 rows from corpus" in message and "which has 96" in message and "Draw.epochs = 2" in message

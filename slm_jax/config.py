@@ -42,13 +42,13 @@ def load(files: Sequence[str] = (), bindings: Sequence[str] = ()) -> None:
             gin.add_config_file_search_path(str(directory))
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)
-    except (ValueError, SyntaxError, OSError) as error:
-        raise UserError(_explain(str(error))) from error
+    except (ValueError, SyntaxError, OSError, ImportError) as error:
+        raise UserError(_explain(error)) from error
 
 
-def _explain(text: str) -> str:
+def _explain(error: Exception) -> str:
     """One line for a gin error, with the nearest known name where a name is unknown."""
-    known = surface()
+    known, text = surface(), str(error)
     where = " ".join(line.strip() for line in text.splitlines()[1:3])
     unknown = re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text)
     parameter = re.search(r"Configurable '([\w.]+)' doesn't (?:have a parameter named|include kwarg) '(\w+)'", text)
@@ -59,7 +59,7 @@ def _explain(text: str) -> str:
         configurable = parameter[1].split(".")[-1]
         nearest = _nearest(parameter[2], known.get(configurable, {}))
         return f"unknown gin name '{configurable}.{parameter[2]}'{nearest} ({where})"
-    if "parse" in text or "malformed" in text:
+    if isinstance(error, SyntaxError) or "parse" in text or "malformed" in text:
         return (
             f"gin cannot read a value: {' '.join(text.split())}; values are Python literals, and a string keeps its "
             "quotes inside the shell's: --gin.train.run_dir=\"'runs/mine'\""

@@ -5,11 +5,13 @@ for the session, also for other workers and for the processes that tests start. 
 backend starts; workers and children inherit it.
 """
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -57,3 +59,20 @@ def shell() -> Iterator[toy.Shell]:
     shell = toy.Shell()
     yield shell
     shell.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew instead of comparing")
+
+
+@pytest.fixture
+def golden(request) -> Callable[[str, Any], Any]:
+    """golden(name, now): the JSON value kept as tests/golden/NAME.json; `now` becomes it when asked for."""
+
+    def kept(name: str, now: Any) -> Any:
+        path = Path(__file__).parent / "golden" / f"{name}.json"
+        if request.config.getoption("--update-golden"):
+            path.write_text(json.dumps(now, indent=2) + "\n")
+        return json.loads(path.read_text())
+
+    return kept

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -180,4 +179,4 @@ def test_a_reference_that_is_the_model_itself_is_refused(scored, reference, tmp_
     toy.train_here(tmp_path / "run", phases, **start, allow_equal_reference=True)
     assert len(read_metrics(tmp_path / "run")) == 2
     toy.train_here(tmp_path / "third", phases, initial=str(reference), initial_step=3)  # another model of that run
-    assert jax.tree.leaves(read_metrics(tmp_path / "third"))
+    assert len(read_metrics(tmp_path / "third")) == 2

@@ -131,9 +131,9 @@ _processes.set_forkserver_preload(["slm_jax.__main__", "slm_jax.train.loop", "sl
 class Command:
     """`slm-jax ARGUMENTS` in a process of its own, forked from one that has the imports behind it but no device."""
 
-    def __init__(self, log: Path, *arguments: str):
+    def __init__(self, log: Path, *arguments: str, folder: Path | None = None):
         self.log = log
-        self._process = _processes.Process(target=_run_logged, args=(str(log), arguments))
+        self._process = _processes.Process(target=_run_logged, args=(str(log), arguments, str(folder or log.parent)))
         self._process.start()
 
     def finish(self) -> tuple[int, str]:
@@ -151,7 +151,8 @@ class Command:
         return self.finish()
 
 
-def _run_logged(log: str, arguments: Sequence[str]) -> None:
+def _run_logged(log: str, arguments: Sequence[str], folder: str) -> None:
+    os.chdir(folder)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -1,0 +1,108 @@
+"""The configuration surface is frozen, what a recipe names exists, and later settings win."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import gin
+import pytest
+import toy
+
+from slm_jax import config
+from slm_jax.__main__ import STAGES
+
+RECIPES = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def every_stage():
+    """All that gin may bind is registered; what a test bound is gone after it."""
+    for module in STAGES.values():
+        importlib.import_module(module)
+    yield
+    gin.clear_config()
+
+
+def test_the_configuration_surface_is_frozen(golden):
+    """A new setting, or another default, is a decision: each is one more thing to know and to keep."""
+    surface = json.loads(json.dumps(config.surface()))
+    frozen = golden("gin_surface", surface)
+    changed = [
+        f"{owner}.{name}: {frozen.get(owner, {}).get(name, 'not there')} -> {surface.get(owner, {}).get(name, 'gone')}"
+        for owner in sorted(surface | frozen)
+        for name in sorted(surface.get(owner, {}) | frozen.get(owner, {}))
+        if surface.get(owner, {}).get(name) != frozen.get(owner, {}).get(name)
+    ]
+    assert not changed, (
+        "The settings that gin may bind are not those of tests/golden/gin_surface.json:\n  "
+        + "\n  ".join(changed)
+        + "\n"
+        "If that was not the intention, undo it: saved config.gin files and commands of users break. If a setting is "
+        "meant to come, go or change its default, say so in CHANGELOG.md and write the new surface with\n"
+        "  python -m pytest tests/test_config.py --update-golden"
+    )
+
+
+def test_every_configurable_is_frozen_with_its_required_settings_marked():
+    surface = config.surface()
+    assert set(STAGES) <= set(surface)
+    assert surface["train"]["run_dir"] == surface["Phase"]["steps"] == "(required)"
+    assert surface["train"]["seed"] == "0" and "num_layers" in surface["model"]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.gin")), ids=lambda path: "/".join(path.parts[-2:]))
+def test_recipes_name_what_exists(path, monkeypatch, tmp_path):
+    """From any working directory; and every one opens with what it is, and how to run it unless it is included."""
+    monkeypatch.chdir(tmp_path)
+    config.load([str(path)])
+    first, *_ = path.read_text().splitlines()
+    assert first.startswith("# ")
+    if path.name != "common.gin":
+        stage = first.removeprefix("# slm-jax ").split()[0]
+        assert stage in STAGES and first.endswith(f"--gin_file={path.relative_to(RECIPES.parent)}")
+
+
+def test_the_later_wins(tmp_path):
+    (tmp_path / "one.gin").write_text("train.seed = 1\ntrain.log_every = 1\n")
+    (tmp_path / "two.gin").write_text("include 'one.gin'\ntrain.seed = 2\n")
+    files = [str(tmp_path / "two.gin")]
+    config.load(files, ["train.log_every=5"])
+    assert gin.query_parameter("train.seed") == 2 and gin.query_parameter("train.log_every") == 5
+    config.load([])  # nothing stays of what was loaded before
+    with pytest.raises(ValueError):
+        gin.query_parameter("train.seed")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("train.seed = ", "gin cannot read a value"),
+        ("train.phases = [@Phase(), @Draw(]", "gin cannot read a value"),
+        ("include 'nowhere.gin'", "nowhere.gin"),
+        ("train.seeds = 1", "unknown gin name 'train.seeds': did you mean 'seed'?"),
+        ("import nothing_of_that_name", "nothing_of_that_name"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(text, message, tmp_path):
+    (tmp_path / "a.gin").write_text("train.log_every = 1\n" + text + "\n")
+    line = toy.refusal(config.load, [str(tmp_path / "a.gin")])
+    assert message in line and ("a.gin" in line or "nowhere.gin" in line)
+
+
+def test_json_is_whole_or_not_there(tmp_path, monkeypatch):
+    @dataclasses.dataclass
+    class Point:
+        x: int
+        where: Path
+
+    config.write_json(tmp_path / "deep" / "a.json", {"points": (Point(1, Path("p")),), 2: None})
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"points": [{"x": 1, "where": "p"}], "2": None}
+
+    def lost(*_) -> None:
+        raise OSError("the machine went down")
+
+    monkeypatch.setattr(config.os, "replace", lost)
+    with pytest.raises(OSError):
+        config.write_json(tmp_path / "deep" / "a.json", [])
+    assert json.loads((tmp_path / "deep" / "a.json").read_text())["2"] is None

@@ -24,6 +24,9 @@ import gin
 from slm_jax.errors import UserError
 
 RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+# gin would look for includes in Python packages too: it says of each "Path not found", and fails where the folder
+# `configs` can be imported.
+del gin.config._FILE_READERS[1:]
 
 
 def load(files: Sequence[str] = (), bindings: Sequence[str] = ()) -> None:

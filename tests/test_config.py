@@ -52,10 +52,13 @@ def test_every_configurable_is_frozen_with_its_required_settings_marked():
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.gin")), ids=lambda path: "/".join(path.parts[-2:]))
-def test_recipes_name_what_exists(path, monkeypatch, tmp_path):
-    """From any working directory; and every one opens with what it is, and how to run it unless it is included."""
+def test_recipes_name_what_exists(path, monkeypatch, tmp_path, caplog):
+    """From any working directory, and where `configs` looks like a package; every one opens with what it is, and how
+    to run it unless it is included."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(RECIPES.parent)
     config.load([str(path)])
+    assert not caplog.text
     first, *_ = path.read_text().splitlines()
     assert first.startswith("# ")
     if path.name != "common.gin":

@@ -18,7 +18,6 @@ SCRATCH = (
     *("reference", "score", "score_clean", "causal", "selective", "random", "selective_short"),
     *("mixed_causal", "mixed_selective"),
 )
-CONTINUAL = ("continual_causal", "continual_selective", "continual_random")
 MEASURES = ("target_loss", "target_bits_per_byte", "general_loss")
 
 
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", default=None)
     arguments = parser.parse_args()
-    for stages in (SCRATCH, (*SCRATCH, *CONTINUAL)):
+    for stages in (SCRATCH, ()):  # all seeds from scratch first, then the rest of the recipe: the continual runs
         for seed in arguments.seeds:
             demo(recipe="math_web", data=arguments.data, stages=stages, seed=seed)
     root = Path("runs/math_web")

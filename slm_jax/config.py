@@ -26,7 +26,7 @@ from slm_jax.errors import UserError
 RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 # gin would look for includes in Python packages too: it says of each "Path not found", and fails where the folder
 # `configs` can be imported.
-del gin.config._FILE_READERS[1:]
+del gin.config._FILE_READERS[1:]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def load(files: Sequence[str] = (), bindings: Sequence[str] = ()) -> None:
@@ -38,6 +38,7 @@ def load(files: Sequence[str] = (), bindings: Sequence[str] = ()) -> None:
       UserError: a file is missing, a line does not parse, or a name is unknown.
     """
     gin.clear_config()
+    _command_line[:] = [binding.split("=")[0].strip() for binding in bindings]
     for file in files:
         if not os.path.isfile(file):
             raise UserError(f"gin file {file} does not exist: check --gin_file")
@@ -104,6 +105,36 @@ def describe(stage: str, stages: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
+def as_list(value: Any, kind: type, name: str) -> list[Any]:
+    """The items of a setting that takes several.
+
+    Raises:
+      UserError: something else than a sequence of `kind`; most often one `@Phase()` without its brackets.
+    """
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, kind) for item in value):
+        raise UserError(f"{name} takes a list: [@{kind.__name__}()]; it was given {value!r}")
+    return list(value)
+
+
+def at_least(minimum: int, **settings: int) -> None:
+    """Refuses whole-number settings that are something else or below `minimum`."""
+    for name, value in settings.items():
+        if not isinstance(value, int) or value < minimum:
+            raise UserError(f"{name} is {value!r}: it takes a whole number from {minimum} on")
+
+
+def print_unused() -> None:
+    """Says which settings of the command line nothing has read; call it once a stage has built its settings."""
+    used = {line.split(" = ")[0] for line in gin.operative_config_str().splitlines() if " = " in line}
+    used = {re.sub(r"^(.*/)?(\w+\.)*(\w+\.\w+)$", r"\3", name) for name in used}
+    for name in _command_line:
+        if re.sub(r"^.*/", "", name) not in used:
+            print(f"setting {name} is not used by what this stage was told to do", flush=True)
+
+
+_command_line: list[str] = []  # names bound by `--gin.NAME=VALUE` of this process
+
+
 def to_json(value: Any) -> Any:
     """Dataclasses, tuples and paths as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -123,13 +154,15 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
     return {
         "versions": versions,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "command": sys.argv,
         "platform": platform.platform(),
     }

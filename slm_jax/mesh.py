@@ -66,12 +66,12 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(mesh: Mesh, batch_rows: int, micro_batches: int = 1) -> None:
+def check_batch(mesh: Mesh, batch_rows: int, what: str, micro_batches: int = 1) -> None:
     """Refuses a batch that the mesh cannot split evenly."""
     pieces = batch_shards(mesh) * micro_batches
-    if batch_rows % pieces:
+    if batch_rows < 1 or batch_rows % pieces:
         raise UserError(
-            f"a batch of {batch_rows} rows does not split into {batch_shards(mesh)} shards (data x fsdp) of "
+            f"{what}: a batch of {batch_rows} rows does not split into {batch_shards(mesh)} shards (data x fsdp) of "
             f"{micro_batches} micro-batches: take a multiple of {pieces}"
         )
 

@@ -70,6 +70,11 @@ def test_original_order():
     assert rows.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
+def test_a_share_that_would_never_be_drawn_is_refused():
+    with pytest.raises(UserError, match="the smallest is under 1 in 1000 of all"):
+        pattern([1, 0.0004])
+
+
 @pytest.mark.parametrize("wrong", [{"order": "sorted"}, {"share": 0.0}, {"epochs": -1.0}])
 def test_wrong_draws_are_refused(wrong):
     with pytest.raises(UserError, match=r"Draw"):

@@ -125,7 +125,12 @@ def test_mistakes_are_one_line(arguments, code, messages, run, tmp_path):
         (["Draw.order='sorted'"], "Draw.order 'sorted' is unknown"),
         (["Draw.share=0"], "share and epochs are above 0"),
         (["Draw.epochs=0.1"], "the run draws 48 rows from corpus"),
-        (["Phase.steps=0"], "steps 0 and batch_rows 8 are 1 or more"),
+        (["Phase.mixture=@Draw()"], "Phase.mixture takes a list: [@Draw()]"),
+        (["train.phases=@Phase()"], "train.phases takes a list: [@Phase()]"),
+        (["Phase.steps='2'"], "Phase.steps is '2': it takes a whole number from 1 on"),
+        (["train.micro_batches=0"], "train.micro_batches is 0: it takes a whole number from 1 on"),
+        (["train.seed=-1"], "train.seed is -1: it takes a whole number from 0 on"),
+        (["Phase.steps=0"], "Phase.steps is 0: it takes a whole number from 1 on"),
         (["Schedule.kind='linear'"], "Schedule.kind 'linear' is unknown"),
     ],
 )
@@ -149,8 +154,9 @@ def test_a_train_run_leaves_what_it_was_made_with(corpus, run, tmp_path):
     assert about["identity"]["corpora"] == {corpus.path: corpus.fingerprint}
     assert about["identity"]["vocabulary_hash"] == corpus.vocabulary_hash
     assert about["identity"]["model"]["embed_dim"] == 32 and about["identity"]["seed"] == 0
-    assert about["versions"]["jax"] and about["device_kind"] == "cpu" and about["settings"]["phases"][0]["steps"] == 6
-    assert {"commit", "command", "python", "platform", "num_devices"} <= set(about)
+    [start] = about["starts"]
+    assert start["versions"]["jax"] and start["device_kind"] == "cpu" and about["settings"]["phases"][0]["steps"] == 6
+    assert {"commit", "command", "python", "platform", "num_devices"} <= set(start)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] == 6 and summary["tokens_seen"] == summary["tokens_trained"] > 0
     assert list((run_dir / "tensorboard").iterdir())

@@ -20,7 +20,7 @@ def test_every_parameter_has_a_rule_and_big_ones_are_split():
 
 
 def test_a_parameter_without_a_rule_raises():
-    with pytest.raises(KeyError, match="add a line to slm_jax.mesh.RULES"):
+    with pytest.raises(KeyError, match=r"add a line to slm_jax\.mesh\.RULES"):
         mesh_lib.partition_spec("layers/mixer/kernel", 3)
 
 
@@ -40,9 +40,11 @@ def test_mesh_that_does_not_fit_the_model():
 
 def test_batch_that_does_not_fit_the_mesh():
     mesh = mesh_lib.make_mesh(MeshConfig(data=4, fsdp=2), jax.devices())
-    mesh_lib.check_batch(mesh, 16, 2)
-    with pytest.raises(UserError, match=r"batch of 24 rows does not split into 8 shards .* take a multiple of 16"):
-        mesh_lib.check_batch(mesh, 24, 2)
+    mesh_lib.check_batch(mesh, 16, "phase 0", 2)
+    with pytest.raises(
+        UserError, match=r"phase 0: a batch of 24 rows does not split into 8 shards .* take a multiple of 16"
+    ):
+        mesh_lib.check_batch(mesh, 24, "phase 0", 2)
 
 
 def test_minus_one_takes_what_is_left():

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slm_jax.data.batches import make_batch
 from slm_jax.errors import UserError
 from slm_jax.models import forward
 from slm_jax.models.config import SIZES, ModelConfig, model_config
+from slm_jax.score.token_loss import batch_loss
 
 TINY = ModelConfig(
     vocab_size=61, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, init_std=0.2
@@ -45,6 +47,20 @@ def test_parameter_count_equals_the_tree(tied):
     leaves = jax.tree.leaves(forward.init_params(config, jax.random.key(1)))
     assert sum(leaf.size for leaf in leaves) == config.parameter_count()
     assert all(leaf.dtype == jnp.float32 for leaf in leaves)
+
+
+def test_a_padded_vocabulary_gives_the_padding_no_probability(row):
+    """61 ids padded to 64 columns: the same losses as with 61, whatever the columns hold."""
+    tokens, _, segments = row
+    config = dataclasses.replace(TINY, vocab_multiple=64)
+    params = forward.init_params(config, jax.random.key(0))
+    assert params["head"]["kernel"].shape == (32, 64) and params["embed"]["embedding"].shape == (64, 32)
+    assert config.parameter_count() == TINY.parameter_count() + 2 * 3 * 32
+    cut = params | {"head": {"kernel": params["head"]["kernel"][:, :61]}}
+    cut["embed"] = {"embedding": params["embed"]["embedding"][:61]}
+    batch = jax.tree.map(jnp.asarray, make_batch(np.asarray(tokens), np.asarray(segments), np.ones(tokens.shape, bool)))
+    np.testing.assert_allclose(batch_loss(params, config, batch), batch_loss(cut, TINY, batch), atol=1e-5)
+    assert forward.logits(params, config, jnp.ones((1, 1, 32))).shape[-1] == 61
 
 
 def _influence(params, row, length=LENGTH):

@@ -61,8 +61,10 @@ def test_ties_go_to_the_lower_position(scores, ratio):
 
 @pytest.mark.parametrize(
     "count, ratio, expected",
-    [(10, 0.6, 6), (5, 0.6, 3), (4, 0.5, 2), (5, 0.5, 3), (3, 0.1, 1), (0, 0.6, 0), (1, 0.6, 1), (7, 1.0, 7)]
-    + [(1_048_576, 0.6, 629_146), (2_000_000_000, 0.6, 1_200_000_000)],
+    [
+        *((10, 0.6, 6), (5, 0.6, 3), (4, 0.5, 2), (5, 0.5, 3), (3, 0.1, 1), (0, 0.6, 0), (1, 0.6, 1), (7, 1.0, 7)),
+        *((1_048_576, 0.6, 629_146), (2_000_000_000, 0.6, 1_200_000_000)),
+    ],
 )
 def test_kept_count_is_exact(count, ratio, expected):
     """0.6 * 5 is 3.0000000000000004 in floats: a ceiling would keep 4. And int32 must not overflow."""

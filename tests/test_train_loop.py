@@ -26,6 +26,7 @@ from slm_jax.metrics import read_metrics
 from slm_jax.score.reference import load_model
 from slm_jax.score.selection import Selection
 from slm_jax.score.token_loss import batch_loss, predicted
+from slm_jax.train import rundir
 from slm_jax.train.loop import train
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.phases import Plan
@@ -256,7 +257,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(corpus, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 2: the (loss|gradient) is not finite.*lower Schedule.peak"):
         toy.train_here(tmp_path / "run", [toy.phase(corpus)], schedule=Schedule(peak=1e30, kind="constant", warmup=0.0))
     checkpoints = Checkpoints(tmp_path / "run")
-    assert checkpoints.steps() == []
+    assert checkpoints.steps() == [0]  # of the start, not of the step that failed
     checkpoints.close()
 
 
@@ -305,7 +306,7 @@ def test_a_run_directory_of_another_run_is_refused(corpus, reference, tmp_path, 
     assert "model has num_layers = 2, this one has 3: choose another train.run_dir" in message(
         model=dataclasses.replace(toy.MODEL, num_layers=3)
     )
-    assert "a run of seed 100, this one has 7" in message(seed=7)
+    assert "a run with seed 100, this one has 7" in message(seed=7)
     manifest = tmp_path / "corpus" / "manifest.json"
     copy = Corpus.open(shutil.copytree(corpus.path, tmp_path / "corpus"))
     vocabulary = json.loads(manifest.read_text())
@@ -316,8 +317,43 @@ def test_a_run_directory_of_another_run_is_refused(corpus, reference, tmp_path, 
     before = toy.losses(run)
     capsys.readouterr()
     toy.train_here(run, [toy.phase(corpus, steps=8)], **again)
-    assert "phases differs from that of the earlier start" in capsys.readouterr().out
+    assert "train: phases was [{" in capsys.readouterr().out
     assert toy.losses(run)[:6] == before and toy.losses(run)[-1][0] == 8
+
+
+def test_a_finished_run_does_not_become_another(corpus, reference, tmp_path, capsys):
+    """The same settings give its summary; others, or fewer steps, are refused, and run.json stays what it was."""
+    run = shutil.copytree(reference, tmp_path / "run")
+    record = (run / "run.json").read_text()
+    again = {"seed": 100, "checkpoint_every": 3}
+    assert toy.train_here(run, [toy.phase(corpus)], **again)["steps"] == 6
+    assert "has its 6 steps already" in capsys.readouterr().out
+    refused = [
+        toy.refusal(toy.train_here, run, [toy.phase(corpus)], schedule=Schedule(peak=1e-4, kind="constant"), **again),
+        toy.refusal(toy.train_here, run, [toy.phase(corpus, steps=4)], **again),
+    ]
+    for message in refused:
+        assert "holds a finished run of 6 steps made with other settings" in message
+    (run / "summary.json").unlink()
+    fewer = toy.refusal(toy.train_here, run, [toy.phase(corpus, steps=4)], **again)
+    assert "is at step 6, the run now has 4: ask for at least as many" in fewer
+    assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
+    assert json.loads(record)["starts"] == json.loads((run / "run.json").read_text())["starts"][:1]
+
+
+def test_a_changed_data_order_is_refused(corpus, reference, tmp_path):
+    """Rows are counted in batches of the phase: another batch size would repeat or skip rows."""
+    run = shutil.copytree(reference, tmp_path / "run")
+    phase = dataclasses.replace(toy.phase(corpus), batch_rows=16, steps=9)
+    assert "batch_rows 8 in phase 0, now 16: rows would be repeated" in toy.refusal(
+        toy.train_here, run, [phase], seed=100
+    )
+
+
+def test_two_processes_do_not_train_in_one_directory(corpus, tmp_path):
+    with rundir.lock(str(tmp_path / "run")):
+        message = toy.refusal(toy.train_here, tmp_path / "run", [toy.phase(corpus)])
+    assert "another process is training in" in message
 
 
 def test_a_corpus_that_changed_under_the_run_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""The type checker that jaxtyping applies to slm_jax under pytest: beartype, with int accepted where float is (PEP 484)."""
+"""What jaxtyping checks slm_jax with under pytest: beartype, with int accepted where float is asked for (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 

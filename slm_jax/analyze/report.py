@@ -74,9 +74,8 @@ def _difference(values: Mapping[str, Any], baseline: Mapping[str, Any], field: s
 
 
 def _baseline(name: str, runs: Mapping[str, Any]) -> str:
-    """The run that another is compared with: `continual_causal` for `continual_...` if there is one, else `causal`."""
-    related = f"{name.split('_')[0]}_causal"
-    return related if related in runs else "causal"
+    """The run that another is compared with: `causal`, or `continual_causal` for those that begin where it began."""
+    return "continual_causal" if name.startswith("continual_") and "continual_causal" in runs else "causal"
 
 
 def _rows(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

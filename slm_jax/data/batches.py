@@ -51,7 +51,7 @@ def read_batch(
     which: Int[np.ndarray, " B"],
     rows: Int[np.ndarray, " B"],
     score_columns: Sequence[str] = (),
-    source_maps: Sequence[Int[np.ndarray, " S"]] | None = None,
+    source_maps: Sequence[Int[np.ndarray, " _"]] | None = None,
 ) -> Batch:
     """Reads row `rows[i]` of `corpora[which[i]]` for each i.
 

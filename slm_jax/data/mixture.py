@@ -47,6 +47,8 @@ def pattern(shares: Sequence[float]) -> Int[np.ndarray, " P"]:
     Tijdeman's chairman assignment: after any n positions, corpus i was chosen within less than 1 of n * share_i.
     """
     fractions = [Fraction(share).limit_denominator(SHARE_UNIT) for share in np.asarray(shares) / sum(shares)]
+    if not all(fractions):
+        raise UserError(f"shares {list(shares)}: the smallest is under 1 in {SHARE_UNIT} of all: raise it")
     fractions = [fraction / sum(fractions) for fraction in fractions]
     period = math.lcm(*(fraction.denominator for fraction in fractions))
     if period > 1_000_000:

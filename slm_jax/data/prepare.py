@@ -74,8 +74,9 @@ def prepare(
     settings = _settings(sources, vocabulary, known, row_length, packing, seed)
     if existing := _existing(store, settings):
         print(f"prepare: {store.path} is there already, made with the same settings from the same inputs")
+        shutil.rmtree(_work_directory(store), ignore_errors=True)  # a kill right after the manifest left it
         return existing
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or os.cpu_count() or 1
     work = _work_directory(store)
     _announce(store, sources, settings, known, processes)
     remedy = f"free space and run the same command again; the finished units in {work} are kept"
@@ -216,7 +217,7 @@ def _trained(work: pathlib.Path, sources: Sequence[Source], config: VocabularyCo
     for ordinal, source in enumerate(sources):
         source_salt = salt("vocabulary", source.name)
         for row in tqdm(_rows(source, ByteVocabulary(), Counter()), f"reading {source.name}", unit=" documents"):
-            key = int(mix(np.uint64(row["index"]) ^ source_salt))
+            key = int(mix(np.asarray(row["index"], np.uint64) ^ source_salt))
             heapq.heappush(chosen, (-key, -ordinal, -row["index"], row["text"]))
             characters += len(row["text"])
             while characters - len(chosen[0][-1]) >= config.train_characters:

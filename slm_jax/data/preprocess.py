@@ -35,18 +35,15 @@ def tokenize_document(text: str, spans: Sequence[Sequence[int]], vocabulary: Voc
         text: the document.
         spans: [begin, end) characters of the text that are noise; empty for most documents.
     """
-    # Metadata goes here, tokenised apart from the text so that no token merges across the border, and without loss.
-    prefix_ids: list[int] = []
     if spans:
         ids, offsets = vocabulary.encode_with_offsets(text)
         noisy = _overlap(offsets, spans)
     else:
         ids = vocabulary.encode(text)
         noisy = np.zeros(len(ids), bool)
-    before = 1 + len(prefix_ids)
-    tokens = np.array([vocabulary.bos_id, *prefix_ids, *ids, vocabulary.eos_id], token_dtype(vocabulary))
-    loss_mask = np.arange(len(tokens)) >= before
-    return DocumentTokens(tokens, loss_mask, np.pad(noisy, (before, 1)))
+    tokens = np.array([vocabulary.bos_id, *ids, vocabulary.eos_id], token_dtype(vocabulary))
+    loss_mask = np.arange(len(tokens)) > 0  # BOS is given, not predicted
+    return DocumentTokens(tokens, loss_mask, np.pad(noisy, (1, 1)))
 
 
 def _overlap(offsets: list[tuple[int, int]], spans: Sequence[Sequence[int]]) -> np.ndarray:

@@ -128,9 +128,12 @@ def create_score(
         store.write_json(f"scores/{name}/manifest.json", manifest)
     _check_corpus(store, name, manifest, fingerprint)
     for key, value in wanted.items():
-        if manifest[key] != value:
+        was = manifest[key]
+        if key == "reference" and "fingerprint" in value:  # the same model may have moved
+            was, value = was.get("fingerprint"), value["fingerprint"]
+        if was != value:
             raise UserError(
-                f"score {name!r} of {store.path} was begun with {key} {manifest[key]}, now {value}: "
+                f"score {name!r} of {store.path} was begun with {key} {was}, now {value}: "
                 f"choose another name or delete {store.path}/scores/{name}"
             )
     return ScoreColumn(store, name, manifest)

@@ -202,7 +202,8 @@ class SentencePieceVocabulary:
 
 def _files(vocabulary: Vocabulary, more: dict[str, bytes]) -> dict[str, bytes]:
     description = {"kind": vocabulary.kind, "size": vocabulary.size, "content_hash": vocabulary.content_hash}
-    return {DESCRIPTION_FILE: (json.dumps(description, indent=2) + "\n").encode("utf-8"), **more}
+    # The description comes last: where it lies, the rest lies too.
+    return {**more, DESCRIPTION_FILE: (json.dumps(description, indent=2) + "\n").encode("utf-8")}
 
 
 def _save(vocabulary: Vocabulary, directory: str | os.PathLike) -> None:

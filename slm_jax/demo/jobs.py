@@ -46,7 +46,7 @@ def lanes_here() -> tuple[int, dict[str, str]]:
     backend = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
     if backend != "cpu":
         return 1, {}
-    return min(2, len(os.sched_getaffinity(0))), ONE_CORE
+    return min(2, os.cpu_count() or 1), ONE_CORE
 
 
 def run_jobs(jobs: Sequence[Job], lanes: int, environment: dict[str, str]) -> None:
@@ -56,7 +56,7 @@ def run_jobs(jobs: Sequence[Job], lanes: int, environment: dict[str, str]) -> No
       UserError: a job failed; names it, its last line and its log. The jobs under way are stopped.
     """
     # A terminated demo must not leave its stages behind: SIGTERM unwinds like an error.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     waiting = {job.name: job for job in jobs}
     running: dict[Future[None], Job] = {}
     processes: dict[str, subprocess.Popen] = {}
@@ -64,8 +64,8 @@ def run_jobs(jobs: Sequence[Job], lanes: int, environment: dict[str, str]) -> No
     finished = threading.Event()
     watcher = threading.Thread(target=_show_progress, args=(jobs, finished), daemon=True)
     watcher.start()
-    try:
-        with ThreadPoolExecutor(lanes) as pool:
+    with ThreadPoolExecutor(lanes) as pool:
+        try:
             while waiting or running:
                 for job in [job for job in waiting.values() if set(job.after) <= done]:
                     if len(running) < lanes:
@@ -74,22 +74,24 @@ def run_jobs(jobs: Sequence[Job], lanes: int, environment: dict[str, str]) -> No
                     job = running.pop(future)
                     future.result()
                     done.add(job.name)
-    finally:
-        for process in processes.values():
-            if process.poll() is None:
-                process.terminate()
-        finished.set()
-        watcher.join()
+        finally:  # inside the pool's block, whose end waits for the stages under way
+            for process in processes.values():
+                if process.poll() is None:
+                    process.terminate()
+            finished.set()
+            watcher.join()
+            signal.signal(signal.SIGTERM, before)
 
 
 def _run(job: Job, environment: dict[str, str], processes: dict[str, subprocess.Popen]) -> None:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("w") as log:
+    with job.log.open("a") as log:
         command = [sys.executable, "-m", "slm_jax", *job.command]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment)
         processes[job.name] = process
         code = process.wait()
-    if code:
+    unfinished = job.run_dir and not (job.run_dir / "summary.json").exists()  # a train that was terminated exits 0
+    if code or unfinished:
         last = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         raise UserError(f"the stage {job.name} failed: {(last or ['no output'])[0].strip()} (all of it: {job.log})")
 

@@ -51,7 +51,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "runs"
 def demo(
     recipe: str = "demo",
     data: str | None = None,
-    stages: Sequence[str] = ("reference", "score", "causal", "selective", "random"),
+    stages: Sequence[str] = (),
     seed: int = 0,
     size: int = 8000,
     overrides: Sequence[str] = (),
@@ -63,7 +63,7 @@ def demo(
     Args:
       recipe: folder of `configs/runs/` with one gin file per stage; `demo` generates its corpora.
       data: folder with the data sets, for recipes on real text; None is the recipe's own Source.directory.
-      stages: what to run (names of gin files); corpora that they need are prepared too.
+      stages: what to run (names of gin files), with all they read; by default everything the recipe has.
       seed: other seeds train other models, in `runs/<recipe>/seed<N>`, on the same corpora.
       size: documents of the generated crawl.
       overrides: gin bindings that every stage gets, such as 'Phase.steps = 20'.
@@ -90,7 +90,7 @@ def demo(
 def _with_inputs(folder: Path, names: Sequence[str]) -> list[Stage]:
     """The named stages and all they read, in the order of STAGES."""
     available = {stage.name: stage for stage in STAGES if (folder / f"{stage.name}.gin").is_file()}
-    wanted, more = set(), list(names)
+    wanted, more = set(), list(names) or list(available)
     while more:
         name = more.pop()
         if name not in available:

@@ -45,7 +45,7 @@ class HeldOut:
         """Opens and checks the corpus; the result, called on parameters, yields (name, value)."""
         table = Corpus.open(self.corpus)
         check_fits(model, vocabulary_hash, table, "the model")
-        mesh_lib.check_batch(mesh, self.batch_rows)
+        mesh_lib.check_batch(mesh, self.batch_rows, f"HeldOut {self.name}")
         num_rows = table.num_rows if self.rows is None else min(self.rows, table.num_rows)
         compute = jax.jit(lambda params, batch: batch_loss(params, model, batch))
         token_bytes = table.vocabulary().token_bytes()
@@ -81,6 +81,13 @@ def _losses(
     return np.concatenate(losses)[:num_rows], valid, columns
 
 
+def _identity(path: str) -> dict[str, Any]:
+    """What was measured on, down to the first ids: whether BOS stands there decides a perplexity."""
+    table = Corpus.open(path)
+    first = table.read(np.zeros(1, np.int64), ["tokens"])["tokens"][0, :8].tolist()
+    return {"fingerprint": table.fingerprint, "rows": table.num_rows, "first_ids": first}
+
+
 @gin.configurable
 def evaluate(
     run: str,
@@ -98,7 +105,7 @@ def evaluate(
       step: checkpoint; None is the last.
       mesh: how devices share the work.
     """
-    evaluators = evaluators or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
+    evaluators = config_lib.as_list(evaluators, HeldOut, "evaluate.evaluators") or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
     devices = mesh_lib.make_mesh(mesh)
     model = load_model(run, devices, step)
     output = output or f"{run}/evaluate/{model.step}.json"
@@ -109,7 +116,14 @@ def evaluate(
             measured = evaluator.bind(model.config, model.vocabulary_hash, devices)(model.params)
             results |= {name: value for name, value in measured if not isinstance(value, np.ndarray)}
             bar.update()
-    record = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "results": results}
+    record = {
+        "run": run,
+        "step": model.step,
+        "fingerprint": model.fingerprint,
+        "evaluators": list(evaluators),
+        "corpora": {e.corpus: _identity(e.corpus) for e in evaluators},
+        "results": results,
+    }
     config_lib.write_json(output, record)
     for name, value in results.items():
         print(f"  {name}: {value:.4f}" if value is not None else f"  {name}: no token has a loss")

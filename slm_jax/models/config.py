@@ -16,6 +16,7 @@ class ModelConfig:
     """
 
     vocab_size: int | None = None
+    vocab_multiple: int = 1  # embedding and head are padded to a multiple; what pads them takes no probability
     num_layers: int = 4
     embed_dim: int = 128
     num_heads: int = 2
@@ -40,13 +41,18 @@ class ModelConfig:
         if self.remat not in ("full", "dots", "none"):
             raise UserError(f"remat {self.remat!r}: take 'full', 'dots' or 'none'")
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and columns of the head."""
+        assert self.vocab_size is not None, "the vocabulary size is not known yet"
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
     def parameter_count(self) -> int:
         """Parameters in all, embedding and head included (PAPERS §5 lists those of the public models)."""
-        assert self.vocab_size is not None, "the vocabulary size is not known yet"
         attention = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         mlp = 3 * self.embed_dim * self.mlp_dim
         layer = attention + mlp + 2 * self.embed_dim
-        embedding = self.vocab_size * self.embed_dim * (1 if self.tied_head else 2)
+        embedding = self.padded_vocab_size * self.embed_dim * (1 if self.tied_head else 2)
         return self.num_layers * layer + self.embed_dim + embedding
 
     def flops_per_token(self, length: int) -> float:
@@ -54,11 +60,16 @@ class ModelConfig:
 
         6 for each parameter of a matrix (the embedding is a look-up) and the causal half of the attention scores.
         """
-        assert self.vocab_size is not None
-        matrices = self.parameter_count() - (0 if self.tied_head else self.vocab_size * self.embed_dim)
+        matrices = self.parameter_count() - (0 if self.tied_head else self.padded_vocab_size * self.embed_dim)
         attention = self.num_layers * self.num_heads * self.head_dim * length  # 2 products, causal half, 1 MAC = 2 flop
         return 6.0 * (matrices + attention)
 
+
+# What decides a function's shapes and values; the rest of ModelConfig may change between starts and runs.
+FUNCTION_FIELDS = (
+    *("vocab_size", "vocab_multiple", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
+    *("rope_theta", "norm_eps", "tied_head"),
+)
 
 # The demo sizes use heads of 64: on CPU, attention with 32 costs three times as much.
 SIZES: dict[str, ModelConfig] = {

@@ -96,4 +96,5 @@ def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:
 
 def logits(params: Params, config: ModelConfig, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
     """All logits at once: for generation and tests; losses go through score.token_loss."""
-    return jnp.dot(hidden, head_matrix(params, config).astype(hidden.dtype), preferred_element_type=jnp.float32)
+    head = head_matrix(params, config)[:, : config.vocab_size]
+    return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)

@@ -12,8 +12,7 @@ from slm_jax.models.layers import Projection, RMSNorm, rotate
 
 class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        assert config.vocab_size is not None
-        shape = (config.vocab_size, config.embed_dim)
+        shape = (config.padded_vocab_size, config.embed_dim)
         self.embedding = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.dtype = config.compute_dtype
 
@@ -69,8 +68,7 @@ class Head(nnx.Module):
     """The matrix from hidden states to vocabulary logits; token_loss applies it in chunks."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        assert config.vocab_size is not None
-        shape = (config.embed_dim, config.vocab_size)
+        shape = (config.embed_dim, config.padded_vocab_size)
         self.kernel = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 

@@ -80,7 +80,7 @@ def score_batch(params: Params, model: ModelConfig, batch: Batch, statistics: Se
         return {"loss": batch_loss(params, model, batch)}
     hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids)
     head = forward.head_matrix(params, model)
-    loss, entropy = token_loss_and_entropy(hidden, head, batch.tokens, batch.segment_ids)
+    loss, entropy = token_loss_and_entropy(hidden, head, batch.tokens, batch.segment_ids, model.vocab_size)
     return {"loss": loss, "entropy": entropy}
 
 
@@ -114,7 +114,7 @@ def score(
         raise UserError(f"score.statistics {tuple(statistics)}: takes 'loss' and, beside it, 'entropy'")
     table = Corpus.open(corpus)
     devices = mesh_lib.make_mesh(mesh)
-    mesh_lib.check_batch(devices, batch_rows)
+    mesh_lib.check_batch(devices, batch_rows, "score")
     model = load_model(reference, devices, step)
     check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}")
     about = {
@@ -137,7 +137,7 @@ def score(
 
 
 def _score_rows(table: Corpus, column: Any, model: TrainedModel, mesh: Mesh, batch_rows: int) -> None:
-    """Each process scores its own share of the missing chunks; a chunk is written once, whole."""
+    """Chunk by chunk; all devices share a batch, and a chunk is written whole."""
     compute = jax.jit(lambda params, batch: score_batch(params, model.config, batch, column.statistics))
     pending = column.pending()
     mine = mesh_lib.local_rows(mesh, batch_rows)

@@ -22,7 +22,7 @@ CHUNK_TOKENS = 1024  # logits that live at one time: CHUNK_TOKENS x V x 4 bytes 
 def batch_loss(params: Params, model: ModelConfig, batch: Batch) -> Float[Array, "B L"]:
     """The model's loss on each token of a batch."""
     hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids)
-    return token_loss(hidden, forward.head_matrix(params, model), batch.tokens, batch.segment_ids)
+    return token_loss(hidden, forward.head_matrix(params, model), batch.tokens, batch.segment_ids, model.vocab_size)
 
 
 def predicted(segment_ids: Int[Array | np.ndarray, "B L"]) -> Bool[Array, "B L"]:

@@ -10,7 +10,6 @@ from typing import Any
 import gin
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
@@ -20,7 +19,7 @@ from slm_jax.data.batches import read_ahead
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import MetricsWriter, peak_flops, progress
-from slm_jax.models.config import ModelConfig, model_config
+from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig, model_config
 from slm_jax.models.forward import Params
 from slm_jax.score.reference import check_rows, load_model
 from slm_jax.train import rundir
@@ -30,18 +29,6 @@ from slm_jax.train.record import Record
 from slm_jax.train.schedules import Schedule, learning_rate
 from slm_jax.train.state import TrainState, init_state, state_shapes
 from slm_jax.train.step import Step, compile_step, make_step
-
-# What decides the shapes and meaning of parameters; the rest of ModelConfig may change between runs.
-SHAPE_FIELDS = (
-    "vocab_size",
-    "num_layers",
-    "embed_dim",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "mlp_dim",
-    "tied_head",
-)
 
 
 @gin.configurable
@@ -87,27 +74,36 @@ def train(
     """
     # Called here rather than as defaults, so that gin's settings of these dataclasses reach them.
     model, schedule, optimizer = model or model_config(), schedule or Schedule(), optimizer or OptimizerConfig()
-    phases = phases or [Phase()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
-    plan = Plan(phases, seed)
+    phases = config_lib.as_list(phases, Phase, "train.phases") or [Phase()]  # pyright: ignore[reportCallIssue] (gin's)
     devices = mesh_lib.make_mesh(mesh)
-    for phase in plan.phases:
-        mesh_lib.check_batch(devices, phase.batch_rows, micro_batches)
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=plan.corpus.vocab_size)
-    check_rows(model, plan.corpus, "the model")
+    plan = Plan(phases, seed)
+    model = _checked_model(model, plan)
+    _check_numbers(plan, devices, micro_batches, log_every, seed)
     rate, transform = learning_rate(schedule, plan.total_steps), make_optimizer(optimizer)
-    measures = [evaluator.bind(model, plan.corpus.vocabulary_hash, devices) for evaluator in evaluators]
-    settings = {"phases": phases, "schedule": schedule, "optimizer": optimizer, "initial": initial, "mesh": mesh}
-    rundir.claim(run_dir, model, plan, seed, settings)
-    if summary := rundir.finished(run_dir, plan):
-        return summary
+    measures = _bind(evaluators, model, plan, devices)
+    settings = {
+        "phases": phases,
+        "schedule": schedule,
+        "optimizer": optimizer,
+        "mesh": mesh,
+        "initial_step": initial_step,
+        "micro_batches": micro_batches,
+        "evaluate_every": evaluate_every,
+        "evaluators": list(evaluators),
+        "max_unusable": max_unusable,
+    }
+    config_lib.print_unused()
 
-    checkpoints = Checkpoints(run_dir, keep_checkpoints, milestones=plan.first_steps[1:].tolist())
-    with jax.set_mesh(devices), contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(checkpoints))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rundir.lock(run_dir))
+        if summary := rundir.claim(run_dir, model, plan, seed, initial, settings):
+            return summary
+        stack.enter_context(jax.set_mesh(devices))
         terminated = stack.enter_context(_terminated())
+        checkpoints = Checkpoints(run_dir, keep_checkpoints, milestones=plan.first_steps[1:].tolist())
+        stack.enter_context(contextlib.closing(checkpoints))
         shapes = state_shapes(model, transform, devices)
-        state, counters = _restore(checkpoints, shapes)
+        state, counters = _restore(checkpoints, shapes, plan)
         if state is None:
             start = _initial_params(initial, initial_step, model, plan, devices) if initial else None
             state = init_state(model, transform, devices, seed, start)
@@ -127,14 +123,12 @@ def train(
             rundir.write_evaluation(run_dir, writer, int(state.step), (run(state.params) for run in measures))
 
         def save(state: TrainState) -> None:
-            if int(state.step) == 0:
-                return  # the seed, or the initial run, makes it again
             rest = {"opt_state": state.opt_state, "step": state.step}
             full_about = config_lib.to_json(about | {"counters": record.counters()})
             checkpoints.save(int(state.step), state.params, rest, full_about)
 
         pauses = _pauses(plan, {evaluate: evaluate_every, save: checkpoint_every})
-        state = _run(state, plan, steps, transform, devices, record, pauses, terminated)
+        state = _run(state, plan, steps, devices, record, pauses, terminated)
         if terminated.is_set() and int(state.step) not in checkpoints.steps():
             save(state)
     if int(state.step) < plan.total_steps:
@@ -143,11 +137,34 @@ def train(
     return rundir.finish(run_dir, model, plan, record)
 
 
+def _checked_model(model: ModelConfig, plan: Plan) -> ModelConfig:
+    """The model with the corpus' vocabulary size where it names none; refuses rows that it cannot read."""
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=plan.corpus.vocab_size)
+    check_rows(model, plan.corpus, "the model")
+    return model
+
+
+def _check_numbers(plan: Plan, devices: Mesh, micro_batches: int, log_every: int, seed: int) -> None:
+    config_lib.at_least(1, **{"train.micro_batches": micro_batches, "train.log_every": log_every})
+    config_lib.at_least(0, **{"train.seed": seed})
+    for number, phase in enumerate(plan.phases):
+        mesh_lib.check_batch(devices, phase.batch_rows, f"phase {number}", micro_batches)
+
+
+def _bind(evaluators: Sequence[Any], model: ModelConfig, plan: Plan, devices: Mesh) -> list[Any]:
+    if not isinstance(evaluators, (list, tuple)):
+        raise UserError(f"train.evaluators takes a list: [@HeldOut()]; it was given {evaluators!r}")
+    names = [evaluator.name for evaluator in evaluators]
+    if len(set(names)) < len(names):
+        raise UserError(f"train.evaluators: two are called {max(names, key=names.count)!r}; give each its own name")
+    return [evaluator.bind(model, plan.corpus.vocabulary_hash, devices) for evaluator in evaluators]
+
+
 def _run(
     state: TrainState,
     plan: Plan,
     steps: Sequence[Step],
-    transform: optax.GradientTransformation,
     devices: Mesh,
     record: Record,
     pauses: Callable[[int], list[Callable[[TrainState], None]]],
@@ -201,11 +218,16 @@ def _pauses(plan: Plan, every: dict[Callable[[TrainState], None], int]) -> Calla
     return due
 
 
-def _restore(checkpoints: Checkpoints, shapes: TrainState) -> tuple[TrainState | None, dict[str, float]]:
+def _restore(checkpoints: Checkpoints, shapes: TrainState, plan: Plan) -> tuple[TrainState | None, dict[str, float]]:
     restored = checkpoints.restore(shapes.params, {"opt_state": shapes.opt_state, "step": shapes.step})
     if restored is None:
         return None, {}
     params, rest, about = restored
+    if int(rest["step"]) > plan.total_steps:
+        raise UserError(
+            f"{checkpoints.directory} is at step {int(rest['step'])}, the run now has {plan.total_steps}: ask for at "
+            "least as many, or choose another train.run_dir"
+        )
     return TrainState(rest["step"], params, rest["opt_state"]), about["counters"]
 
 
@@ -214,7 +236,7 @@ def _initial_params(run: str, step: int | None, model: ModelConfig, plan: Plan, 
     start = load_model(run, devices, step)
     if start.vocabulary_hash != plan.corpus.vocabulary_hash:
         raise UserError(f"initial model {run} and corpus {plan.corpus.path} have different vocabularies")
-    differing = [name for name in SHAPE_FIELDS if getattr(start.config, name) != getattr(model, name)]
+    differing = [name for name in FUNCTION_FIELDS if getattr(start.config, name) != getattr(model, name)]
     if differing:
         name = differing[0]
         raise UserError(

@@ -39,14 +39,15 @@ def _sums(loss: jax.Array, valid: jax.Array, trained: jax.Array, source_ids: jax
         return jnp.zeros(NUM_SOURCES, jnp.float32).at[source_ids.reshape(-1)].add(x.reshape(-1).astype(jnp.float32))
 
     return {
+        "positions": jnp.asarray(loss.size, jnp.float32),
         "valid_tokens": jnp.sum(valid, dtype=jnp.float32),
         "trained_tokens": jnp.sum(trained, dtype=jnp.float32),
-        "loss_sum": jnp.sum(loss * valid),
-        "trained_loss_sum": jnp.sum(loss * trained),
-        "untrained_loss_sum": jnp.sum(loss * untrained),
+        "loss_sum": jnp.sum(jnp.where(valid, loss, 0.0)),
+        "trained_loss_sum": jnp.sum(jnp.where(trained, loss, 0.0)),
+        "untrained_loss_sum": jnp.sum(jnp.where(untrained, loss, 0.0)),
         "unusable_scores": unusable.astype(jnp.float32),
         "source_valid": by_source(valid),
         "source_trained": by_source(trained),
-        "source_loss": by_source(loss * valid),
+        "source_loss": by_source(jnp.where(valid, loss, 0.0)),
         "source_not_finite": by_source(valid & ~jnp.isfinite(loss)),
     }

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import gin
 import numpy as np
 
+from slm_jax.config import as_list, at_least
 from slm_jax.data.batches import Batch, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.mixture import Draw, Mixture
 from slm_jax.errors import UserError
 from slm_jax.score.selection import Selection
+from slm_jax.train.objective import NUM_SOURCES
 
 
 @gin.configurable
@@ -29,10 +31,11 @@ class Phase:
     reset_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_rows < 1:
-            raise UserError(f"Phase: steps {self.steps} and batch_rows {self.batch_rows} are 1 or more")
-        if not self.mixture:
-            object.__setattr__(self, "mixture", (Draw(),))  # pyright: ignore[reportCallIssue] (gin gives the rest)
+        at_least(1, **{"Phase.steps": self.steps, "Phase.batch_rows": self.batch_rows})
+        draws = as_list(self.mixture, Draw, "Phase.mixture") or [Draw()]  # pyright: ignore[reportCallIssue] (gin's)
+        object.__setattr__(self, "mixture", tuple(draws))
+        if len({draw.corpus for draw in draws}) < len(draws):
+            raise UserError("Phase.mixture names a corpus twice: give it one Draw with the sum of the shares")
 
     @property
     def score_columns(self) -> tuple[str, ...]:
@@ -57,6 +60,10 @@ class Plan:
         self.corpora = {path: Corpus.open(path) for path in paths}
         self._check_corpora()
         self.source_names = tuple(dict.fromkeys(n for corpus in self.corpora.values() for n in corpus.source_names))
+        if len(self.source_names) > NUM_SOURCES:
+            raise UserError(
+                f"the corpora have {len(self.source_names)} sources, {NUM_SOURCES} are possible: merge some"
+            )
         self._source_maps = {
             path: np.array([self.source_names.index(name) for name in corpus.source_names], np.int32)
             for path, corpus in self.corpora.items()
@@ -68,6 +75,17 @@ class Plan:
     def corpus(self) -> Corpus:
         """Any of the corpora; they share vocabulary and row length."""
         return next(iter(self.corpora.values()))
+
+    def references(self) -> dict[str, str | None]:
+        """Fingerprint of the model behind each score column that the phases read."""
+        return {
+            f"{draw.corpus}/{column}": self.corpora[draw.corpus]
+            .score(column.split("/")[1])
+            .reference.get("fingerprint")
+            for phase in self.phases
+            for column in phase.score_columns
+            for draw in phase.mixture
+        }
 
     def _check_corpora(self) -> None:
         for path, corpus in self.corpora.items():

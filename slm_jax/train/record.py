@@ -12,7 +12,9 @@ from slm_jax.metrics import MetricsWriter, mean
 class Record:
     """Counts tokens and time of a run and writes one row per logged step.
 
-    Counters go into every checkpoint (`counters()`) and come back from it, so that they survive a restart.
+    `tokens_seen` counts tokens that have a loss, `tokens_per_second` all positions of the rows; `seconds` is the time
+    of the steps, the compilation in the first one of a start included. Counters go into every checkpoint (`counters()`)
+    and come back from it, so that they survive a restart.
     """
 
     def __init__(
@@ -74,9 +76,9 @@ class Record:
             "tokens_seen": int(self._counters["tokens_seen"]),
             "tokens_trained": int(self._counters["tokens_trained"]),
         }
-        row["tokens_per_second"] = float(valid) / seconds
+        row["tokens_per_second"] = float(sums["positions"]) / seconds
         if self.peak_flops:
-            row["mfu"] = float(valid) * self.flops_per_token / seconds / self.peak_flops
+            row["mfu"] = float(sums["positions"]) * self.flops_per_token / seconds / self.peak_flops
         if len(self.source_names) > 1:
             for i, name in enumerate(self.source_names):
                 row[f"loss/{name}"] = mean(sums["source_loss"][i], sums["source_valid"][i])

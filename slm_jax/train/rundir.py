@@ -1,7 +1,9 @@
 """The run directory: who owns it, what is written beside the checkpoints."""
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +15,112 @@ from jax.sharding import Mesh
 from slm_jax import config as config_lib
 from slm_jax.errors import UserError
 from slm_jax.metrics import MetricsWriter, read_metrics
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.train.phases import Plan
 from slm_jax.train.record import Record
 
+RESULT_SETTINGS = ("phases", "schedule", "optimizer")  # a finished run cannot take another of these
 
-def claim(run_dir: str, model: ModelConfig, plan: Plan, seed: int, settings: dict[str, Any]) -> None:
-    """Writes run.json and config.gin, or compares with what a run of that name was.
 
-    The command line wins: a changed setting is printed and used. What would make it another run is refused.
+@contextlib.contextmanager
+def lock(run_dir: str) -> Iterator[None]:
+    """Keeps a second process out of a run directory; the lock ends with the process, however it ends."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    with (Path(run_dir) / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {run_dir}: wait for it, or end it") from error
+        yield
+
+
+def claim(
+    run_dir: str, model: ModelConfig, plan: Plan, seed: int, initial: str | None, settings: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Writes run.json and config.gin, or compares with what the run of that directory is.
+
+    The command line wins: a changed setting is printed and used. What would make it another run is refused. run.json
+    keeps one entry per start.
+
+    Returns:
+      The summary of a run that has nothing left to do, else None.
 
     Raises:
-      UserError: run_dir holds a run of another model, seed or corpus.
+      UserError: run_dir holds a run of another model, seed, corpus, reference, start or data order, or a finished one
+        that was made with other settings.
     """
     path = Path(run_dir) / "run.json"
     identity = {
-        "model": model,
+        "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
         "seed": seed,
+        "initial": initial,
         "vocabulary_hash": plan.corpus.vocabulary_hash,
         "corpora": {name: corpus.fingerprint for name, corpus in plan.corpora.items()},
+        "references": plan.references(),
     }
-    new = config_lib.to_json({"identity": identity, "settings": settings})
+    new = config_lib.to_json({"identity": identity, "settings": settings | {"model": model}, "starts": []})
     # A start that was refused before its first checkpoint is no run yet.
     if path.exists() and any((path.parent / "checkpoints").glob("[0-9]*")):
-        _compare(run_dir, json.loads(path.read_text()), new)
+        old = json.loads(path.read_text())
+        _refuse_another_run(run_dir, old, new)
+        changed = [name for name, value in new["settings"].items() if old["settings"].get(name) != value]
+        if summary := _finished(run_dir, plan, [name for name in changed if name in RESULT_SETTINGS]):
+            return summary
+        for name in changed:
+            print(f"train: {name} was {old['settings'].get(name)}, is {new['settings'][name]} from here on")
+        new["starts"] = old["starts"]
+    device = jax.devices()[0]
+    machine = {"device_kind": device.device_kind, "num_devices": jax.device_count()}
+    new["starts"].append(config_lib.environment() | machine)
     if jax.process_index() == 0:
-        device = jax.devices()[0]
-        machine = {"device_kind": device.device_kind, "num_devices": jax.device_count()}
-        config_lib.write_json(path, new | config_lib.environment() | machine)
-        (Path(run_dir) / "config.gin").write_text(gin.operative_config_str())
+        config_lib.write_json(path, new)
+        (path.parent / "config.gin").write_text(gin.operative_config_str())
+    return None
 
 
-def _compare(run_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _refuse_another_run(run_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     was, now = old["identity"], new["identity"]
-    for name in now["model"]:
-        if name not in ("remat", "compute_dtype") and was["model"].get(name) != now["model"][name]:
+    another = "choose another train.run_dir"
+    for name, value in now["model"].items():
+        if was["model"].get(name) != value:
             raise UserError(
-                f"{run_dir} holds a run whose model has {name} = {was['model'].get(name)}, this one has "
-                f"{now['model'][name]}: choose another train.run_dir"
+                f"{run_dir} holds a run whose model has {name} = {was['model'].get(name)}, this one has {value}: "
+                f"{another}"
             )
-    if was["seed"] != now["seed"]:
+    for name in ("seed", "initial", "vocabulary_hash"):
+        if was[name] != now[name]:
+            raise UserError(f"{run_dir} holds a run with {name} {was[name]}, this one has {now[name]}: {another}")
+    for kind, what in (("corpora", "corpus"), ("references", "the reference behind")):
+        for name, fingerprint in now[kind].items():
+            before = was[kind].get(name, fingerprint)
+            if before != fingerprint:
+                raise UserError(
+                    f"{what} {name} changed since {run_dir} was started ({str(before)[:12]} then, "
+                    f"{str(fingerprint)[:12]} now): bring the old one back or {another}"
+                )
+    phases = list(zip(old["settings"]["phases"], new["settings"]["phases"], strict=False))
+    for number, (before, after) in enumerate(phases):
+        fields = ["mixture", "batch_rows"] + (["steps"] if number < len(old["settings"]["phases"]) - 1 else [])
+        for field in fields:
+            if before[field] != after[field]:
+                raise UserError(
+                    f"{run_dir} was started with {field} {before[field]} in phase {number}, now {after[field]}: rows "
+                    f"would be repeated or skipped; change it in a phase of its own, or {another}"
+                )
+
+
+def _finished(run_dir: str, plan: Plan, changed: Sequence[str]) -> dict[str, Any] | None:
+    path = Path(run_dir) / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else None
+    if summary is None or summary["steps"] < plan.total_steps:
+        return None
+    if changed or summary["steps"] > plan.total_steps:
         raise UserError(
-            f"{run_dir} holds a run of seed {was['seed']}, this one has {now['seed']}: choose another run_dir"
+            f"{run_dir} holds a finished run of {summary['steps']} steps made with other settings "
+            f"({', '.join(changed)}): choose another train.run_dir, or ask for more steps to extend it"
         )
-    if was["vocabulary_hash"] != now["vocabulary_hash"]:
-        raise UserError(
-            f"{run_dir} holds a run with vocabulary {was['vocabulary_hash'][:12]}, this one's corpora have "
-            f"{now['vocabulary_hash'][:12]}: choose another train.run_dir"
-        )
-    for name, fingerprint in now["corpora"].items():
-        if was["corpora"].get(name, fingerprint) != fingerprint:
-            raise UserError(
-                f"corpus {name} changed since {run_dir} was started ({was['corpora'][name][:12]} then, "
-                f"{fingerprint[:12]} now): bring the old corpus back or choose another train.run_dir"
-            )
-    for name, value in new["settings"].items():
-        if old["settings"].get(name) != value:
-            print(f"train: {name} differs from that of the earlier start of {run_dir}; the new setting is used")
+    print(f"train: {run_dir} has its {plan.total_steps} steps already; see {path}")
+    return summary
 
 
 def describe(run_dir: str, model: ModelConfig, plan: Plan, devices: Mesh, step: int) -> str:
@@ -109,16 +160,6 @@ def write_evaluation(
                 row[name] = value
     if row:
         writer.write(step, row)
-
-
-def finished(run_dir: str, plan: Plan) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do."""
-    path = Path(run_dir) / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else None
-    if summary is None or summary["steps"] != plan.total_steps:
-        return None
-    print(f"train: {run_dir} has its {plan.total_steps} steps already; see {path}")
-    return summary
 
 
 def finish(run_dir: str, model: ModelConfig, plan: Plan, record: Record) -> dict[str, Any]:

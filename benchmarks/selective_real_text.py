@@ -1,6 +1,6 @@
 """Selective against causal training on real text, three seeds: the table of docs/results.md.
 
-    python benchmarks/selective_real_text.py --data ../shared/data --output results.json
+    python benchmarks/selective_real_text.py --data FOLDER --output results.json
 
 Runs the recipe `math_web` (configs/runs/math_web) for each seed, every stage of it, and prints a Markdown table of
 means and ranges. What is finished is not run again. About an hour and a half on two cores.
@@ -41,15 +41,21 @@ def main() -> None:
 def table(summaries: list[dict]) -> str:
     """Markdown: a run a line; mean over seeds and (lowest to highest)."""
     lines = [
-        "| run | target loss | bits per byte | general loss | steps to causal's target loss |",
-        "|---|---|---|---|---|",
+        "| run | target loss | bits per byte | general loss | steps to causal's target loss | tokens seen, trained (M) "
+        "| TFLOP training + scoring |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in summaries[0]["runs"]:
         cells = [_spread([s["runs"][name][measure] for s in summaries], 3) for measure in MEASURES]
         crossings = [s[key].get(name) for s in summaries for key in s if key.startswith("steps_to") and name in s[key]]
-        lines.append(f"| {name} | {' | '.join(cells)} | {_steps(crossings)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {_steps(crossings)} | {_cost(summaries[0]['runs'][name])} |")
     cells = [_spread([s["reference"][measure] for s in summaries], 3) for measure in MEASURES]
-    return "\n".join([*lines, f"| the reference itself | {' | '.join(cells)} | |"])
+    return "\n".join([*lines, f"| the reference itself | {' | '.join(cells)} | | {_cost(summaries[0]['reference'])} |"])
+
+
+def _cost(run: dict) -> str:
+    tokens = f"{run['tokens_seen'] / 1e6:.2f}, {run['tokens_trained'] / 1e6:.2f}"
+    return f"{tokens} | {run['training_flops'] / 1e12:.1f} + {run['scoring_flops'] / 1e12:.1f}"
 
 
 def _spread(values: list[float], digits: int) -> str:

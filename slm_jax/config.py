@@ -85,7 +85,7 @@ def surface() -> dict[str, dict[str, str]]:
         parameters = inspect.signature(entry.wrapped).parameters.values()
         names = {p.name: _default(p) for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
         if entry.allowlist:
-            names |= {name: "" for name in entry.allowlist if name not in names}
+            names |= {name: "(of the size)" for name in entry.allowlist if name not in names}
         found[selector.split(".")[-1]] = names
     return found
 

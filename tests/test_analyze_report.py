@@ -134,6 +134,19 @@ def test_continual_runs_are_compared_with_their_own_causal_run(tmp_path: Path):
     assert "continual_causal is" not in page
 
 
+def test_the_mixed_control_is_compared_with_causal(tmp_path: Path):
+    """Its crossing is that of causal's loss, and so is every difference: no run is compared with itself."""
+    summary = copy.deepcopy(SUMMARY)
+    summary["runs"]["mixed_causal"] = summary["runs"]["selective"] | {"target_loss": 1.25}
+    summary["runs"]["mixed_selective"] = summary["runs"]["selective"] | {"target_loss": 1.125}
+    summary["steps_to_causal_target_loss"] |= {"mixed_causal": 60, "mixed_selective": 50}
+    text = rendered(tmp_path, summary).replace("&#39;", "'")
+    for name in ("mixed_causal", "mixed_selective"):
+        assert f"{name} is better than causal on the target text" in text
+        assert f"{name} reaches causal's final target loss" in text
+    assert "mixed_causal's final" not in text
+
+
 def test_text_never_runs(tmp_path: Path):
     hostile = [
         "<script>alert(1)</script>",

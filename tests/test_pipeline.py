@@ -11,6 +11,7 @@ from slm_jax.metrics import read_metrics
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 RUN = {"target_loss", "target_bits_per_byte", "general_loss", "tokens_seen", "tokens_trained", "steps", "seconds"}
+RUN |= {"training_flops", "scoring_flops"}
 OVERRIDES = [
     *(setting.removeprefix("--gin.") for setting in toy.MODEL_SETTINGS if "vocab_size" not in setting),
     "prepare.row_length = 64",

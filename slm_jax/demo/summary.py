@@ -13,6 +13,8 @@ from slm_jax.analyze.report import write_report
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.metrics import read_metrics
+from slm_jax.models.config import ModelConfig
+from slm_jax.score.selection import Selection
 
 PASSAGES = 6
 
@@ -31,8 +33,7 @@ def write_summary(here: Path, trained: Sequence[str]) -> dict[str, Any]:
         goal = summary["runs"]["continual_causal"]["target_loss"]
         others = [name for name in compared if name.startswith("continual") and name != "continual_causal"]
         summary["steps_to_continual_causal_target_loss"] = {name: steps_to(curves[name], goal) for name in others}
-    settings = json.loads((here / "causal" / "run.json").read_text())["settings"]
-    corpus = Corpus.open(settings["phases"][0]["mixture"][0]["corpus"])
+    corpus = Corpus.open(_settings(here / [*compared, *rows][0])["phases"][0]["mixture"][0]["corpus"])
     if "selective" in compared and (shares := _shares(rows["selective"], corpus)):
         summary["selection"] = shares
     summary["corpus"] = {
@@ -61,7 +62,26 @@ def _run(run_dir: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tokens_trained": int(finished["tokens_trained"]),
         "steps": finished["steps"],
         "seconds": round(finished["seconds"], 1),
+        **_flops(_settings(run_dir)),
     }
+
+
+def _settings(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "run.json").read_text())["settings"]
+
+
+def _flops(settings: dict[str, Any]) -> dict[str, float]:
+    """Floating point operations of training, and of scoring the rows it read where it selects by a column: a forward
+    pass, a third of a step, by a reference of the model's size."""
+    model = ModelConfig(**settings["model"])
+    training, scoring = 0.0, 0.0
+    for phase in settings["phases"]:
+        row_length = Corpus.open(phase["mixture"][0]["corpus"]).row_length
+        flops = model.flops_per_token(row_length) * row_length * phase["batch_rows"] * phase["steps"]
+        training += flops
+        if phase["selection"] and Selection(**phase["selection"]).columns():
+            scoring += flops / 3
+    return {"training_flops": training, "scoring_flops": scoring}
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -119,7 +139,7 @@ def _passages(run_dir: Path, corpus: Corpus) -> list[dict[str, Any]]:
     Selected means: among the 60 % (the run's ratio) of the traced rows' tokens with the highest excess loss then.
     """
     traces = sorted((run_dir / "token_losses" / "trace").glob("*.npy"), key=lambda path: int(path.stem))
-    selection = json.loads((run_dir / "run.json").read_text())["settings"]["phases"][0]["selection"]
+    selection = _settings(run_dir)["phases"][0]["selection"]
     losses = np.stack([np.load(path, allow_pickle=False) for path in traces])  # [evaluations, rows, L]
     rows = np.arange(losses.shape[1])
     columns = corpus.read(rows)
@@ -128,19 +148,18 @@ def _passages(run_dir: Path, corpus: Corpus) -> list[dict[str, Any]]:
     valid = np.isfinite(excess[0])
     floor = np.quantile(excess[:, valid], 1 - selection["ratio"], axis=1)
     selected = np.mean(excess >= floor[:, None, None], axis=0)
-    documents = {(row, start): i for i, (row, start) in enumerate(_begins(corpus))}
-    table = corpus.documents().to_pylist()
+    table, vocabulary = corpus.documents().to_pylist(), corpus.vocabulary()
+    documents = {(about["row"], about["start"]): about for about in table}
     passages = []
     for row in rows.tolist():
         for segment in range(1, int(columns["segment_ids"][row].max()) + 1):
             places = np.flatnonzero(columns["segment_ids"][row] == segment)
-            document = documents.get((row, int(places[0])))
-            if document is None or len(places) < 24:
+            about = documents.get((row, int(places[0])))
+            if about is None or len(places) < 24:
                 continue  # the end of a document that began in another row
-            about = table[document]
             tokens = _tokens(
                 corpus,
-                corpus.vocabulary(),
+                vocabulary,
                 {name: column[row][places] for name, column in columns.items()},
                 losses[-1][row][places],
                 reference[row][places],
@@ -151,11 +170,6 @@ def _passages(run_dir: Path, corpus: Corpus) -> list[dict[str, Any]]:
                 {"title": about["source"], "url": about["url"], "source": about["source"], "tokens": tokens}
             )
     return _varied(passages)
-
-
-def _begins(corpus: Corpus) -> list[tuple[int, int]]:
-    table = corpus.documents()
-    return list(zip(table["row"].to_pylist(), table["start"].to_pylist(), strict=True))
 
 
 def _tokens(corpus, vocabulary: Vocabulary, columns, loss, reference, selected, valid) -> list[dict[str, Any]]:

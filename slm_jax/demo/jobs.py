@@ -14,6 +14,8 @@ from pathlib import Path
 from slm_jax.errors import UserError
 from slm_jax.metrics import progress, read_metrics
 
+COMMAND = (sys.executable, "-m", "slm_jax")
+
 # On CPU each stage has a core of its own: one thread for XLA, and an allocator that keeps freed memory, without which
 # XLA's temporaries cost tens of thousands of page faults a step.
 ONE_CORE = {
@@ -86,8 +88,9 @@ def run_jobs(jobs: Sequence[Job], lanes: int, environment: dict[str, str]) -> No
 def _run(job: Job, environment: dict[str, str], processes: dict[str, subprocess.Popen]) -> None:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a") as log:
-        command = [sys.executable, "-m", "slm_jax", *job.command]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment)
+        process = subprocess.Popen(
+            [*COMMAND, *job.command], stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment
+        )
         processes[job.name] = process
         code = process.wait()
     unfinished = job.run_dir and not (job.run_dir / "summary.json").exists()  # a train that was terminated exits 0

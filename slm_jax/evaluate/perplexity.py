@@ -41,6 +41,10 @@ class HeldOut:
     batch_rows: int = 16
     keep_tokens: bool = False
 
+    def __post_init__(self) -> None:
+        if self.rows is not None:
+            config_lib.at_least(1, **{"HeldOut.rows": self.rows})
+
     def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
         """Opens and checks the corpus; the result, called on parameters, yields (name, value)."""
         table = Corpus.open(self.corpus)
@@ -107,6 +111,7 @@ def evaluate(
     """
     evaluators = config_lib.as_list(evaluators, HeldOut, "evaluate.evaluators") or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
     devices = mesh_lib.make_mesh(mesh)
+    config_lib.print_unused()
     model = load_model(run, devices, step)
     output = output or f"{run}/evaluate/{model.step}.json"
     print(f"evaluate: step {model.step} of {run} on {', '.join(e.corpus for e in evaluators)} -> {output}")

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import params_fingerprint, read_about, restore_params
 from slm_jax.data.batches import Batch, read_batch
@@ -115,6 +116,7 @@ def score(
     table = Corpus.open(corpus)
     devices = mesh_lib.make_mesh(mesh)
     mesh_lib.check_batch(devices, batch_rows, "score")
+    config_lib.print_unused()
     model = load_model(reference, devices, step)
     check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}")
     about = {

@@ -217,7 +217,7 @@ def _trained(work: pathlib.Path, sources: Sequence[Source], config: VocabularyCo
     for ordinal, source in enumerate(sources):
         source_salt = salt("vocabulary", source.name)
         for row in tqdm(_rows(source, ByteVocabulary(), Counter()), f"reading {source.name}", unit=" documents"):
-            key = int(mix(np.asarray(row["index"], np.uint64) ^ source_salt))
+            key = int(mix(np.array([row["index"]], np.uint64) ^ source_salt)[0])
             heapq.heappush(chosen, (-key, -ordinal, -row["index"], row["text"]))
             characters += len(row["text"])
             while characters - len(chosen[0][-1]) >= config.train_characters:

@@ -87,7 +87,7 @@ def test_the_loss_is_divided_by_the_number_selected_in_the_global_batch(one_devi
     """Against the definition, computed outside: a gradient step on sum(selected losses) / number selected."""
     optimizer = make_optimizer(OptimizerConfig())
     mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
-    batch = _batch()
+    batch = jax.tree.map(jnp.asarray, _batch())
     params = init_state(MODEL, optimizer, mesh, seed=0).params
     loss = batch_loss(params, MODEL, batch)
     valid = np.asarray(batch.loss_mask & predicted(batch.segment_ids))
@@ -101,14 +101,15 @@ def test_the_loss_is_divided_by_the_number_selected_in_the_global_batch(one_devi
         return jnp.sum(jnp.where(chosen, batch_loss(params, MODEL, batch), 0)) / count
 
     gradient = jax.grad(objective)(params)
-    clipped, _ = optimizer.update(gradient, optimizer.init(params), params)
+    _, expected = optimizer.update(gradient, optimizer.init(params), params)
     _, sums = one_device["batch"]
     assert sums["trained_tokens"] == count
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(sums["grad_norm"], norm, rtol=1e-5)
-    expected = jax.tree.map(lambda p, u: p - RATE * u, params, clipped)
+    # Seen through the first moment: Adam's first update is nearly the sign of a gradient, however small that is.
     state, _ = one_device["batch"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, expected)
+    moments, expected_moments = state.opt_state[1].mu, expected[1].mu
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), moments, expected_moments)
 
 
 def test_device_scope_selects_on_each_shard():

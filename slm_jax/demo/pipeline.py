@@ -53,7 +53,7 @@ def demo(
     data: str | None = None,
     stages: Sequence[str] = (),
     seed: int = 0,
-    size: int = 8000,
+    size: int = 4000,
     overrides: Sequence[str] = (),
 ) -> None:
     """Shows selective language modeling at work: `summary.json` and `report.html` in `runs/<recipe>`.

@@ -125,8 +125,10 @@ def _print(summary: dict[str, Any], here: Path) -> None:
     """The result in a few lines."""
     for name, run in summary["runs"].items():
         print(f"  {name:20} target loss {run['target_loss']:.4f}  general loss {run['general_loss']:.4f}")
-    for name, step in summary["steps_to_causal_target_loss"].items():
-        print(f"  {name} reaches causal's final target loss at step {step}" if step else f"  {name} does not reach it")
+    for baseline in ("causal", "continual_causal"):
+        for name, step in summary.get(f"steps_to_{baseline}_target_loss", {}).items():
+            what = f"{baseline}'s final target loss"
+            print(f"  {name} reaches {what} at step {step}" if step else f"  {name} does not reach {what}")
     if share := summary.get("selection"):
         print(
             f"  kept: {share['clean_selected_share']:.0%} of clean, {share['noise_selected_share']:.0%} of noise tokens"

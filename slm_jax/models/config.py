@@ -26,10 +26,12 @@ class ModelConfig:
     max_length: int = 2048
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    sliding_window: int | None = None  # a token reads the last so many tokens of its segment, itself among them
     tied_head: bool = False
     init_std: float = 0.02
     compute_dtype: str = "float32"  # or bfloat16; parameters and their moments are float32 always
     remat: str = "full"  # full: keep each layer's input; dots: keep the matrix products too; none: keep everything
+    attention: str = "auto"  # xla: any platform; splash: TPU; cudnn: GPU; auto: what the platform has
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -40,6 +42,10 @@ class ModelConfig:
             raise UserError(f"compute_dtype {self.compute_dtype!r}: take 'float32' or 'bfloat16'")
         if self.remat not in ("full", "dots", "none"):
             raise UserError(f"remat {self.remat!r}: take 'full', 'dots' or 'none'")
+        if self.attention not in ("auto", "xla", "splash", "cudnn"):
+            raise UserError(f"attention {self.attention!r}: take 'auto', 'xla', 'splash' or 'cudnn'")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise UserError(f"sliding_window {self.sliding_window}: a token reads at least itself, take 1 or more")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -68,7 +74,7 @@ class ModelConfig:
 # What decides a function's shapes and values; the rest of ModelConfig may change between starts and runs.
 FUNCTION_FIELDS = (
     *("vocab_size", "vocab_multiple", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
-    *("rope_theta", "norm_eps", "tied_head"),
+    *("rope_theta", "norm_eps", "sliding_window", "tied_head"),
 )
 
 # The demo sizes use heads of 64: on CPU, attention with 32 costs three times as much.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import gin
 
-from slm_jax import config
+from slm_jax import config, processes
 from slm_jax.data.store import disk_full_is_an_answer
 from slm_jax.errors import UserError
 
@@ -22,6 +22,7 @@ STAGES = {
     "evaluate": "slm_jax.evaluate.perplexity",
     "demo": "slm_jax.demo.pipeline",
 }
+SHARED = ("train", "score", "evaluate")  # what several processes run together
 DONE, FAILED, USAGE = 0, 1, 2
 
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", choices=STAGES, nargs="?", help="what to do")
     parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="settings; repeatable")
     parser.add_argument("--gin.NAME=VALUE", dest="_", action="store_true", help="one setting; wins over files")
+    parser.add_argument("--NAME=TEXT", dest="_", action="store_true", help="a setting of the stage that is text")
     parser.add_argument("--help", "-h", action="store_true", help="this text, or the settings of the stage")
     try:
         known, rest = parser.parse_known_args(arguments)
@@ -44,15 +46,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.stage is None:
         parser.print_help(sys.stdout if known.help else sys.stderr)
         return DONE if known.help else USAGE
-    for argument in rest:
-        if not re.fullmatch(r"--gin\.[^=]+=.*", argument, re.DOTALL):
-            return _fail(known.stage, f"unknown argument {argument!r}: settings look like --gin.NAME=VALUE", USAGE)
     for module in STAGES.values():
         importlib.import_module(module)
     if known.help:
         print(config.describe(known.stage, STAGES))
         return DONE
-    return _run(known.stage, known.gin_file, [argument.removeprefix("--gin.") for argument in rest])
+    bindings = [_binding(known.stage, argument) for argument in rest]
+    if None in bindings:
+        message = f"unknown argument {rest[bindings.index(None)]!r}: settings look like --gin.NAME=VALUE"
+        message += "".join(f", --{name}=TEXT" for name in config.text_settings(known.stage))
+        return _fail(known.stage, message, USAGE)
+    return _run(known.stage, known.gin_file, [binding for binding in bindings if binding is not None])
+
+
+def _binding(stage: str, argument: str) -> str | None:
+    """NAME=VALUE as gin reads it, of --gin.NAME=VALUE, or of --NAME=TEXT for a setting of the stage that is text."""
+    found = re.fullmatch(r"--([\w./]+)=(.*)", argument, re.DOTALL)
+    if found and found[1].startswith("gin."):
+        return argument.removeprefix("--gin.")
+    if found and found[1] in config.text_settings(stage):
+        return f"{stage}.{found[1]}={found[2]!r}"
+    return None
 
 
 def _run(stage: str, files: Sequence[str], bindings: Sequence[str]) -> int:
@@ -60,7 +74,14 @@ def _run(stage: str, files: Sequence[str], bindings: Sequence[str]) -> int:
         config.load(files, bindings)
     except UserError as error:
         return _fail(stage, str(error), USAGE)
+    with processes.together():
+        return _call(stage)
+
+
+def _call(stage: str) -> int:
     try:
+        if stage in SHARED:
+            processes.start(preemptible=stage == "train")
         with disk_full_is_an_answer(f"the results of {stage}", "free some space, then the same command continues"):
             gin.get_configurable(stage)()
     except (UserError, FloatingPointError) as error:
@@ -87,7 +108,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _fail(stage: str, message: str, code: int) -> int:
-    print(f"slm-jax {stage}: error: {message}", file=sys.stderr)
+    line = f"slm-jax {stage}: error: {message}"
+    processes.fail(line, code)
+    print(line, file=sys.stderr)
     return code
 
 

@@ -90,6 +90,12 @@ def surface() -> dict[str, dict[str, str]]:
     return found
 
 
+def text_settings(stage: str) -> list[str]:
+    """Names of the stage's own settings that are one text, so that `--NAME=TEXT` needs no quotes for gin."""
+    parameters = inspect.signature(gin.get_configurable(stage)).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.annotation in (str, str | None)]
+
+
 def _default(parameter: inspect.Parameter) -> str:
     if parameter.default is inspect.Parameter.empty:
         return "(required)"

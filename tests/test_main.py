@@ -81,7 +81,8 @@ def test_help_lists_every_setting_of_a_stage(stage, run):
 @pytest.mark.parametrize(
     "arguments, code, messages",
     [
-        (["train", "--seed=1"], 2, ["unknown argument '--seed=1'", "--gin.NAME=VALUE"]),
+        (["train", "--seed=1"], 2, ["unknown argument '--seed=1'", "--gin.NAME=VALUE", "--run_dir=TEXT"]),
+        (["train", "--run_dirs=r"], 2, ["unknown argument '--run_dirs=r'", "--run_dir=TEXT"]),
         (["train", "more"], 2, ["unknown argument 'more'"]),
         (["train", "--gin.train.run_dir"], 2, ["unknown argument '--gin.train.run_dir'"]),
         (["train", "--gin_file=nowhere.gin"], 2, ["gin file nowhere.gin does not exist", "--gin_file"]),
@@ -96,6 +97,7 @@ def test_help_lists_every_setting_of_a_stage(stage, run):
         (["train", "--gin.train.run_dir='r'", "--gin.Phase.steps=1"], 2, ["Draw needs 'corpus'"]),
         (["score", "--gin.score.corpus='c'"], 2, ["score needs 'reference'"]),
         (["score", "--gin.score.corpus='c'", "--gin.score.reference='r'"], 1, ["no corpus at", "/c: check the path"]),
+        (["score", "--corpus=it's", "--reference=r"], 1, ["no corpus at", "/it's: check the path"]),
         (["evaluate", "--gin.evaluate.run='r'"], 2, ["HeldOut needs", "'name'", "'corpus'"]),
         (["demo", "--gin.demo.recipe='other'"], 1, ["no recipe 'other'", "known are demo, math_web"]),
         (["demo", "--gin.demo.stages=['causl']"], 1, ["has no stage 'causl': it has crawl"]),

@@ -128,6 +128,30 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def num_shards() -> int:
+    """Into how many pieces the mesh that is set splits the rows of a batch; 1 where none is set."""
+    return axis_size("data") * axis_size("fsdp")
+
+
+def axis_size(name: str) -> int:
+    """Size of an axis of the mesh that is set; 1 where none is set."""
+    return jax.sharding.get_abstract_mesh().shape.get(name, 1)
+
+
+def by_shard(x: jax.Array) -> jax.Array:
+    """[B, L, ...] to [S, N, ...]: the N = B L / S tokens of each of the `num_shards` shards as one row.
+
+    Sorting, gathering and counting along the second axis then need no other device, and nothing has to say so.
+    """
+    shards = num_shards()
+    return constrain(x.reshape(shards, x.shape[0] * x.shape[1] // shards, *x.shape[2:]), BATCH)
+
+
+def to_rows(x: jax.Array, length: int) -> jax.Array:
+    """[S, N, ...] back to [B, L, ...]: the inverse of `by_shard` for rows of `length`."""
+    return constrain(x.reshape(-1, length, *x.shape[2:]), BATCH)
+
+
 def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
     """Which rows of the global batch this process must read, ascending."""
     shards = batch_sharding(mesh).addressable_devices_indices_map((batch_rows,)).values()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from slm_jax import mesh as mesh_lib
 from slm_jax.errors import UserError
 from slm_jax.score.selection import Selection, kept_count, select, token_scores
 
@@ -75,9 +76,11 @@ def test_scopes_on_one_batch():
     """Row 0 has all the high scores: the batch takes them, each sequence and each device its own share."""
     scores = jnp.array([[9.0, 8, 7, 6], [1, 2, 3, 4], [0, 0, 5, 0], [0, 0, 0, 0.5]])
     valid = jnp.ones((4, 4), bool)
-    rows = lambda scope: (  # noqa: E731
-        np.asarray(select(Selection(ratio=0.25, scope=scope), scores, valid, num_devices=2)).sum(axis=1).tolist()
-    )
+
+    def rows(scope: str) -> list[int]:
+        with jax.set_mesh(mesh_lib.make_mesh(devices=jax.devices()[:2])):
+            return jit_select(Selection(ratio=0.25, scope=scope), scores, valid).sum(axis=1).tolist()
+
     assert rows("batch") == [4, 0, 0, 0]
     assert rows("sequence") == [1, 1, 1, 1]
     assert rows("device") == [2, 0, 1, 1]
@@ -132,7 +135,7 @@ def test_no_gradient_flows_through_scores():
         ({"ratio": 1.5}, r"ratio 1.5 is outside \(0, 1\]"),
         ({"ratio": 60.0}, r"0.6 keeps 60 %"),
         ({"score": "exces"}, "known are excess, loss, reference, entropy, random"),
-        ({"scope": "global"}, "known are batch, sequence, device"),
+        ({"scope": "global"}, "known are batch, micro_batch, sequence, device"),
     ],
 )
 def test_wrong_settings_are_refused(settings_, message):

@@ -41,9 +41,7 @@ def _run(selection, mesh_config=None, devices=None, micro_batches=1, batch=None,
     batch = _batch() if batch is None else batch
     with jax.set_mesh(mesh):
         state = init_state(MODEL, optimizer, mesh, seed=0)
-        step = make_step(
-            MODEL, selection, optimizer, lambda _: RATE, 0, micro_batches, num_devices=mesh_lib.batch_shards(mesh)
-        )
+        step = make_step(MODEL, selection, optimizer, lambda _: RATE, 0, micro_batches)
         step = compile_step(step, mesh, state_shapes(MODEL, optimizer, mesh))
         for _ in range(steps):
             state, sums = step(state, jax.device_put(batch, mesh_lib.batch_sharding(mesh)))

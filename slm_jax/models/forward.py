@@ -5,7 +5,7 @@ as its first axis, so that one compiled block is scanned over them.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
-from slm_jax.models.attention import attention_mask
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.layers import RMSNorm, rotary_angles
+from slm_jax.models.rows import Rows
 from slm_jax.models.transformer import Block, Embedding, Head
 
 Params = dict[str, Any]
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray | Int[Array, "2"]) -> Params:
@@ -44,15 +45,15 @@ def param_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def _apply(build: Callable[[nnx.Rngs], nnx.Module], params: Params, *inputs: Any) -> Any:
-    """Calls a module on the given parameters: its structure is built abstractly, its own values never exist."""
+def _module(build: Callable[[nnx.Rngs], Module], params: Params) -> Module:
+    """A module with the given parameters: its structure is built abstractly, its own values never exist."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    return nnx.merge(graphdef, params)(*inputs)
+    return nnx.merge(graphdef, params)
 
 
 def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     """Token embeddings in the compute dtype."""
-    return _apply(lambda rngs: Embedding(config, rngs), params["embed"], tokens)
+    return _module(lambda rngs: Embedding(config, rngs), params["embed"])(tokens)
 
 
 def layers(
@@ -64,17 +65,59 @@ def layers(
 ) -> Float[Array, "B L D"]:
     """All blocks, scanned, each rematerialised as `config.remat` says."""
     angles = rotary_angles(positions, config.head_dim, config.rope_theta)
-    mask = attention_mask(segment_ids)
 
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        x = mesh.constrain(x, mesh.BATCH)
-        return _apply(lambda rngs: Block(config, rngs), layer, x, angles, mask), None
+        return _block(layer, config)(mesh.constrain(x, mesh.BATCH), angles, segment_ids), None
 
     if config.remat == "full":
         block = jax.checkpoint(block)
     elif config.remat == "dots":
         block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     return jax.lax.scan(block, x, params["layers"])[0]
+
+
+def layer_inputs(
+    params: Params,
+    config: ModelConfig,
+    x: Float[Array, "B L D"],
+    positions: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"],
+) -> tuple[Float[Array, "B L D"], Float[Array, "layer B L D"]]:
+    """`layers`, and the input of each of them: what a backward pass layer by layer starts from."""
+    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+
+    def block(x: jax.Array, layer: Params) -> tuple[jax.Array, jax.Array]:
+        x = mesh.constrain(x, mesh.BATCH)
+        return _block(layer, config)(x, angles, segment_ids), x
+
+    return jax.lax.scan(block, x, params["layers"])
+
+
+def layer_at(
+    layer: Params,
+    config: ModelConfig,
+    z: Float[Array, "S C D"],
+    rows: Rows,
+    x: Float[Array, "B L D"],
+    positions: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"],
+) -> Float[Array, "S C D"]:
+    """One block at some rows of its input x, whose values are z; no gradient reaches the other positions.
+
+    Equal in value to the whole block; its gradient holds the keys and values of the other positions constant.
+    """
+    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+    others = _block(layer, config).keys_values(x, angles)
+    return _block(layer, config).at_rows(z, rows, jax.lax.stop_gradient(others), angles, segment_ids)
+
+
+def _block(layer: Params, config: ModelConfig) -> Block:
+    return _module(lambda rngs: Block(config, rngs), layer)
+
+
+def final_norm(params: Params, config: ModelConfig, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """What the head reads, from the last block's output."""
+    return _module(lambda _: RMSNorm(config.embed_dim, config.norm_eps), params["final_norm"])(x)
 
 
 def hidden_states(
@@ -86,7 +129,7 @@ def hidden_states(
 ) -> Float[Array, "B L D"]:
     """The normed last hidden state of each token: what the head reads to predict the token after it."""
     x = layers(params, config, embed(params, config, tokens), positions, segment_ids)
-    return _apply(lambda _: RMSNorm(config.embed_dim, config.norm_eps), params["final_norm"], x)
+    return final_norm(params, config, x)
 
 
 def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from slm_jax.models.attention import attention
+from slm_jax.models.attention_at import attention_at
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.layers import Projection, RMSNorm, rotate
+from slm_jax.models.rows import Rows
 
 
 class Embedding(nnx.Module):
@@ -28,12 +30,32 @@ class Attention(nnx.Module):
         self.key = Projection((dim, kv_heads, width), 1, std, rngs)
         self.value = Projection((dim, kv_heads, width), 1, std, rngs)
         self.out = Projection((heads, width, dim), 2, output_std(config), rngs)
+        self.window, self.backend = config.sliding_window, config.attention
+
+    def keys_values(
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"]
+    ) -> tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]:
+        return rotate(self.key(x), angles), self.value(x)
 
     def __call__(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"], mask: Bool[Array, "B 1 L L"]
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"], segment_ids: Int[Array, "B L"]
     ) -> Float[Array, "B L D"]:
-        query, key = rotate(self.query(x), angles), rotate(self.key(x), angles)
-        return self.out(attention(query, key, self.value(x), mask))
+        query, (key, value) = rotate(self.query(x), angles), self.keys_values(x, angles)
+        return self.out(attention(query, key, value, segment_ids, window=self.window, backend=self.backend))
+
+    def at_rows(
+        self,
+        z: Float[Array, "S C D"],
+        rows: Rows,
+        others: tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]],
+        angles: Float[Array, "B L K2"],
+        segment_ids: Int[Array, "B L"],
+    ) -> Float[Array, "S C D"]:
+        """The output at the rows, whose inputs are z; keys and values of all other positions are given."""
+        turned = rows.take(angles)
+        key, value = (rows.put(x, own) for x, own in zip(others, self.keys_values(z, turned), strict=True))
+        query = rotate(self.query(z), turned)
+        return self.out(attention_at(query, rows, key, value, segment_ids, window=self.window, backend=self.backend))
 
 
 class MLP(nnx.Module):
@@ -58,10 +80,27 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"], mask: Bool[Array, "B 1 L L"]
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"], segment_ids: Int[Array, "B L"]
     ) -> Float[Array, "B L D"]:
-        x = x + self.attention(self.attention_norm(x), angles, mask)
+        x = x + self.attention(self.attention_norm(x), angles, segment_ids)
         return x + self.mlp(self.mlp_norm(x))
+
+    def keys_values(
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"]
+    ) -> tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]:
+        return self.attention.keys_values(self.attention_norm(x), angles)
+
+    def at_rows(
+        self,
+        z: Float[Array, "S C D"],
+        rows: Rows,
+        others: tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]],
+        angles: Float[Array, "B L K2"],
+        segment_ids: Int[Array, "B L"],
+    ) -> Float[Array, "S C D"]:
+        """The block's output at the rows, given their inputs z and the keys and values of the other positions."""
+        z = z + self.attention.at_rows(self.attention_norm(z), rows, others, angles, segment_ids)
+        return z + self.mlp(self.mlp_norm(z))
 
 
 class Head(nnx.Module):

@@ -1,9 +1,9 @@
 """Stage `score`: a frozen reference over the rows of a corpus -> a column."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import gin
 import jax
@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
+from slm_jax import processes
 from slm_jax.checkpoint import params_fingerprint, read_about, restore_params
 from slm_jax.data.batches import Batch, read_batch
 from slm_jax.data.corpus import Corpus
+from slm_jax.data.scores import ScoreColumn, check_column
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
@@ -98,7 +100,8 @@ def score(
 ) -> None:
     """Scores every token of a corpus with a frozen reference model and adds the result as a column.
 
-    Killed and started again, it goes on with the rows that are missing.
+    Killed and started again, it goes on with the rows that are missing. A second command that writes the same column is
+    refused, unless the corpus lies in a bucket, where nothing can be locked.
 
     Args:
       corpus: corpus directory. Gains `scores/<name>/`.
@@ -126,22 +129,37 @@ def score(
         "vocabulary_hash": model.vocabulary_hash,
         "parameters": model.config.parameter_count(),
     }
-    column = table.create_score(name, tuple(statistics), dtype, reference=about)
+    check_column(name, dtype)
     where = Path(corpus) / "scores" / name
-    if column.complete:
-        print(f"score: column {where} is complete already")
-        return
-    rows_left = sum(stop - start for start, stop in column.pending())
-    print(f"score: {rows_left} of {table.num_rows} rows of {corpus} by {reference} (step {model.step}) -> {where}")
-    with jax.set_mesh(devices):
-        _score_rows(table, column, model, devices, batch_rows)
+    with contextlib.ExitStack() as stack:
+        if "://" not in corpus:
+            busy = f"another process is scoring {where}: wait for it, or choose another score.name"
+            stack.enter_context(processes.lock(where / "lock", busy))
+
+        def open_column() -> ScoreColumn:
+            return table.create_score(name, tuple(statistics), dtype, reference=about)
+
+        pending = processes.on_first(lambda: open_column().pending())
+        if not pending:
+            print(f"score: column {where} is complete already")
+            return
+        rows_left = sum(stop - start for start, stop in pending)
+        print(f"score: {rows_left} of {table.num_rows} rows of {corpus} by {reference} (step {model.step}) -> {where}")
+        stack.enter_context(jax.set_mesh(devices))
+        _score_rows(table, open_column(), pending, model, devices, batch_rows)
     print(f"score: done, {where}")
 
 
-def _score_rows(table: Corpus, column: Any, model: TrainedModel, mesh: Mesh, batch_rows: int) -> None:
-    """Chunk by chunk; all devices share a batch, and a chunk is written whole."""
+def _score_rows(
+    table: Corpus,
+    column: ScoreColumn,
+    pending: Sequence[tuple[int, int]],
+    model: TrainedModel,
+    mesh: Mesh,
+    batch_rows: int,
+) -> None:
+    """Chunk by chunk; all devices share a batch, and the first process writes a chunk whole."""
     compute = jax.jit(lambda params, batch: score_batch(params, model.config, batch, column.statistics))
-    pending = column.pending()
     mine = mesh_lib.local_rows(mesh, batch_rows)
     with progress(sum(stop - start for start, stop in pending), 0, "score", "row") as bar:
         for start, stop in pending:
@@ -150,10 +168,9 @@ def _score_rows(table: Corpus, column: Any, model: TrainedModel, mesh: Mesh, bat
             for first in range(0, len(rows), batch_rows):
                 piece = rows[first : first + batch_rows]
                 padded = np.pad(piece, (0, batch_rows - len(piece)), mode="edge")
-                batch = read_batch([table], np.zeros(batch_rows, np.int64), padded)
-                local = jax.tree.map(lambda x: x[mine], batch)
-                scored = compute(model.params, mesh_lib.to_devices(mesh, batch_rows, mine, local))
+                batch = read_batch([table], np.zeros(len(mine), np.int64), padded[mine])
+                scored = compute(model.params, mesh_lib.to_devices(mesh, batch_rows, mine, batch))
                 pieces.append({name: x[: len(piece)] for name, x in mesh_lib.to_host(scored).items()})
-            if jax.process_index() == 0:
+            if processes.first():
                 column.write(start, {n: np.concatenate([piece[n] for piece in pieces]) for n in pieces[0]})
             bar.update(stop - start)

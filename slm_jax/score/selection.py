@@ -4,16 +4,19 @@ Rho-1 (arXiv 2404.07965) Eq 3-5: excess loss = own loss - reference loss; the to
 """
 
 import dataclasses
+import math
 
 import gin
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from slm_jax import mesh
 from slm_jax.errors import UserError
 
 SCORES = ("excess", "loss", "reference", "entropy", "random")
-SCOPES = ("batch", "sequence", "device")
+SCOPES = ("batch", "micro_batch", "sequence", "device")
+GRADIENTS = ("exact", "filtered")
 RATIO_UNIT = 10_000  # ratios are exact to this fraction, so that counts are integers on every machine
 
 
@@ -27,9 +30,14 @@ class Selection:
     ratio: share of the valid tokens that trains, in (0, 1].
     threshold: when given, tokens whose score is above it train instead of a share (scores that are "low first" are
       negated, so -2.0 keeps reference losses below 2.0).
-    scope: the tokens that compete: those of the global `batch` (the paper's reading), of a `sequence` (row), or of the
-      rows on one `device`.
+    scope: the tokens that compete: those of the global `batch` (the paper's reading), of a `micro_batch` over all
+      devices, of a `sequence` (row), or of the rows on one `device`. With micro-batches, `batch` and `device` cost a
+      first pass without gradient over all of them; `micro_batch` and `sequence` do not.
     reference: name of the corpus' score column.
+    gradient: `exact`, or `filtered`: the whole backward pass runs over the selected tokens only, with the keys and
+      values of the others held constant (the idea of Collider, arXiv 2502.00340). Cheaper; not the same gradient.
+    capacity: share of a device's positions that a filtered backward has room for; None is `ratio`, and a tenth more
+      where several devices share one choice. Beyond it the lowest scores are dropped, and counted.
     """
 
     score: str = "excess"
@@ -37,19 +45,39 @@ class Selection:
     threshold: float | None = None
     scope: str = "batch"
     reference: str = "reference"
+    gradient: str = "exact"
+    capacity: float | None = None
 
     def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise UserError(f"Selection.score {self.score!r} is unknown: known are {', '.join(SCORES)}")
-        if self.scope not in SCOPES:
-            raise UserError(f"Selection.scope {self.scope!r} is unknown: known are {', '.join(SCOPES)}")
+        for name, known in (("score", SCORES), ("scope", SCOPES), ("gradient", GRADIENTS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"Selection.{name} {getattr(self, name)!r} is unknown: known are {', '.join(known)}")
         if not 0 < self.ratio <= 1:
             raise UserError(f"Selection.ratio {self.ratio} is outside (0, 1]: 0.6 keeps 60 % of the valid tokens")
+        if self.capacity is not None and not 0 < self.capacity <= 1:
+            raise UserError(f"Selection.capacity {self.capacity} is outside (0, 1]: it is a share of the positions")
+        if self.gradient == "filtered" and self.threshold is not None and self.capacity is None:
+            raise UserError(
+                "Selection.threshold keeps an unknown share: a filtered gradient needs Selection.capacity, the share "
+                "of the positions it has room for"
+            )
 
     def columns(self) -> tuple[str, ...]:
         """The score columns of the corpus that this selection reads."""
         statistic = {"excess": "loss", "reference": "loss", "entropy": "entropy"}.get(self.score)
         return (f"scores/{self.reference}/{statistic}",) if statistic else ()
+
+
+def row_capacity(selection: Selection, batch_shape: tuple[int, ...], micro_batches: int = 1) -> int:
+    """Tokens that a filtered backward holds on each device in each micro-batch of a global batch of [B, L]."""
+    shards = mesh.num_shards()
+    rows, length = batch_shape[0] // (shards * micro_batches), batch_shape[1]
+    if selection.capacity:
+        return math.ceil(selection.capacity * rows * length)
+    sharing = {"batch": shards * micro_batches, "micro_batch": shards, "device": micro_batches, "sequence": 1}
+    share = selection.ratio * (1.1 if sharing[selection.scope] > 1 else 1.0)
+    rounding = rows if selection.scope == "sequence" else 1  # each group rounds its count, and keeps at least 1
+    return min(rows * length, math.ceil(share * rows * length) + rounding)
 
 
 def token_scores(
@@ -79,26 +107,68 @@ def kept_count(num_valid: Int[Array, "*G"], ratio: float) -> Int[Array, "*G"]:
 
 
 def select_share(
-    scores: Float[Array, "B L"], valid: Bool[Array, "B L"], ratio: float, num_groups: int = 1
+    scores: Float[Array, "B L"], valid: Bool[Array, "B L"], ratio: float, scope: str = "batch"
 ) -> Bool[Array, "B L"]:
-    """The `kept_count` highest-scored valid tokens of each of `num_groups` equal groups of rows.
+    """The `kept_count` highest-scored valid tokens of the batch, of each sequence or of each device's rows.
 
-    Excluded tokens score -inf and are never selected; ties go to the lower position, so the count is exact.
+    Excluded tokens are never selected; ties go to the lower position, so the count is exact.
     """
-    grouped = jnp.where(valid, scores, -jnp.inf).reshape(num_groups, -1)
-    count = kept_count(jnp.sum(valid.reshape(num_groups, -1), axis=1, dtype=jnp.int32), ratio)
-    _, order = jax.lax.top_k(grouped, grouped.shape[1])  # equal values: lower index first
-    within = jnp.arange(grouped.shape[1]) < count[:, None]
-    group = jnp.arange(num_groups)[:, None]
-    return jnp.zeros(grouped.shape, bool).at[group, order].set(within).reshape(scores.shape)
+    keys = _ordered_bits(scores, valid)
+    if scope == "sequence":
+        return _largest(keys, kept_count(_totals(keys > 0), ratio))
+    keys, across = mesh.by_shard(keys), scope != "device"
+    return mesh.to_rows(_largest(keys, kept_count(_totals(keys > 0, across), ratio), across), scores.shape[1])
 
 
-def select(
-    selection: Selection, scores: Float[Array, "B L"], valid: Bool[Array, "B L"], num_devices: int = 1
-) -> Bool[Array, "B L"]:
-    """True for the tokens that train. `valid` must exclude non-finite scores; `num_devices` is the number of shards
-    the rows are split into."""
+def _ordered_bits(scores: Float[Array, "G N"], valid: Bool[Array, "G N"]) -> jax.Array:
+    """uint32 in the order of the scores; 0, below every number, where not valid."""
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.uint32)  # + 0.0: -0.0 equals 0.0
+    negative = bits >> 31 == 1
+    return jnp.where(valid, jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31)), jnp.uint32(0))
+
+
+def _totals(x: Bool[Array, "G N"], across: bool = False) -> Int[Array, "T 1"]:
+    """How many are True in each group, or `across` all of them."""
+    return jnp.sum(x, axis=(0, 1) if across else 1, keepdims=True, dtype=jnp.int32)
+
+
+def _largest(keys: Array, count: Int[Array, "T 1"], across: bool = False) -> Bool[Array, "G N"]:
+    """True for the `count` largest keys of each group (or `across` all groups), equal ones in order of position.
+
+    The count-th largest key is found bit by bit, two bits a round, by counting: no sort, and between devices nothing
+    but three counts a round travels, and one per device for the ties.
+    """
+
+    def two_bits(round_: jax.Array, found: jax.Array) -> jax.Array:
+        shift = (30 - 2 * round_).astype(jnp.uint32)
+        reached = [_totals(keys >= found + (jnp.uint32(i) << shift), across) >= count for i in (1, 2, 3)]
+        return found + (sum(r.astype(jnp.uint32) for r in reached) << shift)
+
+    least = jax.lax.fori_loop(0, 16, two_bits, jnp.zeros(count.shape, jnp.uint32))
+    above, equal = keys > least, (keys == least) & (keys > 0)
+    earlier = jnp.cumsum(equal, axis=1, dtype=jnp.int32) - equal
+    if across:
+        ties = _totals(equal)
+        earlier += jnp.cumsum(ties, axis=0) - ties
+    return above | (equal & (earlier < count - _totals(above, across)))
+
+
+def select(selection: Selection, scores: Float[Array, "B L"], valid: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
+    """True for the tokens that train. `valid` must exclude non-finite scores."""
     if selection.threshold is not None:
         return valid & (scores > selection.threshold)
-    groups = {"batch": 1, "sequence": scores.shape[0], "device": num_devices}[selection.scope]
-    return select_share(scores, valid, selection.ratio, groups)
+    return select_share(scores, valid, selection.ratio, selection.scope)
+
+
+def within_capacity(
+    selection: Selection, scores: Float[Array, "B L"], chosen: Bool[Array, "B L"], micro_batches: int = 1
+) -> Bool[Array, "B L"]:
+    """The chosen tokens that a filtered backward has room for on each device in each micro-batch (rows m, m + parts,
+    ...): of more than `row_capacity` the highest-scored."""
+    shards, length = mesh.num_shards(), scores.shape[1]
+    keys = mesh.by_shard(_ordered_bits(scores, chosen))
+    keys = keys.reshape(shards, -1, micro_batches, length).swapaxes(1, 2)
+    count = jnp.full((1, 1), row_capacity(selection, scores.shape, micro_batches), jnp.int32)
+    kept = _largest(keys.reshape(shards * micro_batches, -1), count)
+    kept = kept.reshape(keys.shape).swapaxes(1, 2)
+    return mesh.to_rows(kept.reshape(shards, -1), length)

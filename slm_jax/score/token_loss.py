@@ -1,22 +1,31 @@
 """Hidden states to one float32 loss per token, never a [B, L, V] array.
 
+Tokens go through the head in chunks, and only those that are asked for: the forward pass visits tokens that have a
+loss, the backward pass tokens whose loss matters. Each device works on its own tokens (mesh.by_shard); all make as many
+turns as the fullest one, so that a head sharded over the vocabulary never waits for a partner that has left the loop.
+
 This is the one place that shifts: everything per token stands at the token it is *about*,
 `loss[b, t] = -log p(tokens[b, t] | earlier tokens of its segment)`.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from slm_jax import mesh
 from slm_jax.data.batches import Batch
 from slm_jax.models import forward
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.models.rows import take
 
-CHUNK_TOKENS = 1024  # logits that live at one time: CHUNK_TOKENS x V x 4 bytes on each device
+CHUNK_LOGITS = 2**26  # logits that live at one time on each device, four bytes each
+CHUNK_TOKENS = 1024  # and no more tokens than this: beyond it a chunk gains nothing
 
 
 def batch_loss(params: Params, model: ModelConfig, batch: Batch) -> Float[Array, "B L"]:
@@ -31,6 +40,11 @@ def predicted(segment_ids: Int[Array | np.ndarray, "B L"]) -> Bool[Array, "B L"]
     return jnp.pad(same, ((0, 0), (1, 0))) & (segment_ids > 0)
 
 
+def predictors(x: Array) -> Array:
+    """Moves what stands at a token, [B, L], to the position whose hidden state predicts it: one to the left."""
+    return jnp.roll(x, -1, axis=1)  # the last column takes the first token's, which nothing predicts
+
+
 def token_loss(
     hidden: Float[Array, "B L D"],
     head: Float[Array, "D V"],
@@ -40,12 +54,43 @@ def token_loss(
 ) -> Float[Array, "B L"]:
     """Negative log-likelihood of each token in nats, float32; 0 where `predicted` is False.
 
-    Differentiable in `hidden` and `head` under any cotangent per token. Columns of the head from `vocab_size` on are
-    padding and take no probability.
+    Differentiable in `hidden` and `head` under any cotangent per token; the backward pass costs nothing for a token
+    whose cotangent is 0. Columns of the head from `vocab_size` on are padding and take no probability.
     """
-    shifted = jnp.roll(hidden, 1, axis=1)  # column 0 takes the last state, but column 0 is never predicted
-    loss: jax.Array = _loss(shifted, head, tokens, head.shape[1] if vocab_size is None else vocab_size)
-    return jnp.where(predicted(segment_ids), loss, 0.0)
+    targets, wanted = (mesh.by_shard(predictors(x)) for x in (tokens, predicted(segment_ids)))
+    losses: jax.Array = _losses(mesh.by_shard(hidden), head, targets, wanted, vocab_size or head.shape[1])
+    return jnp.roll(mesh.to_rows(losses, tokens.shape[1]), 1, axis=1)
+
+
+def weighted_loss(
+    hidden: Float[Array, "B L D"],
+    head: Float[Array, "D V"],
+    tokens: Int[Array, "B L"],
+    weights: Float[Array, "B L"],
+    vocab_size: int | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
+    """sum(weights * token_loss), and the losses themselves where the weight is not 0; weights 0 where not `predicted`.
+
+    For weights that are known before the losses are: the gradient of the sum is made in the same pass, one product
+    with the head fewer than `token_loss` and its backward pass. The losses are not differentiable.
+    """
+    targets, at_predictors = (mesh.by_shard(predictors(x)) for x in (tokens, weights))
+    total, losses = row_loss(mesh.by_shard(hidden), head, targets, at_predictors, vocab_size)
+    return total, jnp.roll(mesh.to_rows(losses, tokens.shape[1]), 1, axis=1)
+
+
+def row_loss(
+    hidden: Float[Array, "S N D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "S N"],
+    weights: Float[Array, "S N"],
+    vocab_size: int | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "S N"]]:
+    """`weighted_loss` of N hidden states on each of S devices, each beside the token it predicts."""
+    both: tuple[jax.Array, jax.Array] = _weighted(
+        hidden, head, targets, weights.astype(jnp.float32), vocab_size or head.shape[1]
+    )
+    return both
 
 
 def token_loss_and_entropy(
@@ -56,86 +101,165 @@ def token_loss_and_entropy(
     vocab_size: int | None = None,
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """`token_loss`, and the entropy in nats of the distribution it was read from (Rho-1 Eq 8). Not differentiable."""
-    size = head.shape[1] if vocab_size is None else vocab_size
+    size = vocab_size or head.shape[1]
+    targets, wanted = (mesh.by_shard(predictors(x)) for x in (tokens, predicted(segment_ids)))
 
-    def chunk(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = _logits(piece[0], head, size)
+    def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        mean_logit = jnp.sum(jnp.exp(logits - log_z[..., None]) * jnp.where(jnp.isinf(logits), 0.0, logits), axis=-1)
-        return log_z - _picked(logits, piece[1]), log_z - mean_logit
+        finite = jnp.where(jnp.isinf(logits), 0.0, logits)
+        entropy = log_z - jnp.sum(jnp.exp(logits - log_z[..., None]) * finite, axis=-1)
+        return log_z - _at(y, logits), entropy
 
-    width = _width(*tokens.shape)
-    pieces = jax.lax.map(chunk, (_split(jnp.roll(hidden, 1, axis=1), width), _split(tokens, width)))
-    loss, entropy = (_join(x, tokens.shape[1]) for x in pieces)
-    has_loss = predicted(segment_ids)
-    return jnp.where(has_loss, loss, 0.0), jnp.where(has_loss, entropy, 0.0)
+    both = _forward(mesh.by_shard(hidden), head, targets, wanted, size, statistics, 2)
+    loss, entropy = (jnp.roll(mesh.to_rows(x, tokens.shape[1]), 1, axis=1) for x in both)
+    return loss, entropy
 
 
-def _logits(h: jax.Array, head: jax.Array, vocab_size: int) -> jax.Array:
-    logits = jnp.dot(h, head.astype(h.dtype), preferred_element_type=jnp.float32)
-    if vocab_size < head.shape[1]:
-        logits = jnp.where(jnp.arange(head.shape[1]) < vocab_size, logits, -jnp.inf)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _losses(h: jax.Array, head: jax.Array, y: jax.Array, wanted: jax.Array, vocab_size: int) -> jax.Array:
+    def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array]:
+        return (jax.nn.logsumexp(logits, axis=-1) - _at(y, logits),)
+
+    return _forward(h, head, y, wanted, vocab_size, statistics, 1)[0]
+
+
+def _losses_forward(h, head, y, wanted, vocab_size):
+    return _losses(h, head, y, wanted, vocab_size), (h, head, y, wanted)
+
+
+def _losses_backward(vocab_size, residuals, cotangent):
+    h, head, y, wanted = residuals
+    _, d_h, d_head = _gradients(h, head, y, jnp.where(wanted, cotangent, 0.0), vocab_size)
+    return d_h, d_head, None, None
+
+
+_losses.defvjp(_losses_forward, _losses_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted(
+    h: jax.Array, head: jax.Array, y: jax.Array, weights: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    losses: jax.Array = _losses(h, head, y, weights != 0, vocab_size)
+    return jnp.sum(weights * losses), losses
+
+
+def _weighted_forward(h, head, y, weights, vocab_size):
+    losses, d_h, d_head = _gradients(h, head, y, weights, vocab_size)
+    return (jnp.sum(weights * losses), losses), (d_h, d_head)
+
+
+def _weighted_backward(_, residuals, cotangents):
+    return *((cotangents[0] * x).astype(x.dtype) for x in residuals), None, None
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def _forward(
+    h: jax.Array,
+    head: jax.Array,
+    y: jax.Array,
+    wanted: jax.Array,
+    vocab_size: int,
+    statistics: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
+    number: int,
+) -> list[jax.Array]:
+    """Per token statistics of the logits, float32 [S, N] each; 0 where not wanted."""
+    tour, matrix = _Tour.over(wanted, head), _gathered(head, h.dtype)
+
+    def chunk(found: tuple[jax.Array, ...], start: jax.Array, size: int) -> tuple[jax.Array, ...]:
+        index = tour.index(start, size)
+        now = statistics(_logits(take(h, index), matrix, vocab_size), take(y, index))
+        return tuple(_put(x, value, start) for x, value in zip(found, now, strict=True))
+
+    found = tour.run(chunk, tuple(tour.empty() for _ in range(number)))
+    return [tour.home(x) for x in found]
+
+
+def _gradients(
+    h: jax.Array, head: jax.Array, y: jax.Array, weights: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Losses [S, N] where weighted, and the gradients of sum(weights * losses) in h and head.
+
+    d loss / d logits = softmax - one-hot; each device sums its own part of d head, and they meet once, at the end.
+    """
+    tour, matrix = _Tour.over(weights != 0, head), _gathered(head, h.dtype)
+    columns = jnp.arange(head.shape[1])
+
+    def chunk(found: tuple[jax.Array, ...], start: jax.Array, size: int) -> tuple[jax.Array, ...]:
+        losses, d_h, d_head = found
+        index = tour.index(start, size)
+        rows, target, weight = take(h, index), take(y, index), take(weights, index)[..., None]
+        logits = _logits(rows, matrix, vocab_size)
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        unnormed = jnp.exp(logits - largest)
+        z = jnp.sum(unnormed, axis=-1, keepdims=True)
+        loss = (largest + jnp.log(z))[..., 0] - _at(target, logits)
+        softmax = unnormed * (weight / z)
+        d_logits = jnp.where(columns == target[..., None], softmax - weight, softmax).astype(h.dtype)
+        d_rows = jnp.einsum("scv,dv->scd", d_logits, matrix, preferred_element_type=jnp.float32).astype(h.dtype)
+        d_head += jnp.einsum("scd,scv->sdv", rows, d_logits, preferred_element_type=jnp.float32)
+        return _put(losses, loss, start), _put(d_h, d_rows, start), d_head
+
+    parts = jnp.zeros((h.shape[0], *head.shape), jnp.float32)
+    parts = mesh.constrain(parts, mesh.P(("data", "fsdp"), None, "model"))
+    losses, d_h, parts = tour.run(chunk, (tour.empty(), tour.empty(h.shape[2], dtype=h.dtype), parts))
+    d_head = mesh.constrain(jnp.sum(parts, axis=0), mesh.P("fsdp", "model")).astype(head.dtype)
+    return tour.home(losses), tour.home(d_h), d_head
+
+
+class _Tour(NamedTuple):
+    """The order in which each device visits its wanted tokens, `width` at a time."""
+
+    wanted: Bool[Array, "S N"]
+    order: Int[Array, "S M"]  # wanted tokens first, in order of position; N (nobody) beyond the last
+    width: int
+
+    @classmethod
+    def over(cls, wanted: jax.Array, head: jax.Array) -> "_Tour":
+        columns = head.shape[1] // mesh.axis_size("model")
+        width = min(CHUNK_TOKENS, max(128, CHUNK_LOGITS // columns), wanted.shape[1])
+        order = jnp.argsort(~wanted, axis=1, stable=True)
+        return cls(wanted, jnp.pad(order, ((0, 0), (0, width)), constant_values=wanted.shape[1]), width)
+
+    def run(self, chunk: Callable, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """found = chunk(found, start, size) over the wanted tokens of the fullest device, the rest in quarters."""
+        count = jnp.max(jnp.sum(self.wanted, axis=1, dtype=jnp.int32))
+        whole, quarter = count // self.width, max(1, self.width // 4)
+        found = jax.lax.fori_loop(0, whole, lambda i, x: chunk(x, i * self.width, self.width), found)
+        left = -(-(count - whole * self.width) // quarter)
+        return jax.lax.fori_loop(0, left, lambda i, x: chunk(x, whole * self.width + i * quarter, quarter), found)
+
+    def index(self, start: jax.Array, size: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(self.order, start, size, axis=1)
+
+    def empty(self, *features: int, dtype=jnp.float32) -> jax.Array:
+        """Room for what is found, in the order of the tour."""
+        return mesh.constrain(jnp.zeros((*self.order.shape, *features), dtype), mesh.BATCH)
+
+    def home(self, x: jax.Array) -> jax.Array:
+        """From the order of the tour back to the tokens' own; 0 where not wanted."""
+        rank = jnp.where(self.wanted, jnp.cumsum(self.wanted, axis=1) - 1, self.order.shape[1])
+        return take(x, rank)
+
+
+def _put(x: jax.Array, value: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, value, start, axis=1)
+
+
+def _gathered(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The head in the compute dtype, whole over fsdp: gathered once, not once per chunk."""
+    return mesh.constrain(head.astype(dtype), mesh.P(None, "model"))
+
+
+def _logits(h: jax.Array, matrix: jax.Array, vocab_size: int) -> jax.Array:
+    logits = jnp.dot(h, matrix, preferred_element_type=jnp.float32)
+    if vocab_size < matrix.shape[1]:
+        logits = jnp.where(jnp.arange(matrix.shape[1]) < vocab_size, logits, -jnp.inf)
     return logits
 
 
-def _picked(logits: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-
-
-def _width(rows: int, length: int) -> int:
-    """Row positions per chunk, such that a chunk holds about CHUNK_TOKENS tokens on each device."""
-    mesh_shape = jax.sharding.get_abstract_mesh().shape
-    shards = mesh_shape.get("data", 1) * mesh_shape.get("fsdp", 1)
-    pieces = max(1, -(-rows * length // (CHUNK_TOKENS * shards)))
-    return -(-length // min(pieces, length))
-
-
-def _split(x: jax.Array, width: int) -> jax.Array:
-    """[B, L, ...] to [pieces, B, width, ...]: the batch axis stays whole, so that its sharding does."""
-    rows, length = x.shape[:2]
-    pieces = -(-length // width)
-    x = jnp.pad(x, ((0, 0), (0, pieces * width - length), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(rows, pieces, width, *x.shape[2:]), 1, 0)
-
-
-def _join(x: jax.Array, length: int) -> jax.Array:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _loss(h: jax.Array, head: jax.Array, y: jax.Array, vocab_size: int) -> jax.Array:
-    return _loss_forward(h, head, y, vocab_size)[0]
-
-
-def _loss_forward(h, head, y, vocab_size):
-    def chunk(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = _logits(piece[0], head, vocab_size)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        return log_z - _picked(logits, piece[1]), log_z
-
-    width = _width(*y.shape)
-    loss, log_z = jax.lax.map(chunk, (_split(h, width), _split(y, width)))
-    return _join(loss, y.shape[1]), (h, head, y, _join(log_z, y.shape[1]))
-
-
-def _loss_backward(vocab_size, residuals, cotangent):
-    """Logits are made again chunk by chunk; d loss / d logits = (softmax - one-hot) times the token's cotangent."""
-    h, head, y, log_z = residuals
-    matrix = head.astype(h.dtype)
-
-    def chunk(d_head, piece):
-        h, y, log_z, cotangent = piece
-        softmax = jnp.exp(_logits(h, head, vocab_size) - log_z[..., None])
-        one_hot = jnp.arange(head.shape[1]) == y[..., None]
-        d_logits = ((softmax - one_hot) * cotangent[..., None]).astype(h.dtype)
-        d_h = jnp.dot(d_logits, matrix.T, preferred_element_type=jnp.float32).astype(h.dtype)
-        return d_head + jnp.einsum("bld,blv->dv", h, d_logits, preferred_element_type=jnp.float32), d_h
-
-    width = _width(*y.shape)
-    pieces = tuple(_split(x, width) for x in (h, y, log_z, cotangent))
-    d_head, d_h = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), pieces)
-    return _join(d_h, y.shape[1]), d_head.astype(head.dtype), None
-
-
-_loss.defvjp(_loss_forward, _loss_backward)
+def _at(target: jax.Array, logits: jax.Array) -> jax.Array:
+    """logits[..., target], as a sum: a gather along a sharded vocabulary would collect all of it."""
+    return jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0.0), axis=-1)

@@ -5,33 +5,45 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from slm_jax.data.batches import Batch
-from slm_jax.score.selection import Selection, select, token_scores
+from slm_jax.score.selection import Selection, select, token_scores, within_capacity
 from slm_jax.score.token_loss import predicted
 
 Sums = dict[str, jax.Array]
 
 
+def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
+    """True where a token may train: its loss counts and it has a predecessor in its segment."""
+    return batch.loss_mask & predicted(batch.segment_ids)
+
+
 def trained_tokens(
-    selection: Selection | None, loss: Float[Array, "B L"], batch: Batch, key: jax.Array, num_devices: int
+    selection: Selection | None, loss: Float[Array, "B L"], batch: Batch, key: jax.Array, micro_batches: int = 1
 ) -> tuple[Bool[Array, "B L"], Sums]:
     """True for the tokens whose loss is trained on, and the metrics that follow from the choice.
 
-    Valid tokens have `loss_mask` set and a predecessor in their segment; for a selection their score must be finite
-    too. A non-finite loss of the model itself is not hidden here: it stops the run.
+    For a selection the score of a valid token must be finite too. A non-finite loss of the model itself is not hidden
+    here: it stops the run. `micro_batches` is the number of pieces the gradient of this batch will be made in.
     """
-    valid = batch.loss_mask & predicted(batch.segment_ids)
+    valid = valid_tokens(batch)
     if selection is None:
-        return valid, _sums(loss, valid, valid, batch.source_ids, jnp.zeros((), jnp.int32))
+        return valid, _sums(loss, valid, valid, batch.source_ids)
     scores = token_scores(selection, loss, batch.scores, key)
-    unusable = valid & ~jnp.isfinite(scores)
-    trained = select(selection, scores, valid & ~unusable, num_devices)
-    return trained, _sums(loss, valid, trained, batch.source_ids, jnp.sum(unusable))
+    usable = valid & jnp.isfinite(scores)
+    chosen = select(selection, scores, usable)
+    trained = within_capacity(selection, scores, chosen, micro_batches) if selection.gradient == "filtered" else chosen
+    sums = _sums(loss, valid, trained, batch.source_ids)
+    sums |= {"unusable_scores": _count(valid & ~usable), "dropped_tokens": _count(chosen & ~trained)}
+    return trained, sums
 
 
 NUM_SOURCES = 256  # source_ids are uint8
 
 
-def _sums(loss: jax.Array, valid: jax.Array, trained: jax.Array, source_ids: jax.Array, unusable: jax.Array) -> Sums:
+def _count(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, dtype=jnp.float32)
+
+
+def _sums(loss: jax.Array, valid: jax.Array, trained: jax.Array, source_ids: jax.Array) -> Sums:
     """Sums and counts, never means: they add up over devices and micro-batches."""
     untrained = valid & ~trained
 
@@ -40,12 +52,13 @@ def _sums(loss: jax.Array, valid: jax.Array, trained: jax.Array, source_ids: jax
 
     return {
         "positions": jnp.asarray(loss.size, jnp.float32),
-        "valid_tokens": jnp.sum(valid, dtype=jnp.float32),
-        "trained_tokens": jnp.sum(trained, dtype=jnp.float32),
+        "valid_tokens": _count(valid),
+        "trained_tokens": _count(trained),
         "loss_sum": jnp.sum(jnp.where(valid, loss, 0.0)),
         "trained_loss_sum": jnp.sum(jnp.where(trained, loss, 0.0)),
         "untrained_loss_sum": jnp.sum(jnp.where(untrained, loss, 0.0)),
-        "unusable_scores": unusable.astype(jnp.float32),
+        "unusable_scores": jnp.zeros(()),
+        "dropped_tokens": jnp.zeros(()),
         "source_valid": by_source(valid),
         "source_trained": by_source(trained),
         "source_loss": by_source(jnp.where(valid, loss, 0.0)),

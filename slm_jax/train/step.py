@@ -1,6 +1,8 @@
 """The pure train step, and the one jit."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,9 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import Batch
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
-from slm_jax.score.selection import Selection
+from slm_jax.score.selection import Selection, row_capacity
 from slm_jax.score.token_loss import batch_loss
+from slm_jax.train import gradients
 from slm_jax.train.objective import Sums, trained_tokens
 from slm_jax.train.state import TrainState
 
@@ -26,40 +29,37 @@ def make_step(
     schedule: optax.Schedule,
     seed: int,
     micro_batches: int = 1,
-    num_devices: int = 1,
 ) -> Step:
     """The step of a phase: state, global batch -> state, sums.
 
-    The loss is the sum over trained tokens divided by their number in the global batch. With micro-batches a selection
-    is still made over the whole batch: a first pass without gradient gives all losses (one forward more), the second
-    takes gradients; sums travel between micro-batches, means never do.
+    The loss is the sum over trained tokens divided by their number in the global batch: sums travel between devices
+    and micro-batches, means never do. Where tokens compete across micro-batches, a first pass without gradient gives
+    all losses (one forward more), and the second takes gradients of what was chosen.
     """
+    looks_ahead = selection is not None and selection.threshold is None and selection.scope in ("batch", "device")
 
-    def gradients_at_once(params: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
-        def total(params: Params) -> tuple[jax.Array, Sums]:
-            loss = batch_loss(params, model, batch)
-            trained, sums = trained_tokens(selection, loss, batch, key, num_devices)
-            return jnp.sum(jnp.where(trained, loss, 0.0)), sums
+    def gradients_of(params: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
+        gradient = _gradient(model, selection, batch.tokens.shape, micro_batches)
 
-        return jax.grad(total, has_aux=True)(params)
+        def of_part(part: Batch, key: jax.Array) -> tuple[Params, Sums]:
+            return gradient(params, batch=part, choose=lambda loss: trained_tokens(selection, loss, part, key))
 
-    def gradients_in_parts(params: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
+        if micro_batches == 1:
+            return of_part(batch, key)
         parts = _split_rows(batch, micro_batches)
-        losses = jax.lax.map(lambda part: batch_loss(params, model, part), parts)
-        trained, sums = trained_tokens(selection, _join_rows(losses), batch, key, num_devices)
+        if not looks_ahead:
+            return _accumulate(of_part, params, (parts, jax.random.split(key, micro_batches)))
+        losses = _join_rows(jax.lax.map(lambda part: batch_loss(params, model, part), parts))
+        trained, sums = trained_tokens(selection, losses, batch, key, micro_batches)
 
-        def add(total: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, None]:
-            rows, chosen = part
-            gradient = jax.grad(lambda p: jnp.sum(jnp.where(chosen, batch_loss(p, model, rows), 0.0)))(params)
-            return jax.tree.map(jnp.add, total, gradient), None
+        def of_chosen(part: Batch, trained: jax.Array) -> tuple[Params, Sums]:
+            return gradient(params, batch=part, choose=lambda _: (trained, {}))
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(add, zeros, (parts, _split_rows(trained, micro_batches)))[0], sums
+        return _accumulate(of_chosen, params, (parts, _split_rows(trained, micro_batches)))[0], sums
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradients = gradients_at_once if micro_batches == 1 else gradients_in_parts
-        grads, sums = gradients(state.params, batch, key)
+        grads, sums = gradients_of(state.params, batch, key)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["trained_tokens"], 1.0), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = jnp.asarray(schedule(state.step + 1), jnp.float32)
@@ -68,6 +68,30 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state), sums
 
     return step
+
+
+def _gradient(
+    model: ModelConfig, selection: Selection | None, batch_shape: tuple[int, ...], micro_batches: int
+) -> Callable[..., tuple[Params, Sums]]:
+    if selection is None:
+        return functools.partial(gradients.causal, model=model)
+    if selection.gradient == "exact":
+        return functools.partial(gradients.exact, model=model)
+    capacity = row_capacity(selection, batch_shape, micro_batches)
+    return functools.partial(gradients.filtered, model=model, capacity=capacity)
+
+
+def _accumulate(
+    gradient: Callable[..., tuple[Params, Sums]], params: Params, parts: tuple[Any, ...]
+) -> tuple[Params, Sums]:
+    """Sum of the gradients of the parts, one after the other, and of their sums."""
+
+    def add(total: Params, part: tuple[Any, ...]) -> tuple[Params, Sums]:
+        now, sums = gradient(*part)
+        return jax.tree.map(jnp.add, total, now), sums
+
+    total, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    return total, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
 
 def _split_rows(tree, parts: int):

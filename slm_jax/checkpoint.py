@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from slm_jax import processes
 from slm_jax.errors import UserError
 from slm_jax.mesh import path_name
 
@@ -40,7 +41,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, params: Any, rest: Any, about: dict[str, Any]) -> None:
-        """Starts saving and returns; the arrays may be donated afterwards."""
+        """Starts saving and returns; the arrays may be donated afterwards. What is saved already is left alone."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -61,11 +62,15 @@ class Checkpoints:
         )
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
+            restored, why = None, "another process cannot read it"
             try:
                 restored = self._manager.restore(step, args=arguments)
             except Exception as error:
-                damaged[step] = _first_line(error)
+                why = _first_line(error)
+            if not processes.everywhere(restored is not None):
+                damaged[step] = why
                 continue
+            assert restored is not None
             self._set_aside(damaged, step)
             return restored["params"], restored["rest"], restored["about"]
         if damaged:
@@ -77,17 +82,27 @@ class Checkpoints:
         return None
 
     def _set_aside(self, damaged: dict[int, str], used: int) -> None:
-        for step, why in damaged.items():
-            aside = self.directory / f"damaged-{step}"
-            if jax.process_index() == 0:
+        def move() -> None:
+            for step, why in damaged.items():
+                aside = self.directory / f"damaged-{step}"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)
-            print(
-                f"checkpoint {step} in {self.directory} cannot be read ({why}): it is set aside as {aside.name}, and "
-                f"the one before ({used}) is used"
-            )
+                print(
+                    f"checkpoint {step} in {self.directory} cannot be read ({why}): it is set aside as {aside.name}, "
+                    f"and the one before ({used}) is used"
+                )
+
         if damaged:
+            processes.on_first(move)
             self._manager.reload()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        # A process that is lost never comes to the end of a save; the others need not wait to find out.
+        if processes.count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+            self.close()
 
     def close(self) -> None:
         """Waits for saves under way."""

@@ -11,6 +11,8 @@ import numpy as np
 import tensorboardX
 from tqdm import tqdm
 
+from slm_jax import processes
+
 # Peak dense bfloat16 FLOP/s of one chip, from the vendors' data sheets; where a device is not listed MFU is not logged.
 PEAK_FLOPS = (
     (r"TPU v4", 275e12),
@@ -37,10 +39,13 @@ class MetricsWriter:
     """Appends rows to `metrics.jsonl` and scalars to TensorBoard.
 
     A resumed run starts at `first_step`: rows from there on were written by a process that died after its last
-    checkpoint, and are cut, so that every step stands in the file once.
+    checkpoint, and are cut, so that every step stands in the file once. Of several processes only the first writes.
     """
 
     def __init__(self, run_dir: str | Path, first_step: int = 0):
+        self._writes = processes.first()
+        if not self._writes:
+            return
         self.path = Path(run_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step] if first_step else []
@@ -52,6 +57,8 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One row: `step` is the number of finished steps. None and NaN become null."""
+        if not self._writes:
+            return
         row = {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
@@ -60,8 +67,9 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 def _plain(value: Any) -> Any:
@@ -84,5 +92,6 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def progress(total: int, done: int, what: str, unit: str = "step") -> tqdm:
-    """A progress bar with rate and ETA."""
-    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5)
+    """A progress bar with rate and ETA, of the first process."""
+    hidden = not processes.first()
+    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, disable=hidden)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import toy
 
-from slm_jax import checkpoint, config
+from slm_jax import checkpoint, config, processes
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints, restore_params
 from slm_jax.data.batches import Batch
@@ -26,7 +26,6 @@ from slm_jax.metrics import read_metrics
 from slm_jax.score.reference import load_model
 from slm_jax.score.selection import Selection
 from slm_jax.score.token_loss import batch_loss, predicted
-from slm_jax.train import rundir
 from slm_jax.train.loop import train
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.phases import Plan
@@ -351,7 +350,7 @@ def test_a_changed_data_order_is_refused(corpus, reference, tmp_path):
 
 
 def test_two_processes_do_not_train_in_one_directory(corpus, tmp_path):
-    with rundir.lock(str(tmp_path / "run")):
+    with processes.lock(tmp_path / "run" / "lock", "busy"):
         message = toy.refusal(toy.train_here, tmp_path / "run", [toy.phase(corpus)])
     assert "another process is training in" in message
 

@@ -9,7 +9,7 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -129,11 +129,22 @@ _processes.set_forkserver_preload(["slm_jax.__main__", "slm_jax.train.loop", "sl
 
 
 class Command:
-    """`slm-jax ARGUMENTS` in a process of its own, forked from one that has the imports behind it but no device."""
+    """`slm-jax ARGUMENTS` in a process of its own, forked from one that has the imports behind it but no device.
 
-    def __init__(self, log: Path, *arguments: str, folder: Path | None = None):
+    environment: variables for it alone; devices: how many the CPU is shown as, one by default.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        devices: int | None = None,
+    ):
         self.log = log
-        self._process = _processes.Process(target=_run_logged, args=(str(log), arguments, str(folder or log.parent)))
+        where = (str(log), str(folder or log.parent), dict(environment or {}), devices)
+        self._process = _processes.Process(target=_run_logged, args=(arguments, *where))
         self._process.start()
 
     def finish(self) -> tuple[int, str]:
@@ -151,8 +162,13 @@ class Command:
         return self.finish()
 
 
-def _run_logged(log: str, arguments: Sequence[str], folder: str) -> None:
+def _run_logged(
+    arguments: Sequence[str], log: str, folder: str, environment: Mapping[str, str], devices: int | None
+) -> None:
     os.chdir(folder)
+    os.environ.update(environment)
+    if devices:
+        jax.config.update("jax_num_cpu_devices", devices)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)

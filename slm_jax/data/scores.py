@@ -104,6 +104,14 @@ def open_score(store: Store, name: str, fingerprint: str) -> ScoreColumn:
     return column
 
 
+def check_column(name: str, dtype: str) -> None:
+    """Refuses what cannot be a column's name or type."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"score name {name!r}: use letters, digits, '.', '_' and '-'")
+    if dtype not in ("float16", "float32"):
+        raise UserError(f"score {name!r}: dtype {dtype!r} is not one of float16, float32")
+
+
 def create_score(
     store: Store,
     name: str,
@@ -114,10 +122,7 @@ def create_score(
     shape: tuple[int, int],
 ) -> ScoreColumn:
     """Creates a column, or reopens one begun with the same arguments. See `Corpus.create_score`."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"score name {name!r}: use letters, digits, '.', '_' and '-'")
-    if dtype not in ("float16", "float32"):
-        raise UserError(f"score {name!r}: dtype {dtype!r} is not one of float16, float32")
+    check_column(name, dtype)
     wanted = {"statistics": list(statistics), "dtype": dtype, "reference": json.loads(json.dumps(reference))}
     manifest = _manifest(store, name)
     if manifest is None:

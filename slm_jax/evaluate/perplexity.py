@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
+from slm_jax import processes
 from slm_jax.data.batches import read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.mesh import MeshConfig
@@ -77,8 +78,8 @@ def _losses(
     losses, mine = [], mesh_lib.local_rows(mesh, batch_rows)
     for first in range(0, num_rows, batch_rows):
         rows = np.minimum(np.arange(first, first + batch_rows), num_rows - 1)  # the last batch repeats its last row
-        batch = read_batch([table], np.zeros(batch_rows, np.int64), rows)
-        on_devices = mesh_lib.to_devices(mesh, batch_rows, mine, jax.tree.map(lambda x: x[mine], batch))
+        batch = read_batch([table], np.zeros(len(mine), np.int64), rows[mine])
+        on_devices = mesh_lib.to_devices(mesh, batch_rows, mine, batch)
         losses.append(mesh_lib.to_host(compute(params, on_devices)))
     columns = table.read(np.arange(num_rows))
     valid = columns["loss_mask"] & np.asarray(predicted(jnp.asarray(columns["segment_ids"], jnp.int32)))
@@ -129,7 +130,7 @@ def evaluate(
         "corpora": {e.corpus: _identity(e.corpus) for e in evaluators},
         "results": results,
     }
-    config_lib.write_json(output, record)
+    processes.on_first(lambda: config_lib.write_json(output, record))
     for name, value in results.items():
         print(f"  {name}: {value:.4f}" if value is not None else f"  {name}: no token has a loss")
     return record

@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gin
@@ -14,20 +13,21 @@ from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
-from slm_jax.checkpoint import Checkpoints, params_fingerprint
+from slm_jax import processes
+from slm_jax.checkpoint import Checkpoints
 from slm_jax.data.batches import read_ahead
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import MetricsWriter, peak_flops, progress
-from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig, model_config
-from slm_jax.models.forward import Params
-from slm_jax.score.reference import check_rows, load_model
+from slm_jax.models.config import ModelConfig, model_config
+from slm_jax.score.reference import check_rows
 from slm_jax.train import rundir
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.phases import Phase, Plan
 from slm_jax.train.record import Record
 from slm_jax.train.schedules import Schedule, learning_rate
-from slm_jax.train.state import TrainState, init_state, state_shapes
+from slm_jax.train.start import first_state, last_state
+from slm_jax.train.state import TrainState
 from slm_jax.train.step import Step, compile_step, make_step
 
 
@@ -95,26 +95,25 @@ def train(
     config_lib.print_unused()
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(rundir.lock(run_dir))
+        busy = f"another process is training in {run_dir}: wait for it, or end it"
+        stack.enter_context(processes.lock(Path(run_dir) / "lock", busy))
         if summary := rundir.claim(run_dir, model, plan, seed, initial, settings):
             return summary
         stack.enter_context(jax.set_mesh(devices))
-        terminated = stack.enter_context(_terminated())
-        checkpoints = Checkpoints(run_dir, keep_checkpoints, milestones=plan.first_steps[1:].tolist())
-        stack.enter_context(contextlib.closing(checkpoints))
-        shapes = state_shapes(model, transform, devices)
-        state, counters = _restore(checkpoints, shapes, plan)
-        if state is None:
-            start = _initial_params(initial, initial_step, model, plan, devices) if initial else None
-            state = init_state(model, transform, devices, seed, start)
-            _refuse_equal_reference(state.params, plan, allow_equal_reference)
+        terminated = stack.enter_context(processes.termination())
+        boundaries = plan.first_steps[1:].tolist()
+        checkpoints = stack.enter_context(Checkpoints(run_dir, keep_checkpoints, milestones=boundaries))
+        start = (initial, initial_step) if initial else None
+        state, counters = last_state(checkpoints, model, plan, transform, devices) or (
+            first_state(model, plan, transform, devices, seed, start, allow_equal_reference),
+            {},
+        )
         print(rundir.describe(run_dir, model, plan, devices, int(state.step)), flush=True)
         speed = (model.flops_per_token(plan.corpus.row_length), _peak_flops(devices))
         writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir, int(state.step))))
         record = Record(writer, plan.source_names, max_unusable, log_every, *speed, counters)
-        pieces = (micro_batches, mesh_lib.batch_shards(devices))
         steps = [
-            compile_step(make_step(model, phase.selection, transform, rate, seed, *pieces), devices, shapes)
+            compile_step(make_step(model, phase.selection, transform, rate, seed, micro_batches), devices, state)
             for phase in plan.phases
         ]
         about = {"model": model, "vocabulary_hash": plan.corpus.vocabulary_hash, "run": run_dir}
@@ -129,7 +128,7 @@ def train(
 
         pauses = _pauses(plan, {evaluate: evaluate_every, save: checkpoint_every})
         state = _run(state, plan, steps, devices, record, pauses, terminated)
-        if terminated.is_set() and int(state.step) not in checkpoints.steps():
+        if int(state.step) < plan.total_steps:
             save(state)
     if int(state.step) < plan.total_steps:
         print(f"train: terminated at step {int(state.step)}, saved; the same command continues")
@@ -168,7 +167,7 @@ def _run(
     devices: Mesh,
     record: Record,
     pauses: Callable[[int], list[Callable[[TrainState], None]]],
-    terminated: threading.Event,
+    terminated: Callable[[int], bool],
 ) -> TrainState:
     """From the state's step to the plan's end, or until terminated. Sums are fetched one step late, so that the device
     never waits for the host."""
@@ -195,15 +194,15 @@ def _run(
                 record.add(*pending)
                 bar.set_postfix(loss=record.last_row["loss"], refresh=False)
             pending = (step + 1, phase, plan.phases[phase].selection is not None, sums)
-            due = pauses(step + 1)
-            if due or terminated.is_set():
+            due, stop = pauses(step + 1), terminated(step + 1)
+            if due or stop:
                 record.add(*pending)
                 pending = None
                 for pause in due:
                     pause(state)
                 record.start_clock()
             bar.update()
-            if terminated.is_set():
+            if stop:
                 break
     return state
 
@@ -218,63 +217,6 @@ def _pauses(plan: Plan, every: dict[Callable[[TrainState], None], int]) -> Calla
     return due
 
 
-def _restore(checkpoints: Checkpoints, shapes: TrainState, plan: Plan) -> tuple[TrainState | None, dict[str, float]]:
-    restored = checkpoints.restore(shapes.params, {"opt_state": shapes.opt_state, "step": shapes.step})
-    if restored is None:
-        return None, {}
-    params, rest, about = restored
-    if int(rest["step"]) > plan.total_steps:
-        raise UserError(
-            f"{checkpoints.directory} is at step {int(rest['step'])}, the run now has {plan.total_steps}: ask for at "
-            "least as many, or choose another train.run_dir"
-        )
-    return TrainState(rest["step"], params, rest["opt_state"]), about["counters"]
-
-
-def _initial_params(run: str, step: int | None, model: ModelConfig, plan: Plan, devices: Mesh) -> Params:
-    """Parameters of another run, checked to be of this shape and vocabulary."""
-    start = load_model(run, devices, step)
-    if start.vocabulary_hash != plan.corpus.vocabulary_hash:
-        raise UserError(f"initial model {run} and corpus {plan.corpus.path} have different vocabularies")
-    differing = [name for name in FUNCTION_FIELDS if getattr(start.config, name) != getattr(model, name)]
-    if differing:
-        name = differing[0]
-        raise UserError(
-            f"initial model {run} has {name} = {getattr(start.config, name)}, the run's model {getattr(model, name)}: "
-            "set model.* to the initial model's"
-        )
-    return start.params
-
-
-def _refuse_equal_reference(params: Params, plan: Plan, allowed: bool) -> None:
-    """Excess loss against oneself is 0 everywhere: the ranking would be an accident."""
-    fingerprint = params_fingerprint(params)
-    for phase in plan.phases:
-        if phase.selection is None or phase.selection.score != "excess":
-            continue
-        for draw in phase.mixture:
-            reference = plan.corpora[draw.corpus].score(phase.selection.reference).reference
-            if reference.get("fingerprint") == fingerprint and not allowed:
-                raise UserError(
-                    f"column {phase.selection.reference} of {draw.corpus} was scored by the very model this run starts "
-                    "from, so every excess loss is 0: train a reference, or set train.allow_equal_reference = True"
-                )
-
-
 def _peak_flops(devices: Mesh) -> float | None:
     peak = peak_flops(devices.devices.flat[0].device_kind)
     return peak * devices.size if peak else None
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[threading.Event]:
-    """An event that SIGTERM (a preemption) sets; the loop saves and leaves at the next step."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)

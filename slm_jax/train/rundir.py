@@ -1,9 +1,7 @@
-"""The run directory: who owns it, what is written beside the checkpoints."""
+"""The run directory: which run it holds, what is written beside the checkpoints."""
 
-import contextlib
-import fcntl
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
+from slm_jax import processes
 from slm_jax.errors import UserError
 from slm_jax.metrics import MetricsWriter, read_metrics
 from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
@@ -20,18 +19,6 @@ from slm_jax.train.phases import Plan
 from slm_jax.train.record import Record
 
 RESULT_SETTINGS = ("phases", "schedule", "optimizer")  # a finished run cannot take another of these
-
-
-@contextlib.contextmanager
-def lock(run_dir: str) -> Iterator[None]:
-    """Keeps a second process out of a run directory; the lock ends with the process, however it ends."""
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    with (Path(run_dir) / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is training in {run_dir}: wait for it, or end it") from error
-        yield
 
 
 def claim(
@@ -49,6 +36,12 @@ def claim(
       UserError: run_dir holds a run of another model, seed, corpus, reference, start or data order, or a finished one
         that was made with other settings.
     """
+    return processes.on_first(lambda: _claim(run_dir, model, plan, seed, initial, settings))
+
+
+def _claim(
+    run_dir: str, model: ModelConfig, plan: Plan, seed: int, initial: str | None, settings: dict[str, Any]
+) -> dict[str, Any] | None:
     path = Path(run_dir) / "run.json"
     identity = {
         "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
@@ -70,11 +63,14 @@ def claim(
             print(f"train: {name} was {old['settings'].get(name)}, is {new['settings'][name]} from here on")
         new["starts"] = old["starts"]
     device = jax.devices()[0]
-    machine = {"device_kind": device.device_kind, "num_devices": jax.device_count()}
+    machine = {
+        "device_kind": device.device_kind,
+        "num_devices": jax.device_count(),
+        "num_processes": processes.count(),
+    }
     new["starts"].append(config_lib.environment() | machine)
-    if jax.process_index() == 0:
-        config_lib.write_json(path, new)
-        (path.parent / "config.gin").write_text(gin.operative_config_str())
+    config_lib.write_json(path, new)
+    (path.parent / "config.gin").write_text(gin.operative_config_str())
     return None
 
 
@@ -128,7 +124,9 @@ def describe(run_dir: str, model: ModelConfig, plan: Plan, devices: Mesh, step: 
     lines = [
         f"train: {model.parameter_count():,} parameters, {plan.total_steps} steps from step {step}, on "
         + " x ".join(f"{name} {size}" for name, size in devices.shape.items())
-        + f" {devices.devices.flat[0].device_kind} -> {run_dir}"
+        + f" {devices.devices.flat[0].device_kind}"
+        + (f" of {processes.count()} processes" if processes.count() > 1 else "")
+        + f" -> {run_dir}"
     ]
     for number, phase in enumerate(plan.phases):
         mixture = " + ".join(f"{draw.share:g} {draw.corpus}" for draw in phase.mixture)
@@ -148,10 +146,15 @@ def describe(run_dir: str, model: ModelConfig, plan: Plan, devices: Mesh, step: 
 def write_evaluation(
     run_dir: str, writer: MetricsWriter, step: int, results: Iterable[Iterable[tuple[str, Any]]]
 ) -> None:
-    """One metric row of all evaluators' numbers; their arrays as `token_losses/<name>/<step>.npy`."""
+    """One metric row of all evaluators' numbers; their arrays as `token_losses/<name>/<step>.npy`.
+
+    All processes evaluate, the first writes.
+    """
     row = {}
     for result in results:
         for name, value in result:
+            if not processes.first():
+                continue
             if isinstance(value, np.ndarray):
                 path = Path(run_dir) / "token_losses" / name.split("/")[0] / f"{step}.npy"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +167,10 @@ def write_evaluation(
 
 def finish(run_dir: str, model: ModelConfig, plan: Plan, record: Record) -> dict[str, Any]:
     """Writes and returns summary.json: what the run was and where it ended."""
+    return processes.on_first(lambda: _finish(run_dir, model, plan, record))
+
+
+def _finish(run_dir: str, model: ModelConfig, plan: Plan, record: Record) -> dict[str, Any]:
     last = {name: value for row in read_metrics(run_dir) for name, value in row.items() if value is not None}
     summary = {
         "steps": plan.total_steps,
@@ -171,8 +178,7 @@ def finish(run_dir: str, model: ModelConfig, plan: Plan, record: Record) -> dict
         **record.counters(),
         "last": last,
     }
-    if jax.process_index() == 0:
-        config_lib.write_json(Path(run_dir) / "summary.json", summary)
+    config_lib.write_json(Path(run_dir) / "summary.json", summary)
     print(
         f"train: done, {plan.total_steps} steps, loss {last.get('loss', float('nan')):.4f}; see {run_dir}/summary.json"
     )

@@ -1,0 +1,276 @@
+"""Two processes of four devices each train, score and evaluate as one process of eight; they stop and end together."""
+
+import dataclasses
+import json
+import signal
+import socket
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from slm_jax import mesh as mesh_lib
+from slm_jax import processes
+from slm_jax.checkpoint import Checkpoints
+from slm_jax.data.corpus import Corpus
+from slm_jax.data.scores import ScoreColumn
+from slm_jax.evaluate.perplexity import HeldOut
+from slm_jax.mesh import MeshConfig
+from slm_jax.metrics import read_metrics
+from slm_jax.score.reference import load_model, score
+from slm_jax.score.selection import Selection
+from slm_jax.train.loop import train
+from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from slm_jax.train.phases import Phase
+from slm_jax.train.state import TrainState, init_state, state_shapes
+
+AXES = MeshConfig(data=2, fsdp=2, model=2)
+MESH = ("--gin.train.mesh=@MeshConfig()", *toy.settings(MeshConfig=dataclasses.asdict(AXES)))
+
+
+def start(folder: Path, *arguments: str, second: tuple[str, ...] = ()) -> list[toy.Command]:
+    """The command in two processes; `second`: arguments that only the second is given."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+
+    def command(index: int) -> toy.Command:
+        names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        log = folder / f"log{index}"
+        return toy.Command(log, *arguments, *(second if index else ()), environment=names, devices=4)
+
+    return [command(0), command(1)]
+
+
+def finish(pair: list[toy.Command]) -> tuple[list[int], str, str]:
+    """Both exit codes, and the output of either."""
+    (first, output), (second, other) = (command.finish() for command in pair)
+    return [first, second], output, other
+
+
+def last_step(run_dir: Path) -> int:
+    return max((row["step"] for row in read_metrics(run_dir)), default=0)
+
+
+def phase(corpus: Corpus, steps: int) -> Phase:
+    return toy.phase(corpus, steps=steps, selection=Selection(score="loss", ratio=0.5, scope="batch"))
+
+
+def held_out(corpus: Corpus) -> HeldOut:
+    return HeldOut("held", corpus.path, rows=16, batch_rows=8, keep_tokens=True)
+
+
+def command(corpus: Corpus, run_dir: Path, steps: int) -> tuple[str, ...]:
+    """Trains `phase` with the evaluator `held_out`, on the command line."""
+    return (
+        "train",
+        *toy.MODEL_SETTINGS,
+        *MESH,
+        "--gin.Phase.selection=@Selection()",
+        "--gin.train.evaluators=[@HeldOut()]",
+        *toy.settings(
+            Selection={"score": "loss", "ratio": 0.5, "scope": "batch"},
+            Draw={"corpus": corpus.path, "epochs": 100.0},
+            Phase={"steps": steps, "batch_rows": 8},
+            Schedule={"peak": 1e-2, "kind": "constant", "warmup": 0.0},
+            HeldOut={"name": "held", "corpus": corpus.path, "rows": 16, "batch_rows": 8, "keep_tokens": True},
+            train={"run_dir": str(run_dir), "checkpoint_every": 3, "evaluate_every": 1000},
+        ),
+    )
+
+
+def restored(run_dir: Path, config: MeshConfig, num_devices: int) -> TrainState:
+    """The last checkpoint in this process, on another mesh, as numpy."""
+    devices = mesh_lib.make_mesh(config, jax.devices()[:num_devices])
+    shapes = state_shapes(toy.MODEL, make_optimizer(OptimizerConfig()), devices)
+    with Checkpoints(run_dir) as checkpoints:
+        found = checkpoints.restore(shapes.params, {"opt_state": shapes.opt_state, "step": shapes.step})
+    assert found is not None
+    return jax.tree.map(np.asarray, TrainState(found[1]["step"], found[0], found[1]["opt_state"]))
+
+
+@pytest.fixture(scope="module")
+def terminated(corpus, tmp_path_factory) -> tuple[Path, int]:
+    """The directory of a run of two processes of which one got a SIGTERM after its sixth step, and where it ended."""
+    folder = tmp_path_factory.mktemp("terminated")
+    pair = start(folder, *command(corpus, folder / "run", steps=1000))
+    code, other = pair[1].when(lambda: last_step(folder / "run") >= 6, signal.SIGTERM)
+    codes, output, _ = finish(pair)
+    assert codes == [0, 0] and code == 0, output + other
+    step = last_step(folder / "run")
+    assert 6 <= step < 1000
+    assert f"train: terminated at step {step}, saved; the same command continues" in output
+    assert "train:" not in other  # one process speaks
+    return folder / "run", step
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(corpus, terminated, tmp_path):
+    """To rounding: between processes the sums of a collective are taken in another order."""
+    run, steps = terminated
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1))
+    assert [row["step"] for row in rows if "held/loss" in row] == [0]
+    about = json.loads((run / "run.json").read_text())
+    assert [(s["num_processes"], s["num_devices"]) for s in about["starts"]] == [(2, 8)]
+    alone = tmp_path / "alone"
+    settings = {"mesh": AXES, "evaluators": [held_out(corpus)], "evaluate_every": 1000}
+    train(str(alone), toy.MODEL, [phase(corpus, steps)], toy.SCHEDULE, **settings)
+    np.testing.assert_allclose(toy.losses(run), toy.losses(alone), rtol=1e-5)
+    tokens = [np.load(folder / "token_losses" / "held" / "0.npy") for folder in (run, alone)]
+    np.testing.assert_allclose(*tokens, rtol=1e-5)
+    for config, num_devices in ((MeshConfig(), 1), (MeshConfig(data=1, fsdp=4, model=1), 4)):
+        ours, expected = (restored(folder, config, num_devices) for folder in (run, alone))
+        assert ours.step == steps
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), ours, expected)
+
+
+@pytest.mark.slow
+def test_after_one_process_is_killed_all_end_and_the_restart_is_equal_to_the_bit(corpus, terminated, tmp_path):
+    whole, steps = terminated
+    run = tmp_path / "run"
+    pair = start(tmp_path, *command(corpus, run, steps))
+    pair[1].when(lambda: last_step(run) >= 4, signal.SIGKILL)
+    codes, output, _ = finish(pair)
+    assert codes[0] != 0 and codes[1] == -signal.SIGKILL, output
+    assert not (run / "summary.json").exists()
+    codes, output, other = finish(start(tmp_path, *command(corpus, run, steps)))
+    assert codes == [0, 0], output + other
+    assert "from step 0" not in output
+    assert toy.losses(run) == toy.losses(whole)
+    assert [row["step"] for row in read_metrics(run) if "held/loss" in row] == [0, steps]
+    ours, expected = (restored(folder, AXES, 8) for folder in (run, whole))
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(corpus_copy, reference, tmp_path):
+    settings = {"reference": str(reference), "batch_rows": 8}
+    arguments = ("score", *toy.settings(score={"corpus": corpus_copy.path, **settings, "name": "two"}))
+    codes, output, other = finish(start(tmp_path, *arguments))
+    assert codes == [0, 0], output + other
+    score(corpus_copy.path, **settings, name="one")
+    two, one = (corpus_copy.score(name) for name in ("two", "one"))
+    assert two.reference == one.reference  # fingerprints included
+    np.testing.assert_array_equal(two.array("loss").read().result(), one.array("loss").read().result())
+    codes, output, _ = finish(start(tmp_path, *arguments))
+    assert codes == [0, 0] and "is complete already" in output
+
+
+def test_a_mistake_that_one_process_finds_ends_all_with_one_line(corpus, tmp_path):
+    run = tmp_path / "run"
+    with processes.lock(run / "lock", "busy"):
+        codes, output, other = finish(start(tmp_path, *command(corpus, run, 6)))
+    assert codes == [1, 1]
+    assert (output + other).count("error: another process is training in") == 1 and "Traceback" not in output + other
+    elsewhere = tuple(toy.settings(Draw={"corpus": str(tmp_path / "nowhere")}))
+    codes, output, other = finish(start(tmp_path, *command(corpus, run, 6), second=elsewhere))
+    assert codes == [1, 1]
+    assert f"slm-jax train: error: no corpus at {tmp_path / 'nowhere'}" in output and "(process 1)" in output
+    assert "Traceback" not in output + other
+
+
+def test_two_commands_do_not_write_one_column(corpus_copy, reference, monkeypatch):
+    """The second comes while the first writes."""
+    refusals, write = [], ScoreColumn.write
+
+    def write_and_score(column: ScoreColumn, begin: int, values) -> None:
+        refusals.append(toy.refusal(score, corpus_copy.path, str(reference), batch_rows=8))
+        write(column, begin, values)
+
+    monkeypatch.setattr(ScoreColumn, "write", write_and_score)
+    score(corpus_copy.path, str(reference), batch_rows=8)
+    assert refusals and all("another process is scoring" in line for line in refusals)
+    assert corpus_copy.score("reference").complete
+
+
+def test_optimizer_moments_live_where_their_parameters_do(reference):
+    """Born so, and in a state that starts from another run's parameters."""
+    devices = mesh_lib.make_mesh(AXES)
+    optimizer = make_optimizer(OptimizerConfig())
+    params = load_model(str(reference), devices).params
+    structure = jax.tree.structure(params)
+
+    def is_moment(tree) -> bool:
+        return jax.tree.structure(tree) == structure
+
+    for state in (init_state(toy.MODEL, optimizer, devices, 0), init_state(toy.MODEL, optimizer, devices, 0, params)):
+        expected = jax.tree.map(lambda x: x.sharding, state.params)
+        split = [sharding for sharding in jax.tree.leaves(expected) if {"fsdp", "model"} <= set(sharding.spec)]
+        assert len(split) >= 7
+        moments = [tree for tree in jax.tree.leaves(state.opt_state, is_leaf=is_moment) if is_moment(tree)]
+        assert len(moments) == 2  # Adam's
+        for moment in moments:
+            assert jax.tree.map(lambda x: x.sharding, moment) == expected
+
+
+ALONE = ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS"]
+ALONE += ["OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in ALONE:
+        monkeypatch.delenv(name, raising=False)
+
+    def setenv(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return setenv
+
+
+def test_a_process_that_is_alone_starts_nothing(environment, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", pytest.fail)
+    processes.start(preemptible=True)
+    environment(SLURM_STEP_NODELIST="node7", SLURM_NTASKS="1")  # JAX would hide all GPUs but one
+    processes.start(preemptible=True)
+    assert processes.first() and processes.count() == 1
+    assert (
+        processes.on_first(lambda: "here") == "here" and processes.everywhere(True) and not processes.everywhere(False)
+    )
+
+
+@pytest.mark.parametrize(
+    "variables, count",
+    [
+        ({"SLURM_STEP_NODELIST": "node[1-4]", "SLURM_NTASKS": "32"}, 32),
+        ({"OMPI_MCA_orte_hnp_uri": "1;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 4),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "3"}, 6),
+    ],
+)
+def test_a_job_is_found_by_its_environment(variables, count, environment, monkeypatch):
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: True)  # libtpu is here
+    environment(**variables)
+    assert processes._count_found() == count
+
+
+def test_a_tpu_vm_asks_its_metadata(environment, monkeypatch):
+    answers = {
+        "worker-network-endpoints": "u:0:10.0.0.2,u:1:10.0.0.3",
+        "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\n",
+    }
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(processes, "_tpu_metadata", answers.__getitem__)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    assert processes._count_found() == 4
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476"},
+        {"JAX_COORDINATOR_ADDRESS": "10.0.0.2", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+        {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+    ],
+)
+def test_variables_that_name_no_job_are_refused(variables, environment):
+    environment(**variables)
+    message = toy.refusal(processes.start, preemptible=True)
+    assert all(f"{name}={value}" in message for name, value in variables.items())
+    assert "several processes need JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID" in message

@@ -272,6 +272,17 @@ def test_the_model_reads_no_further_than_its_window():
     assert (influence > 0).tolist() == [False] * 5 + [True] * 3
 
 
+@pytest.mark.parametrize("window", [None, 3, 8, 20])
+def test_flops_count_the_keys_that_are_read(window):
+    """The formula takes an integral for the sum over tokens: half a key less where nothing cuts the segment off."""
+    config = ModelConfig(61, sliding_window=window)
+    whole = ModelConfig(61, num_heads=2 * config.num_heads, num_kv_heads=2, sliding_window=window)
+    keys = np.mean([min(t + 1, window or 8) for t in range(8)]) - min(window or 8, 8) / 16
+    matrices = whole.parameter_count() - config.parameter_count()
+    products = 2 * config.num_layers * config.num_heads * config.head_dim * keys
+    assert whole.flops_per_token(8) - config.flops_per_token(8) == pytest.approx(6 * (matrices + products))
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [

@@ -64,10 +64,13 @@ class ModelConfig:
     def flops_per_token(self, length: int) -> float:
         """Floating point operations of one training step per token: forward and backward, recomputation not counted.
 
-        6 for each parameter of a matrix (the embedding is a look-up) and the causal half of the attention scores.
+        6 for each parameter of a matrix (the embedding is a look-up) and the attention scores of the keys that a token
+        reads: half of the row on average, fewer with a window.
         """
         matrices = self.parameter_count() - (0 if self.tied_head else self.padded_vocab_size * self.embed_dim)
-        attention = self.num_layers * self.num_heads * self.head_dim * length  # 2 products, causal half, 1 MAC = 2 flop
+        window = min(self.sliding_window or length, length)
+        keys = window - window**2 / (2 * length)  # the first tokens of a row find fewer before them
+        attention = 2 * self.num_layers * self.num_heads * self.head_dim * keys  # products: scores, and what is read
         return 6.0 * (matrices + attention)
 
 

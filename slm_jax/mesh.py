@@ -144,12 +144,17 @@ def by_shard(x: jax.Array) -> jax.Array:
     Sorting, gathering and counting along the second axis then need no other device, and nothing has to say so.
     """
     shards = num_shards()
-    return constrain(x.reshape(shards, x.shape[0] * x.shape[1] // shards, *x.shape[2:]), BATCH)
+    return _split_first(x.reshape(shards, x.shape[0] * x.shape[1] // shards, *x.shape[2:]))
 
 
 def to_rows(x: jax.Array, length: int) -> jax.Array:
     """[S, N, ...] back to [B, L, ...]: the inverse of `by_shard` for rows of `length`."""
-    return constrain(x.reshape(-1, length, *x.shape[2:]), BATCH)
+    return _split_first(x.reshape(-1, length, *x.shape[2:]))
+
+
+def _split_first(x: jax.Array) -> jax.Array:
+    """The first axis over data and fsdp, the others as they are: heads stay split where they are."""
+    return constrain(x, P(*BATCH, *(P.UNCONSTRAINED,) * (x.ndim - 1)))
 
 
 def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:

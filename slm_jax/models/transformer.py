@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from slm_jax import mesh
 from slm_jax.models.attention import attention
 from slm_jax.models.attention_at import attention_at
 from slm_jax.models.config import ModelConfig
@@ -19,7 +20,9 @@ class Embedding(nnx.Module):
         self.dtype = config.compute_dtype
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return self.embedding[...][tokens].astype(self.dtype)
+        # Gathered over fsdp, not over model: each part of the vocabulary looks up its own, and the sum of all is the row.
+        table = mesh.constrain(self.embedding[...].astype(self.dtype), mesh.P("model"))
+        return mesh.constrain(table[tokens], mesh.BATCH)
 
 
 class Attention(nnx.Module):

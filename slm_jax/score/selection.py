@@ -168,7 +168,8 @@ def within_capacity(
     shards, length = mesh.num_shards(), scores.shape[1]
     keys = mesh.by_shard(_ordered_bits(scores, chosen))
     keys = keys.reshape(shards, -1, micro_batches, length).swapaxes(1, 2)
-    count = jnp.full((1, 1), row_capacity(selection, scores.shape, micro_batches), jnp.int32)
-    kept = _largest(keys.reshape(shards * micro_batches, -1), count)
+    groups = keys.reshape(shards * micro_batches, -1)
+    capacity = row_capacity(selection, scores.shape, micro_batches)
+    kept = _largest(groups, jnp.full((len(groups), 1), capacity, jnp.int32))
     kept = kept.reshape(keys.shape).swapaxes(1, 2)
     return mesh.to_rows(kept.reshape(shards, -1), length)

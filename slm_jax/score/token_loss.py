@@ -87,9 +87,7 @@ def row_loss(
     vocab_size: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "S N"]]:
     """`weighted_loss` of N hidden states on each of S devices, each beside the token it predicts."""
-    both: tuple[jax.Array, jax.Array] = _weighted(
-        hidden, head, targets, weights.astype(jnp.float32), vocab_size or head.shape[1]
-    )
+    both: tuple[jax.Array, jax.Array] = _weighted(hidden, head, targets, weights, vocab_size or head.shape[1])
     return both
 
 

@@ -60,11 +60,11 @@ def filtered(params: Params, model: ModelConfig, batch: Batch, choose: Choose, c
     head = forward.head_matrix(params, model)
     trained, sums = choose(token_loss(hidden, head, batch.tokens, batch.segment_ids, model.vocab_size))
     rows = Rows.of(predictors(trained), capacity)
-    targets = take(mesh.by_shard(predictors(batch.tokens)), rows.index)
+    targets, weights = take(mesh.by_shard(predictors(batch.tokens)), rows.index), rows.filled.astype(jnp.float32)
 
     def from_top(ends: Params, z: jax.Array) -> jax.Array:
         head = forward.head_matrix(ends, model)
-        return row_loss(forward.final_norm(ends, model, z), head, targets, rows.filled, model.vocab_size)[0]
+        return row_loss(forward.final_norm(ends, model, z), head, targets, weights, model.vocab_size)[0]
 
     def back(d_z: jax.Array, layer_and_input: tuple[Params, jax.Array]) -> tuple[jax.Array, Params]:
         layer, x = layer_and_input

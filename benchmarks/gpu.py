@@ -56,14 +56,10 @@ def compare(model: ModelConfig, rows: int, length: int, size: int, repeats: int)
     about |= {"attention": model.attention}
     speeds = {name: [rate / (flops * share) * tokens for rate in rates[name]] for name, (_, _, share) in steps.items()}
     memory = {f"{name}: memory": [mebibytes] for name, (_, mebibytes, _) in steps.items()}
-    best = max(
-        (name for name in speeds if name.startswith("causal")), key=lambda name: sorted(speeds[name])[repeats // 2]
-    )
     result = measure.compared(rates, MATRIX, "FLOP/s", **about)
-    for baseline in dict.fromkeys([best, step.LEAN]):
-        if baseline in speeds:
-            result += measure.compared(speeds, baseline, "tokens/s", **about)
-    return [*result, *measure.compared(memory, f"{best}: memory", "MiB", **about)]
+    for baseline in (name for name in speeds if name.startswith("causal")):
+        result += measure.compared(speeds, baseline, "tokens/s", **about)
+    return [*result, *measure.compared(memory, f"{step.LEAN}: memory", "MiB", **about)]
 
 
 def _free_mebibytes() -> float:

@@ -1,4 +1,4 @@
-"""Preparing a corpus is about as fast as SentencePiece alone.
+"""Preparing a corpus keeps most of the speed of SentencePiece alone.
 
     python benchmarks/prepare.py --text FILE.jsonl.gz --output FILE
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    documents = 60_000
+    documents = 40_000
     if arguments.quick:
         documents, arguments.vocab_size, arguments.repeats = 3000, 1024, 1
     load = measure.load_average()

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import gin
 
 from slm_jax import config, processes
+from slm_jax.compile.topology import say_there_is_no_tpu
 from slm_jax.data.store import disk_full_is_an_answer
 from slm_jax.errors import UserError
 
-# Stage -> the module whose function of that name it is. All are imported to register their gin names; none of them
+# Stage -> the module that holds the function of that name. All are imported to register their gin names; none of them
 # imports TensorFlow or starts a device by being imported.
 STAGES = {
     "prepare": "slm_jax.data.prepare",
@@ -21,6 +22,7 @@ STAGES = {
     "score": "slm_jax.score.reference",
     "evaluate": "slm_jax.evaluate.perplexity",
     "demo": "slm_jax.demo.pipeline",
+    "compile": "slm_jax.compile.stage",
 }
 SHARED = ("train", "score", "evaluate")  # what several processes run together
 DONE, FAILED, USAGE = 0, 1, 2
@@ -56,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = f"unknown argument {rest[bindings.index(None)]!r}: settings look like --gin.NAME=VALUE"
         message += "".join(f", --{name}=TEXT" for name in config.text_settings(known.stage))
         return _fail(known.stage, message, USAGE)
+    say_there_is_no_tpu()
     return _run(known.stage, known.gin_file, [binding for binding in bindings if binding is not None])
 
 

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from slm_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 60  # a process that vanished for so long ends the others
+PATIENCE_SECONDS = 15  # until a process that waits for the others to be started says so
 FAREWELL_SECONDS = 3  # how long a process that fails waits for the others to hear of it
 FOREVER_MS = 10**10
 FAILURE = "slm_jax/failure"
@@ -46,19 +47,24 @@ def start(preemptible: bool) -> None:
     preemptible: SIGTERM is a notice that `termination` will pass on; otherwise it ends the process as ever.
 
     Raises:
-      UserError: the variables are incomplete, or the others did not come within five minutes.
+      UserError: the variables are incomplete, or the port is taken. JAX itself ends a process whose others do not come
+        within five minutes.
     """
     named = _named_processes()
-    if named is None and _count_found() < 2:
+    number = named["num_processes"] if named else _count_found()
+    if named is None and number < 2:
         return
     jax.config.update("jax_enable_preemption_service", preemptible)
+    waiting = f"waiting for all {number} processes of this job: start the same command in each of them"
+    patience = threading.Timer(PATIENCE_SECONDS, print, [waiting], {"file": sys.stderr, "flush": True})
+    patience.start()
     try:
         jax.distributed.initialize(**(named or {}), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except RuntimeError as error:
-        raise UserError(
-            f"the processes of this job did not find each other ({str(error).splitlines()[0]}): start the same command "
-            "in all of them, within five minutes"
-        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the job cannot start ({reason}): end what holds its port, or name another one") from error
+    finally:
+        patience.cancel()
     global _watcher
     _watcher = threading.Thread(target=_end_when_another_fails, name="failures", daemon=True)
     _watcher.start()

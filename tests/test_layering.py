@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "evaluate": BOTTOM | {"models", "data", "score"},
     "analyze": BOTTOM | {"data", "score", "evaluate"},
     "demo": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze"},
-    "__main__": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze", "demo"},
+    "compile": BOTTOM | {"models", "data", "score", "train"},
+    "__main__": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze", "demo", "compile"},
     "__init__": set(),
 }
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -186,6 +186,10 @@ class Shell:
         """Exit code, output and errors of `slm-jax ARGUMENTS` in the folder."""
         return self._pool.submit(_run_captured, arguments, str(folder)).result()
 
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of a module gives in that process."""
+        return self._pool.submit(function, *arguments).result()
+
     def close(self) -> None:
         self._pool.shutdown()
 

@@ -97,6 +97,17 @@ SIZES: dict[str, ModelConfig] = {
         mlp_dim=11008,
         max_length=4096,
     ),
+    "meco_1_6b": ModelConfig(
+        vocab_size=128256,
+        num_layers=24,
+        embed_dim=2048,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_dim=5504,
+        max_length=8192,
+        rope_theta=500000.0,
+    ),
 }
 
 

@@ -1,0 +1,131 @@
+"""The programs of a run, as its gin file describes them: a train step for each phase, and the step of scoring.
+
+They are those that the stages `train` and `score` compile, made of the same settings and the same functions; only
+shapes stand where the stages have arrays.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gin
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from slm_jax import mesh as mesh_lib
+from slm_jax.compile.memory import Work
+from slm_jax.config import as_list, at_least
+from slm_jax.data.batches import Batch
+from slm_jax.data.corpus import Corpus
+from slm_jax.errors import UserError
+from slm_jax.models.config import ModelConfig, model_config
+from slm_jax.score.reference import score_batch
+from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from slm_jax.train.phases import Phase
+from slm_jax.train.schedules import Schedule, learning_rate
+from slm_jax.train.state import state_shapes
+from slm_jax.train.step import compile_step, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """A jitted function with the shapes of its arguments."""
+
+    work: Work
+    function: Any
+    weights: Any
+    moments: Any  # None when scoring
+    batch: Batch
+    arguments: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the bindings of `train` and `score` say about programs; defaults are those of the stages."""
+
+    model: ModelConfig
+    phases: Sequence[Phase]
+    mesh: Mesh
+    row_length: int
+    train: dict[str, Any]
+    score: dict[str, Any]
+
+
+def bound_run(devices: Sequence[Any], row_length: int | None) -> Run:
+    """The run that gin's settings describe, on the given devices.
+
+    Raises:
+      UserError: its corpora are not here and the settings name no row length or vocabulary size.
+    """
+    train, score = gin.get_bindings("train"), gin.get_bindings("score")
+    model = train.get("model") or model_config()
+    phases = as_list(train.get("phases", ()), Phase, "train.phases") or [Phase()]  # pyright: ignore[reportCallIssue]
+    if row_length is None or model.vocab_size is None:
+        corpus = _corpus(phases, "compile.row_length" if row_length is None else "model.vocab_size")
+        row_length = row_length or corpus.row_length
+        model = dataclasses.replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
+    at_least(2, **{"compile.row_length": row_length})
+    if row_length > model.max_length:
+        raise UserError(f"rows of {row_length} tokens are longer than model.max_length = {model.max_length}: raise it")
+    return Run(model, phases, mesh_lib.make_mesh(train.get("mesh"), devices), row_length, train, score)
+
+
+def _corpus(phases: Sequence[Phase], setting: str) -> Corpus:
+    path = phases[0].mixture[0].corpus
+    try:
+        return Corpus.open(path)
+    except UserError as error:
+        raise UserError(f"corpus {path} is not here to say what its rows are: set {setting}") from error
+
+
+def train_steps(run: Run) -> Iterator[StepProgram]:
+    """One for each phase; phases whose steps are the same program share one."""
+    micro_batches = run.train.get("micro_batches", 1)
+    at_least(1, **{"train.micro_batches": micro_batches})
+    optimizer = make_optimizer(run.train.get("optimizer") or OptimizerConfig())
+    rate = learning_rate(run.train.get("schedule") or Schedule(), sum(phase.steps for phase in run.phases))
+    shapes = state_shapes(run.model, optimizer, run.mesh)
+    seen = []
+    for number, phase in enumerate(run.phases):
+        if (phase.selection, phase.batch_rows) in seen:
+            continue
+        seen.append((phase.selection, phase.batch_rows))
+        name = f"train, phase {number}"
+        mesh_lib.check_batch(run.mesh, phase.batch_rows, name, micro_batches)
+        step = make_step(run.model, phase.selection, optimizer, rate, run.train.get("seed", 0), micro_batches)
+        work = _work(run, name, phase.batch_rows, micro_batches, True)
+        batch = _batch(work, phase.score_columns)
+        function = compile_step(step, run.mesh, shapes)
+        yield StepProgram(work, function, shapes.params, shapes.opt_state, batch, (shapes, batch))
+
+
+def score_step(run: Run) -> StepProgram:
+    """Scoring with a reference of the run's own architecture.
+
+    Rows: score.batch_rows where it is set, else as many as a micro-batch of training holds.
+    """
+    micro_batches = run.train.get("micro_batches", 1)
+    rows = run.score.get("batch_rows", run.phases[0].batch_rows // micro_batches)
+    statistics = run.score.get("statistics", ("loss",))
+    mesh_lib.check_batch(run.mesh, rows, "score")
+    work = _work(run, "score", rows, 1, False)
+    batch = _batch(work, ())
+    params = state_shapes(run.model, make_optimizer(OptimizerConfig()), run.mesh).params
+    function = jax.jit(lambda params, batch: score_batch(params, run.model, batch, statistics))
+    return StepProgram(work, function, params, None, batch, (params, batch))
+
+
+def _work(run: Run, name: str, rows: int, micro_batches: int, training: bool) -> Work:
+    return Work(name, run.model, run.mesh, rows, run.row_length, micro_batches, training)
+
+
+def _batch(work: Work, score_columns: Sequence[str]) -> Batch:
+    sharding = mesh_lib.batch_sharding(work.mesh)
+
+    def shape(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((work.rows, work.length), dtype, sharding=sharding)
+
+    whole = [shape(jnp.int32) for _ in range(3)]
+    scores = {name: shape(jnp.float32) for name in score_columns}
+    return Batch(*whole, loss_mask=shape(jnp.bool_), source_ids=shape(jnp.int32), scores=scores)

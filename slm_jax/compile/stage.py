@@ -1,0 +1,165 @@
+"""Stage `compile`: the steps of a run, compiled for a TPU topology that is not here, and what they will need of it."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+
+from slm_jax import config as config_lib
+from slm_jax.compile import costs, memory
+from slm_jax.compile.hlo import Program
+from slm_jax.compile.memory import Memory
+from slm_jax.compile.programs import StepProgram, bound_run, score_step, train_steps
+from slm_jax.compile.topology import GIB, Chip, topology_devices
+from slm_jax.errors import UserError
+from slm_jax.metrics import peak_flops
+
+PROGRAMS = ("train", "score")
+ASSUMPTIONS = (
+    "FLOPs are those of matrix products, 2 for each multiplication and addition, on one chip. They are read from the "
+    "compiled program with every loop body multiplied by its number of turns; XLA's own analysis counts it once.",
+    "Not readable there: attention kernels count what they must compute, causally and within the window; loops over "
+    "the tokens that have a loss count as if all tokens had one.",
+    "Model FLOPs are ModelConfig.flops_per_token, a third of it for scoring; recomputation is not among them.",
+    "Bytes sent take every collective as a ring over the chips of its axes.",
+    "MFU is bounded by the slowest of three, each at the data sheet's peak and perfectly overlapped: the products; "
+    "reading and writing the state once; sending the collectives' bytes over all links at once. No run is as fast.",
+)
+
+
+# pyright takes gin's decorator for one without arguments.
+@gin.configurable("compile")  # pyright: ignore[reportCallIssue]
+def compile_ahead(
+    topology: str,
+    output: str = "plan.json",
+    row_length: int | None = None,
+    programs: tuple[str, ...] = PROGRAMS,
+) -> dict[str, Any]:
+    """Compiles the train and score steps of a train run's gin file for TPUs, on a machine that has none.
+
+    Prints, and writes as JSON: memory of a chip by kind, FLOPs, bytes sent by each collective over each axis of the
+    mesh, an upper bound on MFU, and whether it fits or what to change.
+
+    Args:
+      topology: of the TPUs, e.g. v5e:4x4 (16 chips), v5p:4x4x4 (64), v4:4x4x8 (128), v6e:16x16 (256).
+      output: where the JSON goes.
+      row_length: tokens of a row; None is that of the corpus, which must then be here.
+      programs: what to compile, of `train` and `score`.
+    """
+    if not programs or set(programs) - set(PROGRAMS):
+        raise UserError(f"compile.programs {tuple(programs)}: takes {' and '.join(map(repr, PROGRAMS))}")
+    _check_writable(Path(output))
+    # No device of this machine is needed, and one that is here may be at work.
+    jax.config.update("jax_platforms", "cpu")
+    devices, chip = topology_devices(topology)
+    run = bound_run(devices, row_length)
+    shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    kind = devices[0].device_kind
+    peak = peak_flops(kind)
+    assert peak, f"metrics.PEAK_FLOPS has no {kind}"
+    print(f"compile: {run.model.parameter_count() / 1e6:.1f}M parameters on {len(devices)} x {kind}, mesh {shape}")
+    steps = [*(train_steps(run) if "train" in programs else ()), *([score_step(run)] if "score" in programs else ())]
+    plans = []
+    for step in steps:
+        plans.append(plan_step(step, chip, peak))
+        print(describe(plans[-1]), flush=True)
+    plan = {
+        "topology": topology,
+        "chips": len(devices),
+        "chip": {"kind": kind, "peak_flops": peak, **dataclasses.asdict(chip)},
+        "mesh": dict(run.mesh.shape),
+        "model": run.model,
+        "parameters": run.model.parameter_count(),
+        "fits": all(plan["fits"] for plan in plans),
+        "steps": plans,
+        "assumptions": ASSUMPTIONS,
+        "environment": config_lib.environment(),
+    }
+    config_lib.write_json(output, plan)
+    print(f"compile: {'everything fits' if plan['fits'] else 'it does not fit as it is'}, see {output}")
+    return plan
+
+
+def _check_writable(output: Path) -> None:
+    """Before minutes of compiling rather than after them."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"compile.output {output}: no folder can be made there ({error.strerror})") from error
+    if output.is_dir():
+        raise UserError(f"compile.output {output} is a folder: name a file in it")
+
+
+def plan_step(step: StepProgram, chip: Chip, peak: float) -> dict[str, Any]:
+    """Compiles a step and says what it needs."""
+    work, start = step.work, time.time()
+    about = {"name": work.name, "rows": work.rows, "length": work.length, "micro_batches": work.micro_batches}
+    held = (step.weights, step.moments, step.batch)
+    try:
+        with jax.set_mesh(work.mesh):
+            compiled = step.function.lower(*step.arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = memory.refused(held, str(error))
+        if needed is None:
+            raise
+        return about | {"compile_seconds": time.time() - start} | _fit(needed, chip, step)
+    about["compile_seconds"] = time.time() - start
+    program = Program(compiled.as_text())
+    needed = memory.measured(held, compiled, memory.kept_activations(program, work))
+    return about | _fit(needed, chip, step) | _costs(step, program, chip, peak)
+
+
+def _fit(needed: Memory, chip: Chip, step: StepProgram) -> dict[str, Any]:
+    return {
+        "memory": dataclasses.asdict(needed) | {"total": needed.total, "available": chip.memory},
+        "fits": needed.total <= chip.memory,
+        "verdict": memory.verdict(needed, chip.memory, step.work),
+    }
+
+
+def _costs(step: StepProgram, program: Program, chip: Chip, peak: float) -> dict[str, Any]:
+    work = step.work
+    tokens = work.rows * work.length / work.mesh.size  # of a chip
+    model_flops = tokens * work.model.flops_per_token(work.length) / (1 if work.training else 3)
+    flops = costs.products(program, work)
+    sent = costs.traffic(program, work.mesh)
+    state = memory.tree_bytes((step.weights, step.moments)) * (2 if work.training else 1)
+    seconds = {
+        "products": flops.total / peak,
+        "memory": state / chip.memory_bandwidth,
+        "links": sum(x.bytes for x in sent) / chip.link_bandwidth,
+    }
+    slowest = max(seconds, key=lambda name: seconds[name])
+    return {
+        "flops": dataclasses.asdict(flops) | {"total": flops.total, "model": model_flops},
+        "collectives": [dataclasses.asdict(x) for x in sent],
+        "seconds_at_least": seconds,
+        "bound_by": slowest,
+        "mfu_at_most": model_flops / peak / seconds[slowest],
+    }
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """A step's plan for people."""
+    kinds = plan["memory"]
+    parts = ", ".join(f"{k} {kinds[k] / GIB:.2f}" for k in kinds if k not in ("total", "available"))
+    lines = [
+        f"{plan['name']}: {plan['rows']} rows of {plan['length']} tokens, {plan['micro_batches']} micro-batches, "
+        f"compiled in {plan['compile_seconds']:.0f} s",
+        f"  GiB per chip   {kinds['total'] / GIB:.2f} of {kinds['available'] / GIB:.2f}: {parts}",
+    ]
+    if "flops" in plan:
+        flops = plan["flops"]
+        parts = ", ".join(
+            f"{kind} {flops[kind] / 1e12:.1f}" for kind in ("counted", "attention", "head") if flops[kind]
+        )
+        lines.append(f"  TFLOP per chip {flops['total'] / 1e12:.1f} ({parts}), the model's {flops['model'] / 1e12:.1f}")
+        for x in plan["collectives"]:
+            lines.append(f"  GiB sent       {x['bytes'] / GIB:.3f} by {x['count']} {x['kind']} over {x['axes']}")
+        seconds = ", ".join(f"{name} {value:.4f}" for name, value in plan["seconds_at_least"].items())
+        lines.append(f"  seconds        at least: {seconds}")
+        lines.append(f"  MFU            at most {plan['mfu_at_most']:.2f}, bounded by {plan['bound_by']}")
+    return "\n".join([*lines, f"  {plan['verdict']}"])

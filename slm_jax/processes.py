@@ -217,8 +217,11 @@ def fail(line: str, code: int) -> None:
     if _watcher is None:
         return
     where = "" if first() else f" (process {distributed.global_state.process_id})"
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or the service has ended
+    try:
         _client().key_value_set(FAILURE, json.dumps({"line": line + where, "code": code}))
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):  # the process that would have said it has ended
+            print(line, file=sys.stderr)
     _watcher.join(2 * FAREWELL_SECONDS)
     _leave(code)
 

@@ -7,7 +7,7 @@ ifdef DATA
 DEMO_FLAGS := --gin.demo.recipe="'math_web'" --gin.demo.data="'$(DATA)'"
 endif
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint pods clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m slm_jax demo $(DEMO_FLAGS)
@@ -19,6 +19,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+# The steps of the pods' run files, compiled for the chips that they name; about ten minutes a file on two cores.
+COMPILE := $(BIN)/python -m slm_jax compile
+pods: $(VENV)/.installed
+	$(COMPILE) --topology=v5e:4x4 --gin_file=configs/runs/rho1/math_1b/selective.gin --output=runs/pods/math_1b.json
+	$(COMPILE) --topology=v5p:2x4x4 --gin_file=configs/runs/rho1/weak_to_strong/selective.gin --output=runs/pods/weak_to_strong.json
+	$(COMPILE) --topology=v5e:8x8 --gin_file=configs/runs/meco/1_6b/meco.gin --output=runs/pods/meco.json
 
 $(VENV)/.installed: pyproject.toml requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

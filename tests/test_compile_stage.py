@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,25 @@ def test_chips_of_every_kind():
 
 @needs_libtpu
 @pytest.mark.slow
+def test_what_does_not_fit_fits_after_the_change_that_was_advised(tmp_path, shell):
+    """Scoring 256 million tokens at once on 4 chips; the plan is written, and the command fails."""
+
+    def compiled(rows: int) -> tuple[int, str, dict]:
+        run = {"Draw": {"corpus": "nowhere"}, "Phase": {"steps": 1}, "score": {"batch_rows": rows}}
+        what = {"compile": {"row_length": 2048, "programs": ("score",)}, "model": {"vocab_size": 260, "num_layers": 1}}
+        command = ["compile", "--topology=v5e:2x2", "--output=plans/plan.json", *toy.settings(**run, **what)]
+        code, output, errors = shell(*command, folder=tmp_path)
+        return code, output + errors, json.loads((tmp_path / "plans" / "plan.json").read_text())
+
+    code, said, plan = compiled(2**17)
+    advice = re.search(r"error: score does not fit, .* GiB over: set score.batch_rows = (\d+) ", said)
+    assert code == 1 and not plan["fits"] and advice, said
+    code, said, plan = compiled(int(advice[1]))
+    assert code == 0 and plan["fits"] and "GiB to spare" in said, said
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_tinyllama_with_a_batch_of_a_million_tokens_fits_16_chips_of_v5e(tmp_path, shell):
     """As its users do it, with the very file that they train with."""
     gin_file = RUNS / "rho1/math_1b/selective.gin"
@@ -155,17 +175,17 @@ def test_tinyllama_with_a_batch_of_a_million_tokens_fits_16_chips_of_v5e(tmp_pat
     needed, parameters = step["memory"], plan["parameters"]
     assert needed["weights"] == pytest.approx(4 * parameters / 16, rel=0.01)
     assert needed["moments"] == pytest.approx(8 * parameters / 16, rel=0.01)
-    assert needed["activations"] == 22 * 512 / 16 / 8 * 2048 * 2048 * 2  # each layer's input, of one micro-batch
+    assert needed["activations"] == 22 * 512 / 16 / 4 * 2048 * 2048 * 2  # each layer's input, of one micro-batch
     # Gradients too, and more than nothing is left of them at the peak.
     assert needed["temporaries"] > needed["weights"] and needed["total"] < needed["available"]
 
     # Two forward passes, one of them to select, a backward pass that makes the forward pass again: 5 / 3 of the model's
     # products where all are in layers; the head's are counted as if there were 3, and half of attention's square is.
-    assert 1.3 < step["flops"]["total"] / step["flops"]["model"] < 1.7
+    assert 1.4 < step["flops"]["total"] / step["flops"]["model"] < 1.7
     assert 0.5 < step["mfu_at_most"] < 0.8 and step["bound_by"] == "products"
 
     assert {x["axes"] for x in step["collectives"]} == {"fsdp"}
     gathered = sum(x["bytes"] for x in step["collectives"] if x["kind"] in ("all-gather", "collective-permute"))
     layers = 2 * (parameters - 2 * 32000 * 2048) * 15 / 16  # bfloat16, of each chip the others' part
     # Each micro-batch gathers all layers four times, at most, and sums float32 gradients once.
-    assert 3 * 8 * layers < gathered < 7 * 8 * layers
+    assert 3 * 4 * layers < gathered < 7 * 4 * layers

@@ -94,7 +94,7 @@ def train_steps(run: Run) -> Iterator[StepProgram]:
         name = f"train, phase {number}"
         mesh_lib.check_batch(run.mesh, phase.batch_rows, name, micro_batches)
         step = make_step(run.model, phase.selection, optimizer, rate, run.train.get("seed", 0), micro_batches)
-        work = _work(run, name, phase.batch_rows, micro_batches, True)
+        work = Work(name, run.model, run.mesh, phase.batch_rows, run.row_length, micro_batches, training=True)
         batch = _batch(work, phase.score_columns)
         function = compile_step(step, run.mesh, shapes)
         yield StepProgram(work, function, shapes.params, shapes.opt_state, batch, (shapes, batch))
@@ -108,16 +108,13 @@ def score_step(run: Run) -> StepProgram:
     micro_batches = run.train.get("micro_batches", 1)
     rows = run.score.get("batch_rows", run.phases[0].batch_rows // micro_batches)
     statistics = run.score.get("statistics", ("loss",))
-    mesh_lib.check_batch(run.mesh, rows, "score")
-    work = _work(run, "score", rows, 1, False)
+    mesh = mesh_lib.make_mesh(run.score.get("mesh"), run.mesh.devices.flatten().tolist())
+    mesh_lib.check_batch(mesh, rows, "score")
+    work = Work("score", run.model, mesh, rows, run.row_length, 1, training=False)
     batch = _batch(work, ())
-    params = state_shapes(run.model, make_optimizer(OptimizerConfig()), run.mesh).params
+    params = state_shapes(run.model, make_optimizer(OptimizerConfig()), mesh).params
     function = jax.jit(lambda params, batch: score_batch(params, run.model, batch, statistics))
     return StepProgram(work, function, params, None, batch, (params, batch))
-
-
-def _work(run: Run, name: str, rows: int, micro_batches: int, training: bool) -> Work:
-    return Work(name, run.model, run.mesh, rows, run.row_length, micro_batches, training)
 
 
 def _batch(work: Work, score_columns: Sequence[str]) -> Batch:

@@ -48,6 +48,9 @@ def compile_ahead(
       output: where the JSON goes.
       row_length: tokens of a row; None is that of the corpus, which must then be here.
       programs: what to compile, of `train` and `score`.
+
+    Raises:
+      UserError: something does not fit; the plan is written all the same.
     """
     if not programs or set(programs) - set(PROGRAMS):
         raise UserError(f"compile.programs {tuple(programs)}: takes {' and '.join(map(repr, PROGRAMS))}")
@@ -79,7 +82,10 @@ def compile_ahead(
         "environment": config_lib.environment(),
     }
     config_lib.write_json(output, plan)
-    print(f"compile: {'everything fits' if plan['fits'] else 'it does not fit as it is'}, see {output}")
+    for step in plans:
+        if not step["fits"]:
+            raise UserError(f"{step['name']} {step['verdict']} (the plan is {output})")
+    print(f"compile: everything fits, see {output}")
     return plan
 
 

@@ -61,6 +61,7 @@ def main() -> None:
     if arguments.quick:
         num_rows, steps, arguments.repeats = 2048, 1, 3
     load = measure.load_average()
+    rounds = measure.Rounds(arguments.repeats, arguments.clock)
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_corpus(Path(folder) / "corpus", num_rows)
         num_batches = num_rows // BATCH_ROWS
@@ -82,13 +83,13 @@ def main() -> None:
             measure.Case("causal step", lambda: train(causal), steps * tokens),
             measure.Case("filtered step", lambda: train(filtered), steps * tokens),
         ]
-        values = measure.interleaved(cases, arguments.repeats)
+        values = measure.interleaved(cases, rounds)
     about = {"batch": f"{BATCH_ROWS} x {ROW_LENGTH}", "corpus_rows": num_rows, "model": "demo"}
     rows = [
         measure.row(name, values[name], baseline, values[baseline], "tokens/s", **about)
         for name, baseline in [("batches", "causal step"), ("batches", "filtered step"), ("causal step", "causal step")]
     ]
-    measure.report(rows, arguments.output, load)
+    measure.report(rows, arguments.output, load, arguments.clock)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def matrix_product(size: int, calls: int) -> measure.Case:
     return measure.Case(MATRIX, lambda: run(left, right), 2.0 * size**3 * calls)
 
 
-def compare(model: ModelConfig, rows: int, length: int, size: int, repeats: int) -> list[measure.Row]:
+def compare(model: ModelConfig, rows: int, length: int, size: int, rounds: measure.Rounds) -> list[measure.Row]:
     """Rows of FLOP/s against the matrix product, then of tokens per second against causal."""
     trainer = step.Trainer(model, step.random_batch(rows, length, model.vocab_size))
     steps = {}
@@ -51,7 +51,7 @@ def compare(model: ModelConfig, rows: int, length: int, size: int, repeats: int)
             steps[f"{gradient} {ratio}"] = (*trainer.step(selection, remat="full"), share)
     tokens, flops = rows * length, model.flops_per_token(length) * rows * length
     cases = [measure.Case(name, run, flops * share) for name, (run, _, share) in steps.items()]
-    rates = measure.interleaved([matrix_product(size, 32), *cases], repeats, warmups=2)
+    rates = measure.interleaved([matrix_product(size, 32), *cases], rounds, warmups=2)
     about = {"batch": f"{rows} x {length}", "parameters": model.parameter_count(), "compute": model.compute_dtype}
     about |= {"attention": model.attention}
     speeds = {name: [rate / (flops * share) * tokens for rate in rates[name]] for name, (_, _, share) in steps.items()}
@@ -78,8 +78,9 @@ def main() -> None:
     if arguments.quick:
         model, arguments.repeats = model_config("small", vocab_size=32000, compute_dtype="bfloat16"), 3
     load = measure.load_average()
-    rows = compare(model, arguments.rows, arguments.length, 8192, arguments.repeats)
-    measure.report(rows, arguments.output, load)
+    rounds = measure.Rounds(arguments.repeats, arguments.clock)
+    rows = compare(model, arguments.rows, arguments.length, 8192, rounds)
+    measure.report(rows, arguments.output, load, arguments.clock)
 
 
 if __name__ == "__main__":

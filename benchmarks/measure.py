@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -28,6 +29,22 @@ PACKAGES = ("jax", "numpy", "torch", "transformers", "sentencepiece")
 
 Values = dict[str, list[float]]
 Row = dict[str, Any]
+
+
+def _processor_seconds() -> float:
+    """Seconds that cores worked for this process and for those it waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": _processor_seconds}
+
+
+class Rounds(NamedTuple):
+    """How often every case counts, and by which of CLOCKS."""
+
+    repeats: int
+    clock: str = "wall"
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,12 @@ def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--output", type=Path, help="write the rows here, as a JSON list")
     result.add_argument("--repeats", type=int, default=repeats, help="rounds that count (default: %(default)s)")
+    result.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: seconds of all cores' work, where others share the machine",
+    )
     result.add_argument("--quick", action="store_true", help="small shapes, to see that it works: proves no claim")
     return result
 
@@ -60,15 +83,16 @@ def restarted_with(environment: Mapping[str, str]) -> None:
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})
 
 
-def interleaved(cases: Sequence[Case], repeats: int, warmups: int = 1) -> Values:
-    """`repeats` values of each case, seconds or amount per second, after `warmups` rounds that do not count."""
+def interleaved(cases: Sequence[Case], rounds: Rounds, warmups: int = 1) -> Values:
+    """A value of each case per round, seconds or amount per second, after `warmups` rounds that do not count."""
+    clock = CLOCKS[rounds.clock]
     values: Values = {case.name: [] for case in cases}
     assert len(values) == len(cases), "two cases have one name"
-    for number in range(-warmups, repeats):
+    for number in range(-warmups, rounds.repeats):
         for case in cases if number % 2 == 0 else reversed(cases):
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(case.run())
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             if number >= 0:
                 values[case.name].append(case.amount / seconds if case.amount else seconds)
     return values
@@ -98,9 +122,9 @@ def compared(values: Values, baseline: str, unit: str, **settings: Any) -> list[
     return [row(name, values[name], baseline, values[baseline], unit, **settings) for name in names]
 
 
-def report(rows: Sequence[Row], output: Path | None, load: float) -> None:
+def report(rows: Sequence[Row], output: Path | None, load: float, clock: str = "wall") -> None:
     """Prints the rows as a Markdown table and writes them. `load` is that of `load_average` before the first case."""
-    about = machine() | {"load_before": load, "load_after": load_average()}
+    about = machine() | {"clock": clock, "load_before": load, "load_after": load_average()}
     print(_listed(about), table(rows), sep="\n\n")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)

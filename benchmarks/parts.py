@@ -37,7 +37,7 @@ def gradient(params: Params, batch: Batch, model: ModelConfig, kind: str) -> Par
     return function(params, model, batch, lambda loss: trained_tokens(selection, loss, batch, jax.random.key(0)))[0]
 
 
-def compare(model: ModelConfig, rows: int, length: int, repeats: int) -> list[measure.Row]:
+def compare(model: ModelConfig, rows: int, length: int, rounds: measure.Rounds) -> list[measure.Row]:
     """Rows of seconds."""
     trainer = step.Trainer(model, step.random_batch(rows, length, model.vocab_size))
     params, batch, optimizer = trainer.state.params, trainer.batch, trainer.optimizer
@@ -66,7 +66,7 @@ def compare(model: ModelConfig, rows: int, length: int, repeats: int) -> list[me
     cases.append(measure.Case("optimizer", optimize))
     cases.append(measure.Case("causal step", trainer.step(None)[0]))
     about = {"vocab_size": model.vocab_size, "batch": f"{rows} x {length}", "ratio": RATIO}
-    return measure.compared(measure.interleaved(cases, repeats), "causal step", "s", **about)
+    return measure.compared(measure.interleaved(cases, rounds), "causal step", "s", **about)
 
 
 def main() -> None:
@@ -79,10 +79,11 @@ def main() -> None:
     if arguments.quick:
         arguments.size, arguments.vocab_sizes, arguments.repeats, shape = "demo", [2048], 3, (4, 128)
     load, rows = measure.load_average(), []
+    rounds = measure.Rounds(arguments.repeats, arguments.clock)
     for vocab_size in arguments.vocab_sizes:
         model = dataclasses.replace(model_config(arguments.size, vocab_size=vocab_size), remat="full")
-        rows += compare(model, *shape, arguments.repeats)
-    measure.report(rows, arguments.output, load)
+        rows += compare(model, *shape, rounds)
+    measure.report(rows, arguments.output, load, arguments.clock)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ from slm_jax.demo.corpora import write_demo_corpora
 TRAINING_DOCUMENTS = 2000
 
 
-def compare(files: Sequence[str], vocab_size: int, processes: int, folder: Path, repeats: int) -> list[measure.Row]:
+def compare(
+    files: Sequence[str], vocab_size: int, processes: int, folder: Path, rounds: measure.Rounds
+) -> list[measure.Row]:
     """Rows of tokens per second for 1 and for `processes` processes, each against as many threads."""
     source = Source("text", files)
     texts = [document["text"] for document in read_documents(source) if not document["skipped"]]
@@ -49,7 +51,7 @@ def compare(files: Sequence[str], vocab_size: int, processes: int, folder: Path,
     for count in sorted({1, processes}):
         cases.append(measure.Case(f"sentencepiece, {count} threads", _encode(processor, texts, count), num_tokens))
         cases.append(measure.Case(f"prepare, {count} processes", stage(count), num_tokens))
-    values = measure.interleaved(cases, repeats)
+    values = measure.interleaved(cases, rounds)
     about = {
         "tokens": num_tokens,
         "characters": sum(map(len, texts)),
@@ -78,10 +80,11 @@ def main() -> None:
     if arguments.quick:
         documents, arguments.vocab_size, arguments.repeats = 3000, 1024, 1
     load = measure.load_average()
+    rounds = measure.Rounds(arguments.repeats, arguments.clock)
     with tempfile.TemporaryDirectory() as folder:
         files = arguments.text or [str(write_demo_corpora(Path(folder), 0, documents)["noisy_train"])]
-        rows = compare(files, arguments.vocab_size, arguments.processes, Path(folder), arguments.repeats)
-    measure.report(rows, arguments.output, load)
+        rows = compare(files, arguments.vocab_size, arguments.processes, Path(folder), rounds)
+    measure.report(rows, arguments.output, load, arguments.clock)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def scores(params: Params, batch: Batch, model: ModelConfig, statistics: tuple[s
     return score_batch(params, model, batch, statistics)
 
 
-def compare(model: ModelConfig, rows: int, length: int, repeats: int) -> list[measure.Row]:
+def compare(model: ModelConfig, rows: int, length: int, rounds: measure.Rounds) -> list[measure.Row]:
     """Rows of tokens per second and of MiB of temporaries; the plain pass' logits count as its memory."""
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (rows, length))
     devices = mesh_lib.make_mesh(devices=jax.devices()[:1])
@@ -63,7 +63,7 @@ def compare(model: ModelConfig, rows: int, length: int, repeats: int) -> list[me
     del ours, naive
     cases = [measure.Case(name, partial(f, params, batch), rows * length) for name, f in compiled.items()]
     about = {"vocab_size": model.vocab_size, "batch": f"{rows} x {length}", "parameters": model.parameter_count()}
-    values = measure.interleaved(cases, repeats)
+    values = measure.interleaved(cases, rounds)
     analyses = {f"{name}: memory": f.memory_analysis() for name, f in compiled.items()}
     memory = {name: [(a.temp_size_in_bytes + a.output_size_in_bytes) / 2**20] for name, a in analyses.items()}
     return [
@@ -82,9 +82,10 @@ def main() -> None:
     if arguments.quick:
         arguments.size, arguments.vocab_sizes, arguments.repeats, shape = "demo", [2048], 3, (8, 128)
     load, rows = measure.load_average(), []
+    rounds = measure.Rounds(arguments.repeats, arguments.clock)
     for vocab_size in arguments.vocab_sizes:
-        rows += compare(model_config(arguments.size, vocab_size=vocab_size), *shape, arguments.repeats)
-    measure.report(rows, arguments.output, load)
+        rows += compare(model_config(arguments.size, vocab_size=vocab_size), *shape, rounds)
+    measure.report(rows, arguments.output, load, arguments.clock)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def top_k_share(scores: jax.Array, valid: jax.Array, ratio: float) -> jax.Array:
     return jnp.zeros(flat.shape, bool).at[order].set(within).reshape(scores.shape)
 
 
-def compare(devices: Mesh, num_scores: int, repeats: int, calls: int) -> list[measure.Row]:
+def compare(devices: Mesh, num_scores: int, rounds: measure.Rounds, calls: int) -> list[measure.Row]:
     """Rows of seconds for `calls` selections among `num_scores`."""
     rng, shape = np.random.default_rng(0), (ROWS, num_scores // ROWS)
     arrays = (rng.normal(size=shape).astype(np.float32), rng.random(shape) < 0.95)
@@ -51,7 +51,7 @@ def compare(devices: Mesh, num_scores: int, repeats: int, calls: int) -> list[me
 
         return measure.Case(name, run)
 
-    values = measure.interleaved([case("lax.top_k", sorting), case("select_share", ours)], repeats, warmups=2)
+    values = measure.interleaved([case("lax.top_k", sorting), case("select_share", ours)], rounds, warmups=2)
     values = {name: [seconds / calls for seconds in times] for name, times in values.items()}
     return measure.compared(values, "lax.top_k", "s", scores=num_scores, devices=devices.size, ratio=RATIO)
 
@@ -63,11 +63,12 @@ def main() -> None:
     if arguments.quick:
         sizes, arguments.repeats = {4096: 5, 65536: 2}, 3
     load, rows = measure.load_average(), []
+    rounds = measure.Rounds(arguments.repeats, arguments.clock)
     for number in sorted({1, min(8, jax.device_count())}):
         devices = mesh_lib.make_mesh(devices=jax.devices()[:number])
         for num_scores, calls in sizes.items():
-            rows += compare(devices, num_scores, arguments.repeats, calls)
-    measure.report(rows, arguments.output, load)
+            rows += compare(devices, num_scores, rounds, calls)
+    measure.report(rows, arguments.output, load, arguments.clock)
 
 
 if __name__ == "__main__":

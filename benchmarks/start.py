@@ -73,6 +73,7 @@ def main() -> None:
     if arguments.quick:
         arguments.repeats = 1
     load = measure.load_average()
+    rounds = measure.Rounds(arguments.repeats, arguments.clock)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         corpus = batches.write_corpus(folder / "corpus", 64).path
@@ -83,8 +84,9 @@ def main() -> None:
             measure.Case("first step", cold.to_first_step),
             measure.Case("first step, programs cached", cached.to_first_step),
         ]
-        values = measure.interleaved(cases, arguments.repeats)
-    measure.report(measure.compared(values, "import jax", "s", model="demo", batch="16 x 256"), arguments.output, load)
+        values = measure.interleaved(cases, rounds)
+    rows = measure.compared(values, "import jax", "s", model="demo", batch="16 x 256")
+    measure.report(rows, arguments.output, load, arguments.clock)
 
 
 if __name__ == "__main__":

@@ -66,18 +66,20 @@ def random_batch(rows: int, length: int, vocab_size: int) -> Batch:
     return make_batch(tokens, np.ones((rows, length), np.int32), np.ones((rows, length), bool), scores=scores)
 
 
-def compare(model: ModelConfig, rows: int, length: int, ratios: Sequence[float], repeats: int) -> list[measure.Row]:
+def compare(
+    model: ModelConfig, rows: int, length: int, ratios: Sequence[float], rounds: measure.Rounds
+) -> list[measure.Row]:
     """Rows of step time (seconds) and of memory (MiB)."""
     trainer = Trainer(model, random_batch(rows, length, model.vocab_size))
     steps = {f"causal, remat {remat}": trainer.step(None, remat=remat) for remat in REMATS}
-    best = measure.fastest(_times(steps, max(2, repeats // 2)))
+    best = measure.fastest(_times(steps, rounds._replace(repeats=max(2, rounds.repeats // 2))))
     remat = best.split()[-1]
     for gradient in ("exact", "filtered"):
         for ratio in ratios:
             selection = Selection(score="excess", ratio=ratio, gradient=gradient)
             steps[f"{gradient} {ratio}"] = trainer.step(selection, remat=remat)
     about = {"vocab_size": model.vocab_size, "batch": f"{rows} x {length}", "parameters": model.parameter_count()}
-    times = _times(steps, repeats)
+    times = _times(steps, rounds)
     memory = {f"{name}: memory": [mebibytes] for name, (_, mebibytes) in steps.items()}
     result = measure.compared(times, best, "s", **about)
     if best != LEAN:
@@ -86,8 +88,8 @@ def compare(model: ModelConfig, rows: int, length: int, ratios: Sequence[float],
     return [*result, *measure.compared(memory, f"{best}: memory", "MiB", **about)]
 
 
-def _times(steps: dict[str, Compiled], repeats: int) -> measure.Values:
-    return measure.interleaved([measure.Case(name, run) for name, (run, _) in steps.items()], repeats)
+def _times(steps: dict[str, Compiled], rounds: measure.Rounds) -> measure.Values:
+    return measure.interleaved([measure.Case(name, run) for name, (run, _) in steps.items()], rounds)
 
 
 def main() -> None:
@@ -103,10 +105,11 @@ def main() -> None:
         arguments.size, arguments.vocab_sizes, arguments.ratios = "demo", [8192], [0.6]
         arguments.length, arguments.repeats = 128, 3
     load, rows = measure.load_average(), []
+    rounds = measure.Rounds(arguments.repeats, arguments.clock)
     for vocab_size in arguments.vocab_sizes:
         model = model_config(arguments.size, vocab_size=vocab_size)
-        rows += compare(model, arguments.rows, arguments.length, arguments.ratios, arguments.repeats)
-    measure.report(rows, arguments.output, load)
+        rows += compare(model, arguments.rows, arguments.length, arguments.ratios, rounds)
+    measure.report(rows, arguments.output, load, arguments.clock)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def torch_step(model: Any, tokens: np.ndarray, compiled: bool) -> Callable[[], f
     return run
 
 
-def compare(model: ModelConfig, rows: int, length: int, repeats: int) -> list[measure.Row]:
+def compare(model: ModelConfig, rows: int, length: int, rounds: measure.Rounds) -> list[measure.Row]:
     """Rows of tokens per second: ours by remat, PyTorch eager and compiled, against PyTorch compiled."""
     import torch
 
@@ -111,7 +111,7 @@ def compare(model: ModelConfig, rows: int, length: int, repeats: int) -> list[me
     cases = [measure.Case(name, run, rows * length) for name, run in (steps | ours).items()]
     about = {"vocab_size": model.vocab_size, "batch": f"{rows} x {length}", "parameters": model.parameter_count()}
     about |= {"torch_threads": torch.get_num_threads()}
-    return measure.compared(measure.interleaved(cases, repeats), "PyTorch compiled", "tokens/s", **about)
+    return measure.compared(measure.interleaved(cases, rounds), "PyTorch compiled", "tokens/s", **about)
 
 
 def main() -> None:
@@ -124,8 +124,9 @@ def main() -> None:
     if arguments.quick:
         size, vocab_size, shape, arguments.repeats = "demo", 2048, (4, 128), 3
     load = measure.load_average()
-    rows = compare(model_config(size, vocab_size=vocab_size), *shape, arguments.repeats)
-    measure.report(rows, arguments.output, load)
+    rounds = measure.Rounds(arguments.repeats, arguments.clock)
+    rows = compare(model_config(size, vocab_size=vocab_size), *shape, rounds)
+    measure.report(rows, arguments.output, load, arguments.clock)
 
 
 if __name__ == "__main__":

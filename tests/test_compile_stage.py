@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
@@ -118,6 +119,19 @@ def test_mistakes_are_found_before_anything_is_compiled(tmp_path, monkeypatch):
     assert "takes 'train' and 'score'" in message
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: None)
     assert "pip install libtpu" in toy.refusal(compile_ahead, "v5e:4x4", str(tmp_path / "plan.json"))
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_libtpu_is_told_that_there_is_no_tpu_and_only_then(here, monkeypatch):
+    """JAX sets the variable when it finds no chip; a host with chips is asked what it is."""
+    for name in topology.NO_HOST:
+        monkeypatch.setenv(name, "")  # so that what is set here is gone after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "0" if here else "1")
+    topology.say_there_is_no_tpu()
+    assert {name: os.environ.get(name) for name in topology.NO_HOST} == (
+        dict.fromkeys(topology.NO_HOST) if here else topology.NO_HOST
+    )
 
 
 @needs_libtpu

@@ -132,7 +132,7 @@ class Program:
             elif instruction.opcode == "fusion":
                 for fused in instruction.called("calls"):
                     yield from self._walk(fused, times, caller or home, counted)
-            elif instruction.opcode in ("call", "async-start", "conditional"):
+            elif instruction.opcode in ("call", "async-start", "conditional"):  # of a condition, every branch
                 for role in ("to_apply", "calls", "branch_computations", "true_computation", "false_computation"):
                     for called in instruction.called(role):
                         yield from self._walk(called, times, None, counted)

@@ -24,7 +24,7 @@ ASSUMPTIONS = (
     "Not readable there: attention kernels count what they must compute, causally and within the window; loops over "
     "the tokens that have a loss count as if all tokens had one.",
     "Model FLOPs are ModelConfig.flops_per_token, a third of it for scoring; recomputation is not among them.",
-    "Bytes sent take every collective as a ring over the chips of its axes.",
+    "Bytes sent take every collective as a ring over the chips of its axes; a loop of unknown length counts once.",
     "MFU is bounded by the slowest of three, each at the data sheet's peak and perfectly overlapped: the products; "
     "reading and writing the state once; sending the collectives' bytes over all links at once. No run is as fast.",
 )

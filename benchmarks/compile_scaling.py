@@ -22,7 +22,7 @@ from slm_jax.models.config import SIZES
 from slm_jax.score.selection import Selection
 from slm_jax.train.phases import Phase
 
-SLICES = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
+SLICES = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x4x16", "v5p:4x16x16")  # an axis of the mesh takes whole dimensions
 ROWS_PER_CHIP, LENGTH, FSDP = 4, 1024, 16
 
 

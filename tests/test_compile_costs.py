@@ -155,6 +155,8 @@ def test_what_the_tpu_compiler_writes(mesh):
         ("replica_groups=[4,2]<=[2,4]T(1,0)", "data"),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", "data"),
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", "data and fsdp"),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", "fsdp"),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", "data"),
         ("replica_groups={}", "data and fsdp"),
     ],
 )

@@ -157,13 +157,18 @@ def _groups(attributes: str, num_chips: int) -> np.ndarray:
         shape, dims, order = ([int(x) for x in part.split(",")] if part else [] for part in strided.groups())
         chips = np.arange(math.prod(dims)).reshape(dims)
         return np.transpose(chips, order or None).reshape(shape)
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    order = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    named = re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}", attributes)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        over = re.findall(r"'([^']+)'", named[2])
-        chips = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        over = re.findall(r"'([^']+)'", named[4])
+        dims, axes = ([int(x) for x in part.split(",")] if part else [] for part in (named[2], named[3]))
+        chips = np.transpose(np.arange(math.prod(sizes.values())).reshape(dims or [-1]), axes or None)
+        chips = chips.reshape(tuple(sizes.values()))
         chips = np.moveaxis(chips, [list(sizes).index(name) for name in over], range(-len(over), 0))
         return chips.reshape(-1, math.prod(sizes[name] for name in over))
+    # Empty groups mean all chips; anything else that is not read here must not count as that.
+    assert "replica_groups={}" in attributes or "replica_groups=" not in attributes, attributes
     return np.arange(num_chips)[None]
 
 

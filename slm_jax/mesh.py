@@ -7,11 +7,13 @@ vocabulary. The batch is split over `data` and `fsdp`. Optimizer moments go thro
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import gin
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.errors import UserError
@@ -58,7 +60,28 @@ def make_mesh(config: MeshConfig | None = None, devices: Any = None) -> Mesh:
     if math.prod(sizes) != len(devices):
         shape = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {shape} needs {math.prod(sizes)} devices, {len(devices)} are here: change MeshConfig")
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        return Mesh(over_slices(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def over_slices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of several slices (TPU slices, GPU hosts) as an array of the mesh's shape.
+
+    The network between slices is slow: they lie along the first axis that their number divides, `data` if possible.
+
+    Raises:
+      UserError: their number divides no axis.
+    """
+    slices = len({device.slice_index for device in devices})
+    along = next((number for number, size in enumerate(sizes) if size % slices == 0), None)
+    if along is None:
+        raise UserError(
+            f"{slices} slices or hosts split no axis of the mesh: set MeshConfig.data to a multiple of {slices}"
+        )
+    between = [slices if number == along else 1 for number in range(len(sizes))]
+    within = [size // number for size, number in zip(sizes, between, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def batch_shards(mesh: Mesh) -> int:

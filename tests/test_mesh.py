@@ -1,5 +1,7 @@
 """The sharding table and what does not fit it."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -59,3 +61,17 @@ def test_batches_reach_the_devices_whole():
     placed = mesh_lib.to_devices(mesh, 8, rows, batch)
     np.testing.assert_array_equal(mesh_lib.to_host(placed)["x"], batch["x"])
     assert placed["x"].sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 2)
+
+
+def test_several_slices_lie_along_the_first_axis_they_split():
+    devices = [
+        SimpleNamespace(id=i, slice_index=i // 4, process_index=i // 4, platform="gpu", device_kind="H100")
+        for i in range(8)
+    ]
+    for sizes, axis in (((2, 4, 1), 0), ((1, 8, 1), 1)):
+        slices = np.vectorize(lambda device: device.slice_index)(mesh_lib.over_slices(sizes, devices))
+        assert slices.shape == sizes
+        first, second = np.split(slices, 2, axis=axis)
+        assert (first == first.flat[0]).all() and (second == second.flat[0]).all()
+    with pytest.raises(UserError, match=r"2 slices or hosts split no axis of the mesh: set MeshConfig\.data"):
+        mesh_lib.over_slices((1, 1, 1), devices)

@@ -60,6 +60,19 @@ def test_ties_go_to_the_lower_position(scores, ratio):
     assert sorted(order[: chosen.sum()]) == np.flatnonzero(chosen).tolist()
 
 
+@pytest.mark.parametrize("decimals", [0, 2, 7])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_equal_to_top_k_to_the_last_tie(decimals, devices):
+    """jax.lax.top_k is the oracle: it sorts, and takes equal values in order of position too."""
+    rng = np.random.default_rng(decimals)
+    scores, valid = np.round(rng.normal(size=(8, 512)), decimals).astype(np.float32), rng.random((8, 512)) < 0.9
+    scores[0, :3] = [-np.inf, -0.0, 0.0]
+    with jax.set_mesh(mesh_lib.make_mesh(devices=jax.devices()[:devices])):
+        chosen = np.asarray(jit_select(Selection(ratio=0.37), scores, valid))
+    _, order = jax.lax.top_k(jnp.where(valid, scores + 0.0, -jnp.inf).reshape(-1), int(chosen.sum()))
+    assert sorted(order.tolist()) == np.flatnonzero(chosen).tolist()
+
+
 @pytest.mark.parametrize(
     "count, ratio, expected",
     [
@@ -135,6 +148,9 @@ def test_no_gradient_flows_through_scores():
         ({"ratio": 1.5}, r"ratio 1.5 is outside \(0, 1\]"),
         ({"ratio": 60.0}, r"0.6 keeps 60 %"),
         ({"score": "exces"}, "known are excess, loss, reference, entropy, random"),
+        ({"gradient": "all"}, "known are exact, filtered"),
+        ({"gradient": "filtered", "threshold": 0.0}, "needs Selection.capacity"),
+        ({"capacity": 2.0}, r"capacity 2.0 is outside \(0, 1\]"),
         ({"scope": "global"}, "known are batch, micro_batch, sequence, device"),
     ],
 )

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slm_jax import mesh as mesh_lib
+from slm_jax.mesh import MeshConfig
 from slm_jax.score import token_loss as module
-from slm_jax.score.token_loss import predicted, token_loss, token_loss_and_entropy
+from slm_jax.score.token_loss import predicted, token_loss, token_loss_and_entropy, weighted_loss
 
 
 def _inputs(rows=2, length=9, dim=16, vocab=50, seed=0):
@@ -85,6 +87,67 @@ def test_chunk_size_changes_nothing(monkeypatch, chunk_tokens):
     loss, pull = jax.vjp(lambda h, w: token_loss(h, w, tokens, segments), hidden, head)
     for found, expected in zip((loss, *pull(cotangent)), exact, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weighted_loss_is_the_weighted_sum_and_its_gradient():
+    hidden, head, tokens, segments, weights = _inputs()
+    weights = jnp.where(predicted(segments), weights, 0.0).at[1, 3].set(0.0)
+
+    def total(hidden, head):
+        return weighted_loss(hidden, head, tokens, weights)
+
+    (found, losses), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, head)
+    exact = _float64(hidden, head, tokens, segments, weights)
+    np.testing.assert_allclose(found, np.sum(exact[0] * np.asarray(weights)), rtol=1e-5)
+    np.testing.assert_allclose(losses, np.where(weights != 0, exact[0], 0), rtol=1e-5)
+    np.testing.assert_allclose(total(hidden, head)[1], losses, rtol=1e-6)
+    for found, expected in zip(gradients, exact[1:], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_backward_pass_does_not_visit_tokens_without_a_cotangent():
+    """Their states are not numbers: touched once, even times 0, they would spoil the head's gradient."""
+    hidden, head, tokens, segments, cotangent = _inputs(rows=1, length=8)
+    hidden = hidden.at[0, 2].set(jnp.nan)
+    segments, cotangent = jnp.ones_like(segments), cotangent.at[0, 3].set(0.0)
+    _, pull = jax.vjp(lambda h, w: token_loss(h, w, tokens, segments), hidden, head)
+    for gradient in pull(cotangent):
+        assert jnp.isfinite(gradient).all()
+    total = lambda h, w: weighted_loss(h, w, tokens, cotangent.at[0, 0].set(0.0))[0]  # noqa: E731
+    for gradient in jax.grad(total, argnums=(0, 1))(hidden, head):
+        assert jnp.isfinite(gradient).all()
+
+
+def test_what_is_left_over_is_visited_in_quarters(monkeypatch):
+    """700 tokens in a chunk of 512 and two quarters of it."""
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 512)
+    hidden, head, tokens, segments, cotangent = _inputs(rows=3, length=234, dim=4, vocab=20)
+    exact = _float64(hidden, head, tokens, segments, cotangent)
+    loss, pull = jax.vjp(lambda h, w: token_loss(h, w, tokens, segments), hidden, head)
+    for found, expected in zip((loss, *pull(cotangent)), exact, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, model=2)], ids=["data", "all axes"])
+def test_equal_on_eight_devices_however_unequal_their_shares(config):
+    """The first device has all the work, the last none; the head is split over the vocabulary."""
+    hidden, head, tokens, segments, cotangent = _inputs(rows=8, vocab=64)
+    segments, cotangent = jnp.ones_like(segments).at[-1].set(0), cotangent.at[1:, 2:].set(0.0)
+    exact = _float64(hidden, head, tokens, segments, cotangent)
+    mesh = mesh_lib.make_mesh(config, jax.devices())
+    with jax.set_mesh(mesh):
+        hidden, tokens, segments = (
+            jax.device_put(x, mesh_lib.batch_sharding(mesh)) for x in (hidden, tokens, segments)
+        )
+        head = jax.device_put(head, jax.NamedSharding(mesh, mesh_lib.partition_spec("head/kernel", 2)))
+
+        @jax.jit
+        def both(hidden, head):
+            loss, pull = jax.vjp(lambda h, w: token_loss(h, w, tokens, segments), hidden, head)
+            return loss, *pull(cotangent)
+
+        for found, expected in zip(both(hidden, head), exact, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_columns_that_pad_the_vocabulary_take_no_probability():

@@ -1,6 +1,7 @@
 """Three ways to a gradient: what they share, what `filtered` leaves out, and what no device ever sends."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -15,7 +16,7 @@ from slm_jax.models import forward, transformer
 from slm_jax.models.attention import attention
 from slm_jax.models.config import ModelConfig
 from slm_jax.score.selection import Selection, row_capacity
-from slm_jax.score.token_loss import predicted, predictors
+from slm_jax.score.token_loss import batch_loss, predicted, predictors
 from slm_jax.train import gradients
 from slm_jax.train.objective import trained_tokens
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -44,12 +45,24 @@ def _chooser(selection, batch):
     return lambda losses: trained_tokens(selection, losses, batch, jax.random.key(0))
 
 
-def _filtered(params, model, batch, choose, capacity=ROWS * LENGTH):
-    return jax.jit(lambda p: gradients.filtered(p, model, batch, choose, capacity))(params)
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def _filtered(params, model, batch, chosen, capacity=ROWS * LENGTH):
+    return gradients.filtered(params, model, batch, lambda _: (chosen, {}), capacity)[0]
 
 
-def _exact(params, model, batch, choose):
-    return jax.jit(lambda p: gradients.exact(p, model, batch, choose))(params)
+def _make_exact():
+    return jax.jit(
+        lambda params, model, batch, chosen: gradients.exact(params, model, batch, lambda _: (chosen, {}))[0],
+        static_argnums=1,
+    )
+
+
+_exact = _make_exact()
+
+
+def _half(batch):
+    """Some half of the tokens that have a loss."""
+    return predicted(batch.segment_ids) & (jax.random.uniform(jax.random.key(1), batch.tokens.shape) < 0.5)
 
 
 def _close(found, expected, tolerance=1e-5):
@@ -72,31 +85,33 @@ def test_with_every_token_chosen_filtered_is_exact(name):
     """Also on packed rows: the last token of a document predicts nothing, and nothing reads its keys."""
     model = VARIANTS[name]
     params, batch = forward.init_params(model, jax.random.key(0)), _batch()
-    batch = batch._replace(loss_mask=batch.segment_ids > 0, tokens=batch.tokens % 61)
-    choose = _chooser(Selection(ratio=1.0), batch)
-    expected, sums = _exact(params, model, batch, choose)
-    found, filtered_sums = _filtered(params, model, batch, choose)
-    _close(found, expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), filtered_sums, sums)
-    causal, _ = jax.jit(lambda p: gradients.causal(p, model, batch, _chooser(None, batch)))(params)
-    _close(causal, expected)
+    batch, valid = batch._replace(tokens=batch.tokens % 61), predicted(batch.segment_ids)
+    _close(_filtered(params, model, batch, valid), _exact(params, model, batch, valid))
+
+
+def test_causal_is_exact():
+    """Loss and gradient in one pass over the head, against two; a prompt's tokens are neither trained nor counted."""
+    params, batch = forward.init_params(MODEL, jax.random.key(0)), _batch()
+    found, sums = jax.jit(lambda p: gradients.causal(p, MODEL, batch, _chooser(None, batch)))(params)
+    valid = batch.loss_mask & predicted(batch.segment_ids)
+    _close(found, _exact(params, MODEL, batch, valid))
+    losses = jnp.where(valid, batch_loss(params, MODEL, batch), 0.0)
+    np.testing.assert_allclose(sums["loss_sum"], losses.sum(), rtol=1e-6)
 
 
 def test_filtered_is_the_gradient_with_the_keys_and_values_of_others_held_constant(monkeypatch):
     """By definition: the exact gradient of a model in which they are constants."""
     params, batch = forward.init_params(MODEL, jax.random.key(0)), _batch()
-    chosen, sums = _chooser(Selection(ratio=0.5), batch)(jax.random.uniform(jax.random.key(1), batch.tokens.shape))
+    chosen = _half(batch)
     rows = predictors(chosen)[..., None, None]
 
     def with_constants(query, key, value, *rest, **settings):
         key, value = (jnp.where(rows, x, jax.lax.stop_gradient(x)) for x in (key, value))
         return attention(query, key, value, *rest, **settings)
 
-    found, _ = _filtered(params, MODEL, batch, lambda _: (chosen, sums))
-    exact, _ = _exact(params, MODEL, batch, lambda _: (chosen, sums))
+    found, exact = _filtered(params, MODEL, batch, chosen), _exact(params, MODEL, batch, chosen)
     monkeypatch.setattr(transformer, "attention", with_constants)
-    expected, _ = _exact(params, MODEL, batch, lambda _: (chosen, sums))
-    _close(found, expected)
+    _close(found, _make_exact()(params, MODEL, batch, chosen))
     key = found["layers"]["attention"]["key"]["kernel"]
     assert jnp.abs(key - exact["layers"]["attention"]["key"]["kernel"]).max() > 0.1 * jnp.abs(key).max()
 
@@ -114,7 +129,7 @@ def test_filtered_by_hand():
     tokens, segments = np.array([[0, 1, 2]]), np.ones((1, 3), np.int32)
     batch = jax.tree.map(jnp.asarray, make_batch(tokens, segments, segments > 0))
     chosen = jnp.array([[False, False, True]])
-    found, _ = _filtered(params, model, batch, lambda _: (chosen, {}), capacity=2)
+    found = _filtered(params, model, batch, chosen, 2)
 
     x = params["embed"]["embedding"][:2]
     normed = x / jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True) + model.norm_eps)
@@ -142,7 +157,7 @@ def test_positions_that_are_not_chosen_get_exactly_nothing():
     params = forward.init_params(MODEL, jax.random.key(0))
     chosen = predicted(batch.segment_ids).at[:, 1].set(False)
     for gradient, reaches in ((_filtered, False), (_exact, True)):
-        found, _ = gradient(params, MODEL, batch, lambda _: (chosen, {}))
+        found = gradient(params, MODEL, batch, chosen)
         assert bool(jnp.any(found["embed"]["embedding"][40:48] != 0)) == reaches
         assert jnp.all(jnp.any(found["embed"]["embedding"][:40] != 0, axis=1))
 
@@ -160,18 +175,14 @@ def test_beyond_the_capacity_the_lowest_scores_are_dropped_and_counted():
     assert small_sums["dropped_tokens"] == sums["trained_tokens"] - 64
     excess = losses - batch.scores[COLUMN]
     assert excess[np.asarray(chosen & ~kept)].max() <= excess[np.asarray(kept)].min()
-    found, _ = _filtered(params, MODEL, batch, lambda _: (kept, {}), capacity=64)
-    roomy, _ = _filtered(params, MODEL, batch, lambda _: (kept, {}))
-    _close(found, roomy)
+    _close(_filtered(params, MODEL, batch, kept, 64), _filtered(params, MODEL, batch, kept))
 
 
 def test_bfloat16_stays_near_float32():
     model, batch = dataclasses.replace(MODEL, compute_dtype="bfloat16"), _batch()
     params = forward.init_params(MODEL, jax.random.key(0))
-    chosen, sums = _chooser(Selection(ratio=0.5), batch)(jax.random.uniform(jax.random.key(1), batch.tokens.shape))
-    expected, _ = _filtered(params, MODEL, batch, lambda _: (chosen, sums))
-    found, _ = _filtered(params, model, batch, lambda _: (chosen, sums))
-    _close(found, expected, tolerance=0.1)
+    found = _filtered(params, model, batch, _half(batch))
+    _close(found, _filtered(params, MODEL, batch, _half(batch)), tolerance=0.1)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
 
 
@@ -190,15 +201,18 @@ def _collectives(selection, config):
     ]
 
 
-@pytest.mark.parametrize("gradient", ["exact", "filtered"])
-@pytest.mark.parametrize("config", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, model=2)], ids=["data", "all axes"])
+ALL_AXES = MeshConfig(data=2, fsdp=2, model=2)
+
+
+@pytest.mark.parametrize(
+    "gradient, config", [("filtered", MeshConfig(data=8)), ("filtered", ALL_AXES), ("exact", ALL_AXES)]
+)
 def test_no_token_is_ever_gathered(gradient, config):
-    """Read from the compiled step: what is gathered are parameters, and one count of ties per shard; what is added up
-    over the model axis is no wider than an activation."""
-    shards, found = (8, 4) if config.data == 8 else (4, 4), _collectives(Selection(gradient=gradient), config)
+    """Read from the compiled step: what is gathered are parameters, and one count of ties per shard."""
+    found = _collectives(Selection(gradient=gradient), config)
     assert any(kind == "all-reduce" for kind, _ in found)
     parameters = {leaf.shape for leaf in jax.tree.leaves(forward.param_shapes(MODEL))}
-    sizes = {size for shape in parameters for size in shape} | {1, shards[0]}
+    sizes = {size for shape in parameters for size in shape} | {1, 8}  # 8: of ties
     for kind, shapes in found:
         for shape in shapes:
             if kind != "all-reduce":

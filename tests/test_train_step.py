@@ -53,6 +53,7 @@ SELECTIONS = {
     "batch": Selection(ratio=0.6),
     "sequence": Selection(ratio=0.6, scope="sequence"),
     "random": Selection(score="random", ratio=0.6),
+    "filtered": Selection(ratio=0.6, gradient="filtered", capacity=1.0),
 }
 
 
@@ -115,6 +116,16 @@ def test_device_scope_selects_on_each_shard():
     batch = _batch()
     valid = np.asarray(batch.loss_mask & predicted(batch.segment_ids)).reshape(4, -1).sum(axis=1)
     assert sums["trained_tokens"] == sum(min(v, max(1, np.floor(v * 0.5 + 0.5))) for v in valid)
+
+
+def test_micro_batch_scope_selects_in_each(one_device):
+    """Each micro-batch, of every fourth row, keeps its share; the loss is over all that were kept."""
+    _, sums = _run(Selection(ratio=0.5, scope="micro_batch"), micro_batches=4)
+    batch = _batch()
+    valid = np.asarray(batch.loss_mask & predicted(batch.segment_ids)).sum(axis=1).reshape(-1, 4).sum(axis=0)
+    assert sums["trained_tokens"] == np.floor(valid * 0.5 + 0.5).sum()
+    _, whole = one_device["causal"]
+    np.testing.assert_allclose(sums["loss_sum"], whole["loss_sum"], rtol=1e-6)
 
 
 def test_ratio_one_is_causal(one_device):

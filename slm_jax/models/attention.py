@@ -155,21 +155,29 @@ def xla_attention(
     def block(start: int) -> Float[Array, "B G R T K"]:
         queries = slice(start, start + size)
         keys = slice(0 if window is None else max(0, start - window + 1), start + size)
-        part = query[:, :, :, queries]
-        logits = jnp.einsum(
-            "bgqk,bgsk->bgqs", _flatten(part), key[:, :, keys], preferred_element_type=jnp.float32
-        ).reshape(*part.shape[:-1], -1)
-        mask = readable(segment_ids, window, queries, keys)[:, None, None]
-        weights = _masked_softmax(logits, mask, 1 / math.sqrt(head_dim)).astype(value.dtype)
-        read = jnp.einsum("bgqs,bgsk->bgqk", _flatten(weights), value[:, :, keys], preferred_element_type=jnp.float32)
-        return read.reshape(part.shape).astype(query.dtype)
+        mask = readable(segment_ids, window, queries, keys)
+        return read(query[:, :, :, queries], key[:, :, keys], value[:, :, keys], mask)
 
     out = jnp.concatenate([block(start) for start in range(0, length, size)], axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
-def _flatten(x: Float[Array, "B G R T X"]) -> Float[Array, "B G RT X"]:
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+def read(
+    query: Float[Array, "*B G R T K"],
+    key: Float[Array, "*B G S K"],
+    value: Float[Array, "*B G S K"],
+    mask: Bool[Array, "*B T S"],
+) -> Float[Array, "*B G R T K"]:
+    """T queries of R heads over S keys and values that these heads share; 0 weight where the mask is False."""
+    logits = jnp.einsum("...qk,...sk->...qs", _flatten(query), key, preferred_element_type=jnp.float32)
+    logits = logits.reshape(*query.shape[:-1], -1)
+    weights = _masked_softmax(logits, mask[..., None, None, :, :], 1 / math.sqrt(query.shape[-1])).astype(value.dtype)
+    out = jnp.einsum("...qs,...sk->...qk", _flatten(weights), value, preferred_element_type=jnp.float32)
+    return out.reshape(query.shape).astype(query.dtype)
+
+
+def _flatten(x: Float[Array, "*B R T X"]) -> Float[Array, "*B RT X"]:
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

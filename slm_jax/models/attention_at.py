@@ -2,13 +2,16 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from slm_jax import mesh
-from slm_jax.models.attention import attention
+from slm_jax.models.attention import attention, chosen_backend, read
 from slm_jax.models.rows import Rows, move, take
+
+# Where tokens are chosen all along the sequences, the blocks in order of reach need no more keys than these eighths of
+# a sequence, quarter by quarter: one eighth more than their place in that order says.
+EVEN = (3, 5, 7, 8)
 
 
 def attention_at(
@@ -20,21 +23,47 @@ def attention_at(
     *,
     window: int | None,
     backend: str,
+    evenly: bool = False,
 ) -> Float[Array, "S C H K"]:
     """What `attention` gives at the rows, for their queries; 0 in empty places.
 
     A flash kernel computes whole sequences, with zeros for the queries nobody asked for: it skips the upper triangle,
-    which weighs more. XLA's attention pays for each query, so there only the rows' own are computed.
+    which weighs more. XLA's attention pays for each query and key: there only the rows' own queries are computed, and
+    `evenly` (see `spread_evenly`) leaves out most of the keys in their future.
     """
-    if backend not in ("auto", "xla"):
+    length = segment_ids.shape[1]
+    if chosen_backend(backend, length, query.shape[3], query.dtype) != "xla":
         nobody = jnp.zeros((*segment_ids.shape, *query.shape[2:]), query.dtype)
         whole = attention(rows.put(nobody, query), key, value, segment_ids, window=window, backend=backend)
         return rows.take(whole)
-    blocks = _Blocks.of(rows, *segment_ids.shape)
-    readable = blocks.readable(rows, segment_ids, window)
-    return blocks.to_rows(
-        _attend(blocks.of_rows(query), blocks.of_sequences(key), blocks.of_sequences(value), readable)
-    )
+    blocks = _Blocks.of(rows, len(segment_ids), length)
+    queries, readable = blocks.of_rows(query), blocks.readable(rows, segment_ids, window)
+    num_keys = _reach(length) if evenly else [length]
+    size, parts = -(-queries.shape[1] // len(num_keys)), []
+    for number, keys in enumerate(num_keys):
+        part = slice(number * size, (number + 1) * size)
+        own_key, own_value = (
+            take(_sequences(x[:, :keys], len(queries)), blocks.sequence[:, part]) for x in (key, value)
+        )
+        parts.append(_attend(queries[:, part], own_key, own_value, readable[:, part, :, :keys]))
+    return blocks.to_rows(jnp.concatenate(parts, axis=1))
+
+
+def spread_evenly(rows: Rows, num_sequences: int, length: int) -> Bool[Array, ""]:
+    """Whether `attention_at` may be told `evenly`: on every device."""
+    blocks = _Blocks.of(rows, num_sequences, length)
+    reach = jnp.max(blocks.last(rows.index % length), axis=0)
+    size = -(-len(reach) // len(EVEN))
+    return jnp.all(reach <= jnp.repeat(jnp.array(_reach(length)), size)[: len(reach)])
+
+
+def _reach(length: int) -> list[int]:
+    return [-(-length * eighths // 8) for eighths in EVEN]
+
+
+def _sequences(x: Array, shards: int) -> Array:
+    """[B, ...] -> [S, B / S, ...]."""
+    return x.reshape(shards, -1, *x.shape[1:])
 
 
 class _Blocks(NamedTuple):
@@ -46,7 +75,7 @@ class _Blocks(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows, num_sequences: int, length: int) -> "_Blocks":
-        width = min(128, max(8, length // 16))  # narrow blocks waste few places, wide ones fill the processor
+        width = min(128, max(16, length // 32))  # narrow blocks waste few places, wide ones fill the processor
         capacity, sequences = rows.index.shape[1], num_sequences // rows.index.shape[0]
         number = capacity // width + sequences  # enough however the rows are spread
         sequence_of_row = rows.index // length
@@ -60,7 +89,20 @@ class _Blocks(NamedTuple):
         sequence = jnp.sum(first_block[:, None, 1:] <= block[:, None], axis=2)
         rank = (block - take(first_block, sequence))[..., None] * width + jnp.arange(width)
         there = rank < take(counts, sequence)[..., None]
-        return cls(jnp.where(there, take(first_row, sequence)[..., None] + rank, capacity), place, sequence)
+        row = jnp.where(there, take(first_row, sequence)[..., None] + rank, capacity)
+        return cls(row, place, sequence)._by_reach(rows.index % length)
+
+    def _by_reach(self, position: Int[Array, "S C"]) -> "_Blocks":
+        """The blocks in order of the last position that one of their queries stands at, empty ones first."""
+        width = self.row.shape[2]
+        order = jnp.argsort(self.last(position), axis=1)
+        new_block = take(jnp.argsort(order, axis=1), self.place // width)
+        place = jnp.where(self.place < self.row[0].size, new_block * width + self.place % width, self.place)
+        return _Blocks(take(self.row, order), place, take(self.sequence, order))
+
+    def last(self, position: Int[Array, "S C"]) -> Int[Array, "S Q"]:
+        """Keys up to the last query of each block; 0 for an empty block."""
+        return jnp.max(jnp.where(self.row < position.shape[1], 1 + self.of_rows(position), 0), axis=2)
 
     def of_rows(self, x: Array) -> Array:
         """[S, C, ...] -> [S, Q, W, ...]."""
@@ -72,17 +114,14 @@ class _Blocks(NamedTuple):
         flat = x.reshape(len(x), -1, *x.shape[3:])
         return move(flat, self.place, self.row.reshape(len(x), -1))
 
-    def of_sequences(self, x: Array) -> Array:
-        """[B, L, ...] -> [S, Q, L, ...]: the sequence of each block."""
-        return take(x.reshape(len(self.sequence), -1, *x.shape[1:]), self.sequence)
-
     def readable(self, rows: Rows, segment_ids: Int[Array, "B L"], window: int | None) -> Bool[Array, "S Q W L"]:
         """Whether a block's query reads a key: same segment, not later, within the window."""
         length = segment_ids.shape[1]
         query = self.of_rows(rows.index % length)[..., None]
         key = jnp.arange(length)
         same = self.of_rows(take(mesh.by_shard(segment_ids), rows.index))[..., None]
-        readable = (key <= query) & (same == self.of_sequences(segment_ids)[:, :, None])
+        segments = take(_sequences(segment_ids, len(self.row)), self.sequence)[:, :, None]
+        readable = (self.row < rows.index.shape[1])[..., None] & (key <= query) & (same == segments)
         return readable if window is None else readable & (key > query - window)
 
 
@@ -92,10 +131,6 @@ def _attend(
     value: Float[Array, "S Q L G K"],
     readable: Bool[Array, "S Q W L"],
 ) -> Float[Array, "S Q W H K"]:
-    heads, groups = query.shape[3], key.shape[3]
-    grouped = query.reshape(*query.shape[:3], groups, heads // groups, -1) * query.shape[-1] ** -0.5
-    logits = jnp.einsum("sqwgrk,sqlgk->sqgrwl", grouped, key, preferred_element_type=jnp.float32)
-    # Finite, so that an empty place, which reads nothing, gives numbers that nobody takes rather than NaN.
-    weights = jax.nn.softmax(jnp.where(readable[:, :, None, None], logits, -1e30), axis=-1).astype(value.dtype)
-    out = jnp.einsum("sqgrwl,sqlgk->sqwgrk", weights, value, preferred_element_type=jnp.float32)
-    return out.reshape(query.shape).astype(query.dtype)
+    grouped = query.reshape(*query.shape[:3], key.shape[3], -1, query.shape[4]).transpose(0, 1, 3, 4, 2, 5)
+    out = read(grouped, key.swapaxes(2, 3), value.swapaxes(2, 3), readable)
+    return out.transpose(0, 1, 4, 2, 3, 5).reshape(query.shape)

@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
+from slm_jax.models import attention_at
+from slm_jax.models.attention import chosen_backend
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.layers import RMSNorm, rotary_angles
 from slm_jax.models.rows import Rows
@@ -101,14 +103,25 @@ def layer_at(
     x: Float[Array, "B L D"],
     positions: Int[Array, "B L"],
     segment_ids: Int[Array, "B L"],
+    evenly: bool = False,
 ) -> Float[Array, "S C D"]:
     """One block at some rows of its input x, whose values are z; no gradient reaches the other positions.
 
     Equal in value to the whole block; its gradient holds the keys and values of the other positions constant.
+    `evenly`: as `spread_evenly` found, where it matters.
     """
     angles = rotary_angles(positions, config.head_dim, config.rope_theta)
     others = _block(layer, config).keys_values(x, angles)
-    return _block(layer, config).at_rows(z, rows, jax.lax.stop_gradient(others), angles, segment_ids)
+    return _block(layer, config).at_rows(z, rows, jax.lax.stop_gradient(others), angles, segment_ids, evenly)
+
+
+def spread_evenly(config: ModelConfig, rows: Rows, num_sequences: int, length: int) -> Bool[Array, ""] | None:
+    """Whether the rows lie along the sequences such that `layer_at` may leave out keys; None where nothing depends on
+    it: for flash kernels, and for rows so short that the second program is not worth its compilation."""
+    backend = chosen_backend(config.attention, length, config.head_dim, config.compute_dtype)
+    if backend != "xla" or length < 512:
+        return None
+    return attention_at.spread_evenly(rows, num_sequences, length)
 
 
 def _block(layer: Params, config: ModelConfig) -> Block:

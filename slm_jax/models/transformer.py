@@ -20,7 +20,7 @@ class Embedding(nnx.Module):
         self.dtype = config.compute_dtype
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        # Gathered over fsdp, not over model: each part of the vocabulary looks up its own, and the sum of all is the row.
+        # Gathered over fsdp, not over model: each part of the vocabulary looks up its own; the sum of all is the row.
         table = mesh.constrain(self.embedding[...].astype(self.dtype), mesh.P("model"))
         return mesh.constrain(table[tokens], mesh.BATCH)
 
@@ -53,12 +53,14 @@ class Attention(nnx.Module):
         others: tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]],
         angles: Float[Array, "B L K2"],
         segment_ids: Int[Array, "B L"],
+        evenly: bool,
     ) -> Float[Array, "S C D"]:
         """The output at the rows, whose inputs are z; keys and values of all other positions are given."""
         turned = rows.take(angles)
         key, value = (rows.put(x, own) for x, own in zip(others, self.keys_values(z, turned), strict=True))
         query = rotate(self.query(z), turned)
-        return self.out(attention_at(query, rows, key, value, segment_ids, window=self.window, backend=self.backend))
+        settings = {"window": self.window, "backend": self.backend, "evenly": evenly}
+        return self.out(attention_at(query, rows, key, value, segment_ids, **settings))
 
 
 class MLP(nnx.Module):
@@ -100,9 +102,10 @@ class Block(nnx.Module):
         others: tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]],
         angles: Float[Array, "B L K2"],
         segment_ids: Int[Array, "B L"],
+        evenly: bool,
     ) -> Float[Array, "S C D"]:
         """The block's output at the rows, given their inputs z and the keys and values of the other positions."""
-        z = z + self.attention.at_rows(self.attention_norm(z), rows, others, angles, segment_ids)
+        z = z + self.attention.at_rows(self.attention_norm(z), rows, others, angles, segment_ids, evenly)
         return z + self.mlp(self.mlp_norm(z))
 
 

@@ -26,6 +26,7 @@ from slm_jax.models.rows import take
 
 CHUNK_LOGITS = 2**26  # logits that live at one time on each device, four bytes each
 CHUNK_TOKENS = 1024  # and no more tokens than this: beyond it a chunk gains nothing
+QUARTERED = 512  # from this size on, what is left over is visited in quarters of a chunk, so that less of it is empty
 
 
 def batch_loss(params: Params, model: ModelConfig, batch: Batch) -> Float[Array, "B L"]:
@@ -211,20 +212,26 @@ class _Tour(NamedTuple):
     """The order in which each device visits its wanted tokens, `width` at a time."""
 
     wanted: Bool[Array, "S N"]
-    order: Int[Array, "S M"]  # wanted tokens first, in order of position; N (nobody) beyond the last
+    order: Int[Array, "S M"]  # wanted tokens in order of position, then N: nobody
     width: int
 
     @classmethod
     def over(cls, wanted: jax.Array, head: jax.Array) -> "_Tour":
         columns = head.shape[1] // mesh.axis_size("model")
         width = min(CHUNK_TOKENS, max(128, CHUNK_LOGITS // columns), wanted.shape[1])
+        nobody = wanted.shape[1]
         order = jnp.argsort(~wanted, axis=1, stable=True)
-        return cls(wanted, jnp.pad(order, ((0, 0), (0, width)), constant_values=wanted.shape[1]), width)
+        order = jnp.where(jnp.arange(nobody) < jnp.sum(wanted, axis=1, keepdims=True), order, nobody)
+        return cls(wanted, jnp.pad(order, ((0, 0), (0, width)), constant_values=nobody), width)
 
     def run(self, chunk: Callable, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """found = chunk(found, start, size) over the wanted tokens of the fullest device, the rest in quarters."""
         count = jnp.max(jnp.sum(self.wanted, axis=1, dtype=jnp.int32))
-        whole, quarter = count // self.width, max(1, self.width // 4)
+        if self.width < QUARTERED:
+            return jax.lax.fori_loop(
+                0, -(-count // self.width), lambda i, x: chunk(x, i * self.width, self.width), found
+            )
+        whole, quarter = count // self.width, self.width // 4
         found = jax.lax.fori_loop(0, whole, lambda i, x: chunk(x, i * self.width, self.width), found)
         left = -(-(count - whole * self.width) // quarter)
         return jax.lax.fori_loop(0, left, lambda i, x: chunk(x, whole * self.width + i * quarter, quarter), found)

@@ -62,14 +62,21 @@ def filtered(params: Params, model: ModelConfig, batch: Batch, choose: Choose, c
     rows = Rows.of(predictors(trained), capacity)
     targets, weights = take(mesh.by_shard(predictors(batch.tokens)), rows.index), rows.filled.astype(jnp.float32)
 
+    evenly = forward.spread_evenly(model, rows, *batch.tokens.shape)
+
     def from_top(ends: Params, z: jax.Array) -> jax.Array:
         head = forward.head_matrix(ends, model)
         return row_loss(forward.final_norm(ends, model, z), head, targets, weights, model.vocab_size)[0]
 
     def back(d_z: jax.Array, layer_and_input: tuple[Params, jax.Array]) -> tuple[jax.Array, Params]:
         layer, x = layer_and_input
-        _, pull = jax.vjp(lambda p, z: forward.layer_at(p, model, z, rows, x, *where), layer, rows.take(x))
-        d_layer, d_z = pull(d_z)
+
+        def pull(evenly: bool) -> tuple[Params, jax.Array]:
+            at = lambda p, z: forward.layer_at(p, model, z, rows, x, *where, evenly)  # noqa: E731
+            return jax.vjp(at, layer, rows.take(x))[1](d_z)
+
+        # Chosen here, around the whole pull: a choice that is differentiated keeps what either side would need.
+        d_layer, d_z = pull(False) if evenly is None else jax.lax.cond(evenly, lambda: pull(True), lambda: pull(False))
         return mesh.constrain(d_z, mesh.BATCH), d_layer
 
     ends = {name: value for name, value in params.items() if name != "layers"}

@@ -1,0 +1,83 @@
+"""Attention at some rows: what the whole gives there, in value and gradient, however the rows are spread."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slm_jax.models import attention_at as module
+from slm_jax.models.attention import attention
+from slm_jax.models.attention_at import attention_at, spread_evenly
+from slm_jax.models.rows import Rows
+
+SEQUENCES, LENGTH = 2, 512
+CAPACITY = SEQUENCES * LENGTH // 2 + 30
+
+
+def _chosen(how: str) -> jax.Array:
+    position = jnp.broadcast_to(jnp.arange(LENGTH), (SEQUENCES, LENGTH))
+    if how == "evenly":
+        return jax.random.uniform(jax.random.key(0), position.shape) < 0.5
+    if how == "late":
+        return position >= LENGTH // 2
+    return (position < 300) & (jnp.arange(SEQUENCES)[:, None] == 1)  # one sequence has all, the others none
+
+
+def _inputs():
+    keys = jax.random.split(jax.random.key(1), 4)
+    query, weights = (jax.random.normal(key, (SEQUENCES, LENGTH, 4, 8)) for key in keys[:2])
+    key, value = (jax.random.normal(key, (SEQUENCES, LENGTH, 2, 8)) for key in keys[2:])
+    segments = jnp.ones((SEQUENCES, LENGTH), jnp.int32).at[:, 90:].set(2).at[0, 500:].set(0)
+    return query, key, value, segments, weights
+
+
+def _values_and_gradients(inputs, chosen, window, evenly):
+    """Value at the chosen rows, in place, and gradients of a weighted sum of it."""
+    query, key, value, segments, weights = inputs
+    rows = Rows.of(chosen, CAPACITY)
+
+    def total(query, key, value):
+        settings = {"window": window, "backend": "xla", "evenly": evenly}
+        out = attention_at(rows.take(query), rows, key, value, segments, **settings)
+        return jnp.sum(out * rows.take(weights)), rows.put(jnp.zeros_like(query), out)
+
+    return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+
+_at = jax.jit(_values_and_gradients, static_argnums=(2, 3))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _whole(inputs, chosen, window):
+    query, key, value, segments, weights = inputs
+
+    def total(query, key, value):
+        out = jnp.where(chosen[..., None, None], attention(query, key, value, segments, window=window), 0.0)
+        return jnp.sum(out * weights), out
+
+    return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+
+@pytest.mark.parametrize("how, window, evenly", [("evenly", None, True), ("evenly", 20, False), ("one", None, False)])
+def test_equals_the_whole_attention_at_the_rows(how, window, evenly):
+    chosen = _chosen(how)
+    found, expected = _at(_inputs(), chosen, window, evenly), _whole(_inputs(), chosen, window)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def test_rows_late_in_their_sequences_are_not_spread_evenly():
+    """Told so although they are not, the attention would miss keys: the answer must be no."""
+    even = jax.jit(lambda chosen: spread_evenly(Rows.of(chosen, CAPACITY), SEQUENCES, LENGTH))
+    assert even(_chosen("evenly"))
+    assert not even(_chosen("late"))
+
+
+def test_a_flash_kernel_sees_whole_sequences(monkeypatch):
+    """Its queries stand where they were, so that its causal mask is right."""
+    chosen = _chosen("one")
+    monkeypatch.setattr(module, "chosen_backend", lambda *_: "kernel")
+    found = jax.jit(lambda inputs: _values_and_gradients(inputs, chosen, None, False))(_inputs())
+    expected = _whole(_inputs(), chosen, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)

@@ -15,7 +15,7 @@ import numpy as np
 from slm_jax.demo.pipeline import demo
 
 SCRATCH = (
-    *("reference", "score", "score_clean", "causal", "selective", "random", "selective_short"),
+    *("reference", "score", "score_clean", "causal", "selective", "filtered", "random", "selective_short"),
     *("mixed_causal", "mixed_selective"),
 )
 MEASURES = ("target_loss", "target_bits_per_byte", "general_loss")

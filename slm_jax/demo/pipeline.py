@@ -37,6 +37,7 @@ STAGES = (
     Stage("base_text", "prepare", ("crawl",)),
     Stage("base", "train", ("base_text", *HELD_OUT)),
     Stage("score_clean", "score", ("clean", "reference")),
+    Stage("filtered", "train", ("score", *HELD_OUT)),
     Stage("selective_short", "train", ("score", *HELD_OUT)),
     Stage("mixed_causal", "train", ("crawl", "clean", *HELD_OUT)),
     Stage("mixed_selective", "train", ("score", "score_clean", *HELD_OUT)),

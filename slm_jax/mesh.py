@@ -12,6 +12,7 @@ from typing import Any
 
 import gin
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -61,8 +62,10 @@ def make_mesh(config: MeshConfig | None = None, devices: Any = None) -> Mesh:
         shape = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {shape} needs {math.prod(sizes)} devices, {len(devices)} are here: change MeshConfig")
     if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
-        return Mesh(over_slices(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        array = over_slices(sizes, devices)
+    else:  # an axis may be shorter than a dimension of the torus: 16 of v5p:4x8x8
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def over_slices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
@@ -178,6 +181,18 @@ def to_rows(x: jax.Array, length: int) -> jax.Array:
 def _split_first(x: jax.Array) -> jax.Array:
     """The first axis over data and fsdp, the others as they are: heads stay split where they are."""
     return constrain(x, P(*BATCH, *(P.UNCONSTRAINED,) * (x.ndim - 1)))
+
+
+def sum_over_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The sum of [S, D, ...] over the shards, each of which holds its own part; the result is split as `spec` says,
+    its first axis over fsdp: every device receives the piece it keeps, not the whole."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.sum(x, axis=0)
+
+    def meet(part: jax.Array) -> jax.Array:
+        return jax.lax.psum(jax.lax.psum_scatter(part[0], "fsdp", scatter_dimension=0, tiled=True), "data")
+
+    return jax.shard_map(meet, in_specs=P(*BATCH, None, *spec[1:]), out_specs=spec)(x)
 
 
 def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:

@@ -204,8 +204,8 @@ def _gradients(
     parts = jnp.zeros((h.shape[0], *head.shape), jnp.float32)
     parts = mesh.constrain(parts, mesh.P(("data", "fsdp"), None, "model"))
     losses, d_h, parts = tour.run(chunk, (tour.empty(), tour.empty(h.shape[2], dtype=h.dtype), parts))
-    d_head = mesh.constrain(jnp.sum(parts, axis=0), mesh.P("fsdp", "model")).astype(head.dtype)
-    return tour.home(losses), tour.home(d_h), d_head
+    d_head = mesh.sum_over_shards(parts, mesh.P("fsdp", "model"))
+    return tour.home(losses), tour.home(d_h), d_head.astype(head.dtype)
 
 
 class _Tour(NamedTuple):

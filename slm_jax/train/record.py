@@ -69,6 +69,7 @@ class Record:
                 "unselected_loss": mean(sums["untrained_loss_sum"], valid - trained),
                 "selected_share": mean(trained, valid),
                 "unusable_scores": int(sums["unusable_scores"]),
+                "dropped_tokens": int(sums["dropped_tokens"]),
             }
         row |= {
             "learning_rate": float(sums["learning_rate"]),

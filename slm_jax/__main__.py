@@ -64,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _binding(stage: str, argument: str) -> str | None:
     """NAME=VALUE as gin reads it, of --gin.NAME=VALUE, or of --NAME=TEXT for a setting of the stage that is text."""
-    found = re.fullmatch(r"--([\w./]+)=(.*)", argument, re.DOTALL)
-    if found and found[1].startswith("gin."):
+    if re.fullmatch(r"--gin\.[^=]+=.*", argument, re.DOTALL):
         return argument.removeprefix("--gin.")
+    found = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
     if found and found[1] in config.text_settings(stage):
         return f"{stage}.{found[1]}={found[2]!r}"
     return None

@@ -31,8 +31,8 @@ def test_worked_check_of_the_paper():
 @settings(deadline=None, max_examples=150)
 @given(
     st.data(),
-    st.sampled_from([(1, 1), (1, 8), (3, 11)]),  # few shapes: each is compiled once
-    st.sampled_from([0.0001, 0.1, 0.5, 0.6, 0.9999, 1.0]),
+    st.sampled_from([(1, 1), (3, 11)]),  # few shapes and ratios: each is compiled once
+    st.sampled_from([0.0001, 0.5, 0.6, 1.0]),
     st.sampled_from(["batch", "sequence"]),
 )
 def test_exact_count_and_nothing_excluded(data, shape, ratio, scope):

@@ -132,7 +132,9 @@ def test_ratio_one_is_causal(one_device):
     state, sums = _run(Selection(ratio=1.0))
     expected, expected_sums = one_device["causal"]
     assert sums["trained_tokens"] == expected_sums["valid_tokens"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), state.params, expected.params)
+    np.testing.assert_allclose(sums["loss_sum"], expected_sums["loss_sum"], rtol=1e-6)
+    moments, expected_moments = state.opt_state[1].mu, expected.opt_state[1].mu
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), moments, expected_moments)
 
 
 def test_a_fully_masked_batch_changes_nothing_but_decay():

@@ -72,14 +72,16 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 
 def _flops(settings: dict[str, Any]) -> dict[str, float]:
     """Floating point operations of training, and of scoring the rows it read where it selects by a column: a forward
-    pass, a third of a step, by a reference of the model's size."""
+    pass, a third of a step, by a reference of the model's size. A filtered backward pass is of the selected share."""
     model = ModelConfig(**settings["model"])
     training, scoring = 0.0, 0.0
     for phase in settings["phases"]:
         row_length = Corpus.open(phase["mixture"][0]["corpus"]).row_length
         flops = model.flops_per_token(row_length) * row_length * phase["batch_rows"] * phase["steps"]
-        training += flops
-        if phase["selection"] and Selection(**phase["selection"]).columns():
+        selection = Selection(**phase["selection"]) if phase["selection"] else None
+        backward = selection.ratio if selection and selection.gradient == "filtered" else 1.0
+        training += flops * (1 + 2 * backward) / 3
+        if selection and selection.columns():
             scoring += flops / 3
     return {"training_flops": training, "scoring_flops": scoring}
 

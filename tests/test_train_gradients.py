@@ -15,6 +15,7 @@ from slm_jax.mesh import MeshConfig
 from slm_jax.models import forward, transformer
 from slm_jax.models.attention import attention
 from slm_jax.models.config import ModelConfig
+from slm_jax.models.rows import Rows
 from slm_jax.score.selection import Selection, row_capacity
 from slm_jax.score.token_loss import batch_loss, predicted, predictors
 from slm_jax.train import gradients
@@ -87,6 +88,24 @@ def test_with_every_token_chosen_filtered_is_exact(name):
     params, batch = forward.init_params(model, jax.random.key(0)), _batch()
     batch, valid = batch._replace(tokens=batch.tokens % 61), predicted(batch.segment_ids)
     _close(_filtered(params, model, batch, valid), _exact(params, model, batch, valid))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_long_rows_leave_out_keys_only_where_they_may(late):
+    """Rows of 512: spread evenly, most keys of the future are left out; in the last quarter alone, none may be."""
+    model = dataclasses.replace(MODEL, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8)
+    params = forward.init_params(model, jax.random.key(0))
+    segments = jnp.ones((2, 512), jnp.int32)
+    batch = make_batch(jax.random.randint(jax.random.key(1), (2, 512), 0, 64), segments, segments > 0)
+    chosen = predicted(segments) & (jnp.arange(512) > (383 if late else 0))
+    rows = Rows.of(predictors(chosen), 1024)
+    assert forward.spread_evenly(model, rows, 2, 512) == (not late)
+    batch = batch._replace(loss_mask=chosen)
+    found, exact = _filtered(params, model, batch, chosen, 1024), _exact(params, model, batch, chosen)
+    if not late:
+        _close(found, exact)
+    for name in ("query", "out"):  # of one layer, only keys and values feel what is held constant
+        _close(found["layers"]["attention"][name], exact["layers"]["attention"][name])
 
 
 def test_causal_is_exact():

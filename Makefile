@@ -23,6 +23,7 @@ lint: $(VENV)/.installed
 # The steps of the pods' run files, compiled for the chips that they name; about ten minutes a file on two cores.
 COMPILE := $(BIN)/python -m slm_jax compile
 pods: $(VENV)/.installed
+	$(BIN)/pytest -m pods
 	$(COMPILE) --topology=v5e:4x4 --gin_file=configs/runs/rho1/math_1b/selective.gin --output=runs/pods/math_1b.json
 	$(COMPILE) --topology=v5p:2x4x4 --gin_file=configs/runs/rho1/weak_to_strong/selective.gin --output=runs/pods/weak_to_strong.json
 	$(COMPILE) --topology=v5e:8x8 --gin_file=configs/runs/meco/1_6b/meco.gin --output=runs/pods/meco.json

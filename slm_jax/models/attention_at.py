@@ -10,8 +10,8 @@ from slm_jax.models.attention import attention, chosen_backend, read
 from slm_jax.models.rows import Rows, move, take
 
 # Where tokens are chosen all along the sequences, the blocks in order of reach need no more keys than these eighths of
-# a sequence, quarter by quarter: one eighth more than their place in that order says.
-EVEN = (3, 5, 7, 8)
+# a sequence, quarter by quarter: more than their place in that order says by up to a block and a little unevenness.
+EVEN = (3, 6, 8, 8)
 
 
 def attention_at(
@@ -75,7 +75,7 @@ class _Blocks(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows, num_sequences: int, length: int) -> "_Blocks":
-        width = min(128, max(16, length // 32))  # narrow blocks waste few places, wide ones fill the processor
+        width = min(128, max(16, length // 16))  # narrow blocks waste few places, wide ones fill the processor
         capacity, sequences = rows.index.shape[1], num_sequences // rows.index.shape[0]
         number = capacity // width + sequences  # enough however the rows are spread
         sequence_of_row = rows.index // length

@@ -20,7 +20,7 @@ import measure
 import sentencepiece
 
 from slm_jax.data.prepare import prepare
-from slm_jax.data.tasks import Source, read_documents
+from slm_jax.data.sources import Source, read_documents
 from slm_jax.data.vocabularies import VocabularyConfig, train_sentencepiece
 from slm_jax.demo.corpora import write_demo_corpora
 

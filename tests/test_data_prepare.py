@@ -16,7 +16,7 @@ import pytest
 from slm_jax.data.corpus import COLUMNS, Corpus
 from slm_jax.data.packing import positions_from_segments
 from slm_jax.data.prepare import prepare
-from slm_jax.data.tasks import Source
+from slm_jax.data.sources import Source
 from slm_jax.data.vocabularies import ByteVocabulary, VocabularyConfig
 from slm_jax.errors import UserError
 
@@ -130,7 +130,7 @@ def test_two_processes_make_the_same_corpus(corpus, files, tmp_path):
 PROGRAM = """
 import sys
 from slm_jax.data.prepare import prepare
-from slm_jax.data.tasks import Source
+from slm_jax.data.sources import Source
 from slm_jax.data.vocabularies import VocabularyConfig
 path, stories, marked = sys.argv[1:]
 sources = [Source("stories", [stories]), Source("marked", [marked], spans_field="spans")]

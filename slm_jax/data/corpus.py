@@ -2,7 +2,7 @@
 
 manifest.json       format version, fingerprint, counts, settings; written last, so its presence means complete
 columns/NAME        zarr3 arrays [num_rows, row_length]: tokens, segment_ids, loss_mask, source_ids
-documents.parquet   id, source, url, row, start, length, bytes: where each document begins
+documents.parquet   id, source, url, row, start, length, bytes: where each document begins; metadata, if it carries any
 vocabulary/         the vocabulary
 scores/NAME/        score columns, see scores.py
 """
@@ -44,6 +44,7 @@ class Corpus:
         num_rows, row_length: shape of every column.
         vocabulary_hash, vocab_size: of the vocabulary its tokens belong to.
         source_names: what a value of `source_ids` means.
+        metadata: settings of the `Metadata` that its documents carry, None for plain documents.
     """
 
     def __init__(self, store: Store, manifest: dict[str, Any]):
@@ -56,6 +57,7 @@ class Corpus:
         self.vocabulary_hash: str = manifest["vocabulary"]["content_hash"]
         self.vocab_size: int = manifest["vocabulary"]["size"]
         self.source_names: tuple[str, ...] = tuple(manifest["source_names"])
+        self.metadata: dict[str, Any] | None = manifest.get("settings", {}).get("metadata")
         self._columns = {name: self._open_column(name) for name in COLUMNS}
         self._scores: dict[str, ScoreColumn] = {}
 
@@ -104,7 +106,7 @@ class Corpus:
 
     def documents(self) -> pyarrow.Table:
         """One row per document, in the order of the rows: id, source, url, row and start of its first token, length
-        in tokens, bytes of its text."""
+        in tokens, bytes of its text; `metadata` as the document shows it, where the corpus carries any."""
         content = self._store.read(DOCUMENTS)
         if content is None:
             raise UserError(f"corpus {self.path} has lost its {DOCUMENTS}: prepare it again")

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import gin
@@ -25,10 +26,12 @@ from tqdm import tqdm
 
 from slm_jax.data.corpus import MANIFEST, Corpus
 from slm_jax.data.hashing import mix, salt
+from slm_jax.data.metadata import Metadata, most_frequent, with_metadata
 from slm_jax.data.packing import PACKINGS
 from slm_jax.data.rows import write_rows
+from slm_jax.data.sources import FIRST_RECORDS, Source, has_field, text_fraction
 from slm_jax.data.store import Store, disk_full_is_an_answer
-from slm_jax.data.tasks import Source, documents, register_task
+from slm_jax.data.tasks import documents, register_task
 from slm_jax.data.units import Documents, tokenize_units, unit_path, units_of
 from slm_jax.data.vocabularies import (
     ByteVocabulary,
@@ -49,8 +52,11 @@ def prepare(
     packing: str = "split",
     seed: int = 0,
     processes: int = 0,
+    metadata: Metadata | None = None,
+    plain: str | os.PathLike | None = None,
+    plain_share: float = 0.1,
 ) -> Corpus:
-    """Reads documents, tokenises, shuffles and packs them, and writes a corpus.
+    """Reads documents, tokenises, shuffles and packs them, and writes a corpus, or two that share no document.
 
     Args:
         corpus: where to write it: a directory, a gs:// or s3:// URL.
@@ -58,9 +64,14 @@ def prepare(
         vocabulary: which vocabulary to use or train; None for the defaults of VocabularyConfig.
         row_length: tokens of a row.
         packing: 'split' cuts documents at the end of a row and loses no token; 'complete' begins every row with the
-            begin of a document and discards what hangs over (MeCo).
+            begin of a document and discards what hangs over (MeCo). A document that is cut carries its metadata
+            where it begins and not where it continues.
         seed: of the order of the documents.
         processes: that tokenise; 0 for one per core. The corpus does not depend on it.
+        metadata: stands before each document, without loss; None for none.
+        plain: where to write a second corpus, of documents without metadata that the first then lacks, in the same
+            vocabulary: conditioning and cooldown of MeCo. None for none.
+        plain_share: share of the documents, chosen by a hash of their text, that goes there.
 
     Raises:
         UserError: settings, files or records that cannot be used; a corpus made with other settings; a full disk.
@@ -68,26 +79,106 @@ def prepare(
     # Made here, not in the signature: gin binds them when they are called.
     sources, vocabulary = sources or [Source()], vocabulary or VocabularyConfig()  # pyright: ignore[reportCallIssue]
     _check(sources, vocabulary, row_length, packing, processes)
-    store = Store(corpus)
+    inputs = [[_identity(path) for path in source.paths()] for source in sources]
+    whole = _Plan(sources, inputs, vocabulary, row_length, packing, seed, metadata)
+    if plain is None:
+        return _make(Store(corpus), whole, processes)
+    if not 0 < plain_share < 1:
+        raise UserError(f"prepare: plain_share is {plain_share}, must be above 0 and below 1")
+    if Store(plain).path == Store(corpus).path:
+        raise UserError(f"prepare: corpus and plain are both {plain}: give each its own directory")
+    rest = replace(whole, metadata=None, texts=(0.0, plain_share))
+    _refuse_other(Store(plain), rest)
+    result = _make(Store(corpus), replace(whole, texts=(plain_share, 1.0)), processes)
+    _make(Store(plain), replace(rest, vocabulary=VocabularyConfig(path=str(result.path))), processes)
+    return result
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one corpus is made of; `texts` is the range of `text_fraction` that its documents fall into."""
+
+    sources: Sequence[Source]
+    inputs: Sequence[list[dict[str, Any]]]
+    vocabulary: VocabularyConfig
+    row_length: int
+    packing: str
+    seed: int
+    metadata: Metadata | None = None
+    texts: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def names(self) -> str:
+        return ", ".join(source.name for source in self.sources)
+
+    def settings(self, known: Vocabulary | None) -> dict[str, Any]:
+        """Everything that determines the content of the corpus, as JSON; files by content, so that they may move."""
+        described = [
+            {**asdict(source), "files": inputs or list(source.files), "directory": None}
+            for source, inputs in zip(self.sources, self.inputs, strict=True)
+        ]
+        wanted = {"train": self.vocabulary.size, "train_characters": self.vocabulary.train_characters}
+        settings = {
+            "sources": described,
+            "vocabulary": {"content_hash": known.content_hash} if known else wanted,
+            "row_length": self.row_length,
+            "packing": self.packing,
+            "seed": self.seed,
+        }
+        # Named where they say something: a corpus without them has the manifest that it always had.
+        if self.metadata is not None:
+            settings["metadata"] = asdict(self.metadata)
+        if self.texts != (0.0, 1.0):
+            settings["texts"] = list(self.texts)
+        return settings
+
+    def check_fields(self) -> None:
+        """Refuses sources that cannot have the metadata."""
+        if self.metadata is None:
+            return
+        for source in self.sources:
+            path = self.metadata.field or source.fields().url
+            if path is None or not has_field(source, path):
+                what = f"no field {path!r} in its first {FIRST_RECORDS:,} records" if path else "no URL in its schema"
+                remedy = "Metadata.field" if self.metadata.field else f"Source.url_field (schema {source.schema!r})"
+                raise UserError(
+                    f"source {source.name!r} has {what}, so no metadata: name the field with {remedy}, or leave the "
+                    "source out"
+                )
+
+    def rows(self, source: Source, vocabulary: Vocabulary, skipped: Counter) -> Iterator[dict[str, Any]]:
+        """The documents of a source that belong here; what is skipped is counted by source and reason."""
+        begin, end = self.texts
+        for row in documents(register_task(source, vocabulary, self.metadata.field if self.metadata else None)):
+            if row["skipped"]:
+                skipped[f"{source.name}: {row['skipped']}"] += 1
+            elif (begin, end) == (0.0, 1.0) or begin <= text_fraction(row["text"]) < end:
+                yield row
+
+
+def _make(store: Store, plan: _Plan, processes: int) -> Corpus:
+    """One corpus; the one that is there, if it was made by the same plan."""
+    vocabulary = plan.vocabulary
     known = load_vocabulary(vocabulary.path) if vocabulary.path else None
     known = ByteVocabulary() if known is None and vocabulary.kind == "bytes" else known
-    settings = _settings(sources, vocabulary, known, row_length, packing, seed)
+    settings = plan.settings(known)
     if existing := _existing(store, settings):
         print(f"prepare: {store.path} is there already, made with the same settings from the same inputs")
         shutil.rmtree(_work_directory(store), ignore_errors=True)  # a kill right after the manifest left it
         return existing
+    plan.check_fields()
     processes = processes or os.cpu_count() or 1
     work = _work_directory(store)
-    _announce(store, sources, settings, known, processes)
+    _announce(store, plan, settings, known, processes)
     remedy = f"free space and run the same command again; the finished units in {work} are kept"
     with disk_full_is_an_answer(str(store.path), remedy), _begun(work, store, settings):
         if known is None:
-            known = _trained(work, sources, vocabulary)
+            known = _trained(work, plan)
         known.save(work / "vocabulary")
         reused = len(list(work.glob("unit-???????")))
-        skipped, num_units, seconds = _tokenize(work, sources, known, processes)
+        counts, num_units, seconds = _tokenize(work, plan, known, processes)
         table = Documents(work, num_units)
-        result = write_rows(store, table, known, settings, skipped)
+        result = write_rows(store, table, known, settings, counts)
         _report(result, reused, int(table.length.sum()) / max(seconds, 1e-9))
     shutil.rmtree(work)
     return result
@@ -113,22 +204,6 @@ def _check(sources, vocabulary: VocabularyConfig, row_length: int, packing: str,
         source.check()
 
 
-def _settings(sources, config: VocabularyConfig, known: Vocabulary | None, row_length, packing, seed) -> dict[str, Any]:
-    """Everything that determines the content of the corpus, as JSON; files by content, so that they may move."""
-    described = []
-    for source in sources:
-        inputs = [_identity(path) for path in source.paths()] or list(source.files)
-        described.append({**asdict(source), "files": inputs, "directory": None})
-    wanted = {"train": config.size, "train_characters": config.train_characters}
-    return {
-        "sources": described,
-        "vocabulary": {"content_hash": known.content_hash} if known else wanted,
-        "row_length": row_length,
-        "packing": packing,
-        "seed": seed,
-    }
-
-
 def _identity(path: str) -> dict[str, Any]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -147,14 +222,20 @@ def _existing(store: Store, settings: dict[str, Any]) -> Corpus | None:
     return existing
 
 
+def _refuse_other(store: Store, plan: _Plan) -> None:
+    """`_existing` for a corpus that is made after another, whose vocabulary is not known yet."""
+    if there := store.read_json(MANIFEST):
+        _existing(store, {**plan.settings(None), "vocabulary": there.get("settings", {}).get("vocabulary")})
+
+
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The first setting that differs, in words; '' for none."""
-    for key in new:
-        if old.get(key) == new[key]:
+    for key in {**new, **old}:
+        if old.get(key) == new.get(key):
             continue
         if key == "sources":
             return _changed_source(old.get(key) or [], new[key])
-        return f"{key} was {old.get(key)}, now {new[key]}"
+        return f"{key} was {old.get(key)}, now {new.get(key)}"
     return ""
 
 
@@ -208,15 +289,16 @@ def _begun(work: pathlib.Path, store: Store, settings: dict[str, Any]) -> Iterat
         yield
 
 
-def _trained(work: pathlib.Path, sources: Sequence[Source], config: VocabularyConfig) -> Vocabulary:
+def _trained(work: pathlib.Path, plan: _Plan) -> Vocabulary:
     """Trains a vocabulary on the first `train_characters` of the shuffled documents, once per work directory."""
+    config = plan.vocabulary
     if (work / "vocabulary" / "vocabulary.json").exists():
         return load_vocabulary(work / "vocabulary")
     # Keeps the documents with the smallest keys among those read so far, never more text than is needed.
     chosen, characters = [], 0
-    for ordinal, source in enumerate(sources):
+    for ordinal, source in enumerate(plan.sources):
         source_salt = salt("vocabulary", source.name)
-        for row in tqdm(_rows(source, ByteVocabulary(), Counter()), f"reading {source.name}", unit=" documents"):
+        for row in tqdm(plan.rows(source, ByteVocabulary(), Counter()), f"reading {source.name}", unit=" documents"):
             key = int(mix(np.array([row["index"]], np.uint64) ^ source_salt)[0])
             heapq.heappush(chosen, (-key, -ordinal, -row["index"], row["text"]))
             characters += len(row["text"])
@@ -224,31 +306,33 @@ def _trained(work: pathlib.Path, sources: Sequence[Source], config: VocabularyCo
                 characters -= len(heapq.heappop(chosen)[-1])
     texts = [text for *_, text in sorted(chosen, reverse=True)]
     if not texts:
-        raise UserError(f"no documents to train a vocabulary on in {', '.join(source.name for source in sources)}")
+        raise UserError(f"no documents to train a vocabulary on in {plan.names}")
     print(f"prepare: training a vocabulary of {config.size:,} on {characters:,} characters")
     return train_sentencepiece(texts, config.size)
 
 
-def _rows(source: Source, vocabulary: Vocabulary, skipped: Counter) -> Iterator[dict[str, Any]]:
-    """The documents of a source; what is skipped is counted by source and reason."""
-    for row in documents(register_task(source, vocabulary)):
-        if row["skipped"]:
-            skipped[f"{source.name}: {row['skipped']}"] += 1
-        else:
-            yield row
+def _values_kept(plan: _Plan, vocabulary: Vocabulary) -> frozenset[str] | None:
+    """The most frequent metadata, where only they stay: one more pass over the documents."""
+    metadata = plan.metadata
+    if metadata is None or metadata.top is None:
+        return None
+    rows = itertools.chain.from_iterable(plan.rows(source, vocabulary, Counter()) for source in plan.sources)
+    counted = tqdm(rows, "counting metadata", unit=" documents")
+    return most_frequent((metadata.own_value(row["url"], row["field"]) for row in counted), metadata.top)
 
 
 def _tokenize(
-    work: pathlib.Path, sources: Sequence[Source], vocabulary: Vocabulary, processes: int
-) -> tuple[Counter, int, float]:
-    """Tokenises all documents into units; returns what was skipped, the number of units, and seconds."""
-    skipped, begin = Counter(), time.monotonic()
-    sizes = [sum(os.path.getsize(path) for path in source.paths()) for source in sources]
+    work: pathlib.Path, plan: _Plan, vocabulary: Vocabulary, processes: int
+) -> tuple[dict[str, Counter], int, float]:
+    """Tokenises all documents into units; returns what to report of them, the number of units, and seconds."""
+    kept, begin = _values_kept(plan, vocabulary), time.monotonic()
+    skipped, without = Counter(), Counter()
+    sizes = [sum(os.path.getsize(path) for path in source.paths()) for source in plan.sources]
 
     def rows() -> Iterator[dict[str, Any]]:
         done = 0
-        for source, size in zip(sources, sizes, strict=True):
-            for row in _rows(source, vocabulary, skipped):
+        for source, size in zip(plan.sources, sizes, strict=True):
+            for row in with_metadata(plan.rows(source, vocabulary, skipped), plan.metadata, kept, without):
                 yield row | {"done": done + row["bytes_read"]}
             done += size
 
@@ -259,20 +343,24 @@ def _tokenize(
             count += 1
         bar.update(bar.total - bar.n)
     if not count:
-        raise UserError(f"no documents in {', '.join(source.name for source in sources)}: all records were skipped")
+        why = "all records were skipped" if plan.texts == (0.0, 1.0) else f"none hashes into {plan.texts}"
+        raise UserError(f"no documents in {plan.names}: {why}")
     # Units beyond the last can only be there if the reading changed under us.
     assert not unit_path(work, count).exists()
-    return skipped, count, time.monotonic() - begin
+    return {"skipped": skipped, "without": without}, count, time.monotonic() - begin
 
 
-def _announce(store: Store, sources, settings: dict[str, Any], known: Vocabulary | None, processes: int) -> None:
+def _announce(store: Store, plan: _Plan, settings: dict[str, Any], known: Vocabulary | None, processes: int) -> None:
     print(f"prepare: corpus {store.path}")
-    for source, described in zip(sources, settings["sources"], strict=True):
+    for source, inputs in zip(plan.sources, plan.inputs, strict=True):
         if source.tfds:
             print(f"  source {source.name}: {source.files[0]}")
         else:
-            size = sum(file["bytes"] for file in described["files"])
-            print(f"  source {source.name}: {len(described['files'])} files, {size / 1e6:,.1f} MB")
+            print(f"  source {source.name}: {len(inputs)} files, {sum(file['bytes'] for file in inputs) / 1e6:,.1f} MB")
+    if plan.texts != (0.0, 1.0):
+        print(f"  {plan.texts[1] - plan.texts[0]:.1%} of the documents, by a hash of their text")
+    if plan.metadata is not None:
+        print(f"  before each document: {plan.metadata.prefix('...').strip()!r} of {plan.metadata.what}")
     train = settings["vocabulary"]
     print(
         f"  vocabulary: {known.kind} of {known.size:,}"
@@ -294,4 +382,8 @@ def _report(corpus: Corpus, reused: int, speed: float) -> None:
         print(f"  discarded by packing: {counts['num_discarded_tokens']:,} tokens")
     for reason, count in sorted(counts["skipped"].items()):
         print(f"  skipped, {reason}: {count:,}")
+    if about := counts.get("metadata"):
+        print(f"  metadata: {about['tokens']:,} tokens, {about['values']:,} values; without one of their own:")
+        for reason, count in sorted(about["without"].items()):
+            print(f"    {reason}: {count:,} documents")
     print(f"  at {corpus.path}, fingerprint {corpus.fingerprint[:12]}")

@@ -28,12 +28,16 @@ def token_dtype(vocabulary: Vocabulary) -> np.dtype:
     return np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
 
 
-def tokenize_document(text: str, spans: Sequence[Sequence[int]], vocabulary: Vocabulary) -> DocumentTokens:
+def tokenize_document(
+    text: str, spans: Sequence[Sequence[int]], vocabulary: Vocabulary, prefix: str = ""
+) -> DocumentTokens:
     """Tokenises one document.
 
     Args:
         text: the document.
         spans: [begin, end) characters of the text that are noise; empty for most documents.
+        vocabulary: gives the ids.
+        prefix: what stands before the text. It is tokenised apart from it: the ids of the text do not depend on it.
     """
     if spans:
         ids, offsets = vocabulary.encode_with_offsets(text)
@@ -41,9 +45,10 @@ def tokenize_document(text: str, spans: Sequence[Sequence[int]], vocabulary: Voc
     else:
         ids = vocabulary.encode(text)
         noisy = np.zeros(len(ids), bool)
-    tokens = np.array([vocabulary.bos_id, *ids, vocabulary.eos_id], token_dtype(vocabulary))
-    loss_mask = np.arange(len(tokens)) > 0  # BOS is given, not predicted
-    return DocumentTokens(tokens, loss_mask, np.pad(noisy, (1, 1)))
+    given = [vocabulary.bos_id, *(vocabulary.encode(prefix) if prefix else ())]  # not predicted
+    tokens = np.array([*given, *ids, vocabulary.eos_id], token_dtype(vocabulary))
+    loss_mask = np.arange(len(tokens)) >= len(given)
+    return DocumentTokens(tokens, loss_mask, np.pad(noisy, (len(given), 1)))
 
 
 def _overlap(offsets: list[tuple[int, int]], spans: Sequence[Sequence[int]]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Tokenized documents -> the rows of a corpus: shuffled, packed, written block by block."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,17 @@ _DOCUMENTS_SCHEMA = pyarrow.schema(
 
 
 def write_rows(
-    store: Store, table: Documents, vocabulary: Vocabulary, settings: dict[str, Any], skipped: Counter
+    store: Store, table: Documents, vocabulary: Vocabulary, settings: dict[str, Any], counts: Mapping[str, Counter]
 ) -> Corpus:
-    """Shuffles, packs and writes the documents."""
+    """Shuffles, packs and writes the documents.
+
+    Args:
+        store: where to.
+        table: the documents, tokenised.
+        vocabulary: theirs.
+        settings: everything that determines the corpus; recorded.
+        counts: by source and reason: records `skipped`, documents `without` metadata of their own.
+    """
     names = [source["name"] for source in settings["sources"]]
     source_names = _source_names(table, names)
     order = _shuffled(table, names, settings["seed"])
@@ -48,13 +56,22 @@ def write_rows(
         "num_tokens": int(tokens_of.sum()),
         "num_loss_tokens": loss_tokens,
         "num_discarded_tokens": int(table.length.sum() - tokens_of.sum()),
-        "skipped": dict(skipped),
+        "skipped": dict(counts["skipped"]),
         "sources": {
             name: {"documents": documents_of[name], "tokens": int(count)}
             for name, count in zip(source_names, tokens_of, strict=True)
         },
     }
-    return writer.finish(_document_table(table, order, pieces), source_names, more)
+    documents = _document_table(table, order, pieces)
+    if "metadata" in settings:
+        values = [table.metadata[document] for document in order]
+        documents = documents.append_column("metadata", pyarrow.array(values, pyarrow.string()))
+        more["metadata"] = {
+            "tokens": more["num_tokens"] - loss_tokens - len(order),  # all without loss but a BOS per document
+            "values": len(set(values) - {None}),
+            "without": dict(counts["without"]),
+        }
+    return writer.finish(documents, source_names, more)
 
 
 def _shuffled(table: Documents, names: Sequence[str], seed: int) -> np.ndarray:

@@ -30,7 +30,7 @@ from slm_jax.errors import UserError
 UNIT_DOCUMENTS = 1000
 UNIT_CHARACTERS = 2_000_000  # books: a unit must be small in memory, and there must be enough of them to share
 
-Unit = list[dict[str, Any]]  # rows of `slm_jax.data.tasks.documents`
+Unit = list[dict[str, Any]]  # rows of `slm_jax.data.metadata.with_metadata`
 
 
 def unit_path(work: pathlib.Path, number: int) -> pathlib.Path:
@@ -52,7 +52,7 @@ def units_of(rows: Iterable[dict[str, Any]]) -> Iterator[Unit]:
 
 def write_unit(work: pathlib.Path, number: int, unit: Unit, vocabulary: Vocabulary) -> None:
     """Tokenises one unit and writes it."""
-    tokenized = [tokenize_document(row["text"], json.loads(row["spans"]), vocabulary) for row in unit]
+    tokenized = [tokenize_document(row["text"], json.loads(row["spans"]), vocabulary, row["prefix"]) for row in unit]
     unfinished = unit_path(work, number).with_suffix(f".{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -65,6 +65,7 @@ def write_unit(work: pathlib.Path, number: int, unit: Unit, vocabulary: Vocabula
         "index": [row["index"] for row in unit],
         "source": [row["source"] for row in unit],
         "url": [row["url"] for row in unit],
+        "metadata": [row["metadata"] for row in unit],
         "bytes": [len(row["text"].encode("utf-8")) for row in unit],
         "length": [len(document.tokens) for document in tokenized],
         "noisy": [bool(document.noise.any()) for document in tokenized],
@@ -157,6 +158,7 @@ class Documents:
 
     Attributes:
         id, source, url: lists of strings.
+        metadata: list of strings, None where a document carries none.
         index, bytes, length, noisy: arrays [D].
     """
 
@@ -167,6 +169,7 @@ class Documents:
         self.id: list[str] = columns["id"]
         self.source: list[str] = columns["source"]
         self.url: list[str] = columns["url"]
+        self.metadata: list[str | None] = columns["metadata"]
         self.index = np.array(columns["index"], np.int64)
         self.bytes = np.array(columns["bytes"], np.int64)
         self.length = np.array(columns["length"], np.int64)

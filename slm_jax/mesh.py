@@ -28,10 +28,13 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding$", P("model", "fsdp")),  # [V, D]
     (r"head/kernel$", P("fsdp", "model")),  # [D, V]
     (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model", None)),  # [layer, D, H, K]
+    (r"attention/(query|key|value)/bias$", P(None, "model", None)),  # [layer, H, K]
     (r"attention/out/kernel$", P(None, "model", None, "fsdp")),  # [layer, H, K, D]
     (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),  # [layer, D, F]
+    (r"mlp/(gate|up)/bias$", P(None, "model")),  # [layer, F]
     (r"mlp/down/kernel$", P(None, "model", "fsdp")),  # [layer, F, D]
-    (r"norm/scale$", P()),
+    (r"(attention/out|mlp/down)/bias$", P()),
+    (r"norm/(scale|bias)$", P()),
 )
 
 

@@ -73,7 +73,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 def _flops(settings: dict[str, Any]) -> dict[str, float]:
     """Floating point operations of training, and of scoring the rows it read where it selects by a column: a forward
     pass, a third of a step, by a reference of the model's size. A filtered backward pass is of the selected share."""
-    model = ModelConfig(**settings["model"])
+    model = ModelConfig.from_json(settings["model"])
     training, scoring = 0.0, 0.0
     for phase in settings["phases"]:
         row_length = Corpus.open(phase["mixture"][0]["corpus"]).row_length

@@ -16,7 +16,7 @@ from slm_jax import mesh
 from slm_jax.models import attention_at
 from slm_jax.models.attention import chosen_backend
 from slm_jax.models.config import ModelConfig
-from slm_jax.models.layers import RMSNorm, rotary_angles
+from slm_jax.models.layers import NORMS, dropout, rotary_angles
 from slm_jax.models.rows import Rows
 from slm_jax.models.transformer import Block, Embedding, Head
 
@@ -35,7 +35,7 @@ def init_params(config: ModelConfig, key: PRNGKeyArray | Int[Array, "2"]) -> Par
     params = {
         "embed": params_of(Embedding(config, nnx.Rngs(params=embed_key))),
         "layers": jax.vmap(lambda k: params_of(Block(config, nnx.Rngs(params=k))))(layer_keys),
-        "final_norm": params_of(RMSNorm(config.embed_dim, config.norm_eps)),
+        "final_norm": params_of(NORMS[config.norm](config.embed_dim, config.norm_eps)),
     }
     if not config.tied_head:
         params["head"] = params_of(Head(config, nnx.Rngs(params=head_key)))
@@ -64,18 +64,21 @@ def layers(
     x: Float[Array, "B L D"],
     positions: Int[Array, "B L"],
     segment_ids: Int[Array, "B L"],
+    dropout_key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B L D"]:
-    """All blocks, scanned, each rematerialised as `config.remat` says."""
-    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+    """All blocks, scanned, each rematerialised as `config.remat` says; with a key, with the dropout of training."""
+    angles = rotary_angles(positions, config)
+    keys = None if dropout_key is None or not config.dropout else jax.random.split(dropout_key, config.num_layers)
 
-    def block(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        return _block(layer, config)(mesh.constrain(x, mesh.BATCH), angles, segment_ids), None
+    def block(x: jax.Array, layer_and_key: tuple[Params, jax.Array | None]) -> tuple[jax.Array, None]:
+        layer, key = layer_and_key
+        return _block(layer, config)(mesh.constrain(x, mesh.BATCH), angles, segment_ids, key), None
 
     if config.remat == "full":
         block = jax.checkpoint(block)
     elif config.remat == "dots":
         block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return jax.lax.scan(block, x, params["layers"])[0]
+    return jax.lax.scan(block, x, (params["layers"], keys))[0]
 
 
 def layer_inputs(
@@ -86,7 +89,7 @@ def layer_inputs(
     segment_ids: Int[Array, "B L"],
 ) -> tuple[Float[Array, "B L D"], Float[Array, "layer B L D"]]:
     """`layers`, and the input of each of them: what a backward pass layer by layer starts from."""
-    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+    angles = rotary_angles(positions, config)
 
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, jax.Array]:
         x = mesh.constrain(x, mesh.BATCH)
@@ -110,7 +113,7 @@ def layer_at(
     Equal in value to the whole block; its gradient holds the keys and values of the other positions constant.
     `evenly`: as `spread_evenly` found, where it matters.
     """
-    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+    angles = rotary_angles(positions, config)
     others = _block(layer, config).keys_values(x, angles)
     return _block(layer, config).at_rows(z, rows, jax.lax.stop_gradient(others), angles, segment_ids, evenly)
 
@@ -130,7 +133,7 @@ def _block(layer: Params, config: ModelConfig) -> Block:
 
 def final_norm(params: Params, config: ModelConfig, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     """What the head reads, from the last block's output."""
-    return _module(lambda _: RMSNorm(config.embed_dim, config.norm_eps), params["final_norm"])(x)
+    return _module(lambda _: NORMS[config.norm](config.embed_dim, config.norm_eps), params["final_norm"])(x)
 
 
 def hidden_states(
@@ -139,10 +142,17 @@ def hidden_states(
     tokens: Int[Array, "B L"],
     positions: Int[Array, "B L"],
     segment_ids: Int[Array, "B L"],
+    dropout_key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B L D"]:
-    """The normed last hidden state of each token: what the head reads to predict the token after it."""
-    x = layers(params, config, embed(params, config, tokens), positions, segment_ids)
-    return final_norm(params, config, x)
+    """The normed last hidden state of each token: what the head reads to predict the token after it.
+
+    A key, one for each step, turns on dropout at the rate of the config; without one there is none.
+    """
+    x = embed(params, config, tokens)
+    if dropout_key is not None:
+        dropout_key, embed_key = jax.random.split(dropout_key)
+        x = dropout(x, config.dropout, embed_key)
+    return final_norm(params, config, layers(params, config, x, positions, segment_ids, dropout_key))
 
 
 def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:

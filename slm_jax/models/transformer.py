@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
 from slm_jax.models.attention import attention
 from slm_jax.models.attention_at import attention_at
 from slm_jax.models.config import ModelConfig
-from slm_jax.models.layers import Projection, RMSNorm, rotate
+from slm_jax.models.layers import NORMS, Projection, dropout, rotate
 from slm_jax.models.rows import Rows
 
 
@@ -28,22 +28,29 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         dim, heads, kv_heads, width = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        std = config.init_std
-        self.query = Projection((dim, heads, width), 1, std, rngs)
-        self.key = Projection((dim, kv_heads, width), 1, std, rngs)
-        self.value = Projection((dim, kv_heads, width), 1, std, rngs)
-        self.out = Projection((heads, width, dim), 2, output_std(config), rngs)
+        std, bias = config.init_std, config.attention_bias
+        self.query = Projection((dim, heads, width), 1, std, rngs, bias)
+        self.key = Projection((dim, kv_heads, width), 1, std, rngs, bias)
+        self.value = Projection((dim, kv_heads, width), 1, std, rngs, bias)
+        self.out = Projection((heads, width, dim), 2, output_std(config), rngs, config.output_bias)
+        self.query_norm = NORMS[config.norm](width, config.norm_eps) if config.query_key_norm else None
+        self.key_norm = NORMS[config.norm](width, config.norm_eps) if config.query_key_norm else None
         self.window, self.backend = config.sliding_window, config.attention
 
+    def queries(self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"]) -> Float[Array, "B L H K"]:
+        query = self.query(x)
+        return rotate(query if self.query_norm is None else self.query_norm(query), angles)
+
     def keys_values(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"]
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"]
     ) -> tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]:
-        return rotate(self.key(x), angles), self.value(x)
+        key = self.key(x)
+        return rotate(key if self.key_norm is None else self.key_norm(key), angles), self.value(x)
 
     def __call__(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"], segment_ids: Int[Array, "B L"]
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"], segment_ids: Int[Array, "B L"]
     ) -> Float[Array, "B L D"]:
-        query, (key, value) = rotate(self.query(x), angles), self.keys_values(x, angles)
+        query, (key, value) = self.queries(x, angles), self.keys_values(x, angles)
         return self.out(attention(query, key, value, segment_ids, window=self.window, backend=self.backend))
 
     def at_rows(
@@ -51,47 +58,68 @@ class Attention(nnx.Module):
         z: Float[Array, "S C D"],
         rows: Rows,
         others: tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]],
-        angles: Float[Array, "B L K2"],
+        angles: Float[Array, "B L R2"],
         segment_ids: Int[Array, "B L"],
         evenly: bool,
     ) -> Float[Array, "S C D"]:
         """The output at the rows, whose inputs are z; keys and values of all other positions are given."""
         turned = rows.take(angles)
         key, value = (rows.put(x, own) for x, own in zip(others, self.keys_values(z, turned), strict=True))
-        query = rotate(self.query(z), turned)
+        query = self.queries(z, turned)
         settings = {"window": self.window, "backend": self.backend, "evenly": evenly}
         return self.out(attention_at(query, rows, key, value, segment_ids, **settings))
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """swiglu: down(silu(gate(x)) * up(x)). gelu: down(gelu(up(x))), with the error function, not tanh."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.gate = Projection((config.embed_dim, config.mlp_dim), 1, config.init_std, rngs)
-        self.up = Projection((config.embed_dim, config.mlp_dim), 1, config.init_std, rngs)
-        self.down = Projection((config.mlp_dim, config.embed_dim), 1, output_std(config), rngs)
+        into, back = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
+        std, bias = config.init_std, config.mlp_bias
+        self.gate = Projection(into, 1, std, rngs, bias) if config.mlp == "swiglu" else None
+        self.up = Projection(into, 1, std, rngs, bias)
+        self.down = Projection(back, 1, output_std(config), rngs, bias)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        if self.gate is None:
+            return self.down(jax.nn.gelu(self.up(x), approximate=False))
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with a parallel residual, x + attention(norm(x)) + mlp(norm(x)).
+
+    The two norms are apart in either case.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.attention_norm = NORMS[config.norm](config.embed_dim, config.norm_eps)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.mlp_norm = NORMS[config.norm](config.embed_dim, config.norm_eps)
         self.mlp = MLP(config, rngs)
+        self.parallel, self.dropout = config.parallel_residual, config.dropout
 
     def __call__(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"], segment_ids: Int[Array, "B L"]
+        self,
+        x: Float[Array, "B L D"],
+        angles: Float[Array, "B L R2"],
+        segment_ids: Int[Array, "B L"],
+        dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B L D"]:
-        x = x + self.attention(self.attention_norm(x), angles, segment_ids)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attention(self.attention_norm(x), angles, segment_ids)
+        return self._join(x, attended, dropout_key)
+
+    def _join(
+        self, x: Float[Array, "B L D"], attended: Float[Array, "B L D"], dropout_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B L D"]:
+        """The stream x with what attention adds to it and what the MLP then adds."""
+        attention_key, mlp_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        joined = x + dropout(attended, self.dropout, attention_key)
+        added = self.mlp(self.mlp_norm(x if self.parallel else joined))
+        return joined + dropout(added, self.dropout, mlp_key)
 
     def keys_values(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "B L K2"]
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"]
     ) -> tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]:
         return self.attention.keys_values(self.attention_norm(x), angles)
 
@@ -100,13 +128,13 @@ class Block(nnx.Module):
         z: Float[Array, "S C D"],
         rows: Rows,
         others: tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]],
-        angles: Float[Array, "B L K2"],
+        angles: Float[Array, "B L R2"],
         segment_ids: Int[Array, "B L"],
         evenly: bool,
     ) -> Float[Array, "S C D"]:
         """The block's output at the rows, given their inputs z and the keys and values of the other positions."""
-        z = z + self.attention.at_rows(self.attention_norm(z), rows, others, angles, segment_ids, evenly)
-        return z + self.mlp(self.mlp_norm(z))
+        attended = self.attention.at_rows(self.attention_norm(z), rows, others, angles, segment_ids, evenly)
+        return self._join(z, attended)
 
 
 class Head(nnx.Module):

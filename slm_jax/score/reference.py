@@ -42,7 +42,7 @@ class TrainedModel:
 def load_model(run: str, mesh: Mesh, step: int | None = None) -> TrainedModel:
     """The checkpoint of a train run (its last one, or that of `step`) on the given mesh."""
     about = read_about(run, step)
-    config = ModelConfig(**about["model"])
+    config = ModelConfig.from_json(about["model"])
     shapes = forward.param_shapes(config)
     shapes = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),

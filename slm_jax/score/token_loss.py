@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
 from slm_jax.data.batches import Batch
@@ -29,9 +29,11 @@ CHUNK_TOKENS = 1024  # and no more tokens than this: beyond it a chunk gains not
 QUARTERED = 512  # from this size on, what is left over is visited in quarters of a chunk, so that less of it is empty
 
 
-def batch_loss(params: Params, model: ModelConfig, batch: Batch) -> Float[Array, "B L"]:
-    """The model's loss on each token of a batch."""
-    hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids)
+def batch_loss(
+    params: Params, model: ModelConfig, batch: Batch, dropout_key: PRNGKeyArray | None = None
+) -> Float[Array, "B L"]:
+    """The model's loss on each token of a batch; with a key, with the dropout of training."""
+    hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids, dropout_key)
     return token_loss(hidden, forward.head_matrix(params, model), batch.tokens, batch.segment_ids, model.vocab_size)
 
 

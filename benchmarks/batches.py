@@ -23,7 +23,8 @@ from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.demo.jobs import ONE_CORE
 from slm_jax.models.config import model_config
 from slm_jax.score.selection import Selection
-from slm_jax.train.phases import Phase, Plan
+from slm_jax.train.phases import Phase
+from slm_jax.train.plan import Plan
 
 BATCH_ROWS, ROW_LENGTH = 16, 256  # as in the recipe math_web
 VOCAB_SIZE = 2048
@@ -66,7 +67,7 @@ def main() -> None:
         corpus = write_corpus(Path(folder) / "corpus", num_rows)
         num_batches = num_rows // BATCH_ROWS
         draw = Draw(corpus.path, epochs=100.0)
-        plan = Plan([Phase(num_batches, [draw], BATCH_ROWS, selection=SELECTION)], seed=0)
+        plan = Plan([Phase(num_batches, mixture=[draw], batch_rows=BATCH_ROWS, selection=SELECTION)], seed=0)
         trainer = step.Trainer(model_config("demo", vocab_size=VOCAB_SIZE), plan.batch(0))
         causal, filtered = trainer.step(None)[0], trainer.step(SELECTION)[0]
 

@@ -34,7 +34,12 @@ class Run:
 
     def __init__(self, folder: Path, corpus: str, cache: Path | None = None):
         self._folder, self._log = folder, folder.with_suffix(".log")
-        settings = {"train.run_dir": str(folder), "Phase.steps": 1, "Draw.corpus": corpus, "Schedule.warmup": 0.0}
+        settings = {
+            "train.run_dir": str(folder),
+            "Phase.steps": 1,
+            "Draw.corpus": corpus,
+            "cosine_schedule.warmup": 0.0,
+        }
         self._arguments = ["train", *(f"--gin.{name}={value!r}" for name, value in settings.items())]
         keep = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         others = {name: value for name, value in os.environ.items() if name not in keep}

@@ -21,7 +21,7 @@ from slm_jax.data.batches import Batch, make_batch
 from slm_jax.models.config import ModelConfig, model_config
 from slm_jax.score.selection import Selection
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from slm_jax.train.schedules import Schedule, learning_rate
+from slm_jax.train.schedules import constant_schedule, over
 from slm_jax.train.state import TrainState, init_state, state_shapes
 from slm_jax.train.step import compile_step, make_step
 
@@ -37,7 +37,7 @@ class Trainer:
     def __init__(self, model: ModelConfig, batch: Batch):
         self.model, self.devices = model, mesh_lib.make_mesh(devices=jax.devices()[:1])
         self.optimizer = make_optimizer(OptimizerConfig())
-        self.rate = learning_rate(Schedule(peak=1e-4, kind="constant", warmup=0), 1_000_000)
+        self.rate = over(constant_schedule(peak=1e-4, warmup=0.0), 1_000_000)
         self.shapes = state_shapes(model, self.optimizer, self.devices)
         self.state: TrainState = init_state(model, self.optimizer, self.devices, seed=0)
         rows = batch.tokens.shape[0]

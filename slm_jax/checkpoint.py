@@ -127,6 +127,18 @@ def restore_params(run_dir: str | Path, shapes: Any, step: int | None = None) ->
         return _read(run_dir, manager, _pick(run_dir, manager, step), params=ocp.args.StandardRestore(shapes))
 
 
+def restore_state(run_dir: str | Path, params: Any, rest: Any, step: int) -> tuple[Any, Any, dict[str, Any]]:
+    """(params, rest, about) of one checkpoint, into the given shapes and shardings."""
+    with _open(run_dir) as manager:
+        step = _pick(run_dir, manager, step)
+        arguments = {
+            "params": ocp.args.StandardRestore(params),
+            "rest": ocp.args.StandardRestore(rest),
+            "about": ocp.args.JsonRestore(),
+        }
+        return tuple(_read(run_dir, manager, step, **{name: argument}) for name, argument in arguments.items())  # pyright: ignore[reportReturnType]
+
+
 def _read(run_dir: str | Path, manager: ocp.CheckpointManager, step: int, **item: Any) -> Any:
     """One item of a checkpoint."""
     (name,) = item

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_jax.data.batches import read_ahead
-from slm_jax.data.mixture import Draw, Mixture, pattern, permuted
+from slm_jax.data.mixture import Draw, Mixture, Scheduled, Supply, pattern, permuted
 from slm_jax.errors import UserError
 
 
@@ -41,7 +41,7 @@ PINNED = [7, 11, 5, 4, 10, 8, 3, 9, 1, 6, 0, 2]
 
 
 def test_rows_do_not_repeat_before_the_corpus_is_used_up():
-    mixture = Mixture([Draw("a", 3.0, epochs=9), Draw("b", 1.0, epochs=9)], [30, 10], [0, 0], seed=1)
+    mixture = Mixture([Draw("a", 3.0, epochs=9), Draw("b", 1.0, epochs=9)], [Supply(30), Supply(10)], seed=1)
     which, rows = mixture.rows(np.arange(80))
     for corpus, size in ((0, 30), (1, 10)):
         drawn = rows[which == corpus]
@@ -50,7 +50,7 @@ def test_rows_do_not_repeat_before_the_corpus_is_used_up():
 
 
 def test_positions_can_be_asked_for_in_any_order():
-    mixture = Mixture([Draw("a", 0.7), Draw("b", 0.3)], [1000, 1000], [5, 0], seed=3)
+    mixture = Mixture([Draw("a", 0.7), Draw("b", 0.3)], [Supply(1000, 5), Supply(1000)], seed=3)
     positions = np.random.default_rng(0).permutation(500)
     which, rows = mixture.rows(np.arange(500))
     some_which, some_rows = mixture.rows(positions)
@@ -60,13 +60,13 @@ def test_positions_can_be_asked_for_in_any_order():
 
 def test_a_later_phase_goes_on_where_an_earlier_one_stopped():
     draws = [Draw("a")]
-    whole = Mixture(draws, [100], [0], seed=2).rows(np.arange(60))[1]
-    later = Mixture(draws, [100], [40], seed=2).rows(np.arange(20))[1]
+    whole = Mixture(draws, [Supply(100)], seed=2).rows(np.arange(60))[1]
+    later = Mixture(draws, [Supply(100, 40)], seed=2).rows(np.arange(20))[1]
     np.testing.assert_array_equal(later, whole[40:])
 
 
 def test_original_order():
-    _, rows = Mixture([Draw("a", order="original", epochs=2)], [4], [0], seed=0).rows(np.arange(8))
+    _, rows = Mixture([Draw("a", order="original", epochs=2)], [Supply(4)], seed=0).rows(np.arange(8))
     assert rows.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
@@ -75,7 +75,7 @@ def test_a_share_that_would_never_be_drawn_is_refused():
         pattern([1, 0.0004])
 
 
-@pytest.mark.parametrize("wrong", [{"order": "sorted"}, {"share": 0.0}, {"epochs": -1.0}])
+@pytest.mark.parametrize("wrong", [{"order": "sorted"}, {"share": 0.0}, {"epochs": -1.0}, {"replay": "again"}])
 def test_wrong_draws_are_refused(wrong):
     with pytest.raises(UserError, match=r"Draw"):
         Draw("a", **wrong)
@@ -94,3 +94,44 @@ def test_read_ahead_hands_errors_over_and_stops():
     early = read_ahead(lambda number: number, 0, 1000)
     assert next(early) == 0
     early.close()  # returns: the thread has ended
+
+
+def test_a_replay_in_order_reads_again_what_was_read_from_the_first_row_on():
+    """The order of the first reading, although that was a shuffled one; at its end it begins again."""
+    first = Mixture([Draw("a")], [Supply(100)], seed=2).rows(np.arange(30))[1]
+    draws = [Draw("b"), Draw("a", 0.25, replay="in_order")]
+    which, rows = Mixture(draws, [Supply(50), Supply(100, 0, 30)], seed=2).rows(np.arange(200))
+    replayed = rows[which == 1]
+    np.testing.assert_array_equal(replayed, np.resize(first, len(replayed)))
+    later = Mixture(draws, [Supply(50), Supply(100, 10, 30)], seed=2).rows(np.arange(40))
+    np.testing.assert_array_equal(later[1][later[0] == 1], first[10:18])  # another phase replays on
+
+
+def test_a_shuffled_replay_reads_the_same_rows_in_other_orders():
+    first = Mixture([Draw("a")], [Supply(100)], seed=2).rows(np.arange(30))[1]
+    rows = Mixture([Draw("a", replay="shuffled")], [Supply(100, 0, 30)], seed=2).rows(np.arange(60))[1]
+    assert sorted(rows[:30]) == sorted(rows[30:]) == sorted(first)
+    assert len({tuple(order.tolist()) for order in (first, rows[:30], rows[30:])}) == 3
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 5), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_scheduled_shares_are_met_within_a_row_at_every_step(num_draws, batch_rows, seed):
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.ones(num_draws), 50)[np.sort(rng.integers(0, 50, 50))] * rng.uniform(0.1, 3.0)
+    places = Scheduled(shares, batch_rows)
+    ideal = np.cumsum(shares / shares.sum(axis=1, keepdims=True) * batch_rows, axis=0)
+    counts = places.counts(batch_rows * np.arange(1, 51))
+    assert np.abs(counts - ideal).max() < 1 + 1e-6
+    assert (np.diff(counts, axis=0) >= 0).all() and (counts.sum(axis=1) == batch_rows * np.arange(1, 51)).all()
+
+
+def test_scheduled_positions_can_be_asked_for_in_any_order():
+    shares = np.stack([np.linspace(1, 0.5, 20), np.linspace(0, 0.5, 20)], axis=1)
+    places, positions = Scheduled(shares, 16), np.random.default_rng(0).permutation(320)
+    which = places.which(np.arange(320))
+    np.testing.assert_array_equal(places.which(positions), which[positions])
+    before = np.cumsum(which[:, None] == np.arange(2), axis=0) - (which[:, None] == np.arange(2))
+    np.testing.assert_array_equal(places.counts(positions), before[positions])
+    last = which[-16:]
+    assert np.abs(np.diff(np.flatnonzero(last == 1))).max() <= 3  # spread over the batch

@@ -9,7 +9,7 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import make_batch
 from slm_jax.score.selection import Selection
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from slm_jax.train.schedules import Schedule, learning_rate
+from slm_jax.train.schedules import cosine_schedule, over
 from slm_jax.train.state import init_state
 from slm_jax.train.step import make_step
 
@@ -24,7 +24,7 @@ def three_steps(selection: Selection | None) -> list[float]:
     scores = {"scores/reference/loss": rng.uniform(3, 8, segment_ids.shape).astype(np.float32)}
     batch = make_batch(tokens, segment_ids, segment_ids > 0, scores=scores)
     optimizer = make_optimizer(OptimizerConfig())
-    rate = learning_rate(Schedule(peak=1e-2, warmup=1.0), 3)
+    rate = over(cosine_schedule(peak=1e-2, warmup=1.0), 3)
     state = init_state(toy.MODEL, optimizer, mesh_lib.make_mesh(devices=jax.devices()[:1]), seed=0)
     step, losses = jax.jit(make_step(toy.MODEL, selection, optimizer, rate, seed=0)), []
     for _ in range(3):

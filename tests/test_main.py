@@ -35,11 +35,11 @@ def train_command(run_dir: Path, corpus: str, **more: dict) -> list[str]:
         "train": {"run_dir": str(run_dir)},
         "Draw": {"corpus": corpus, "epochs": 100},
         "Phase": {"steps": 6, "batch_rows": 8},
-        "Schedule": {"peak": 1e-2, "kind": "constant", "warmup": 0},
+        "constant_schedule": {"peak": 1e-2, "warmup": 0},
     }
     for owner, values in more.items():
         wanted[owner] = wanted.get(owner, {}) | values
-    return ["train", *toy.MODEL_SETTINGS, *toy.settings(**wanted)]
+    return ["train", *toy.MODEL_SETTINGS, *toy.CONSTANT, *toy.settings(**wanted)]
 
 
 def test_the_module_is_a_command(tmp_path):
@@ -133,7 +133,7 @@ def test_mistakes_are_one_line(arguments, code, messages, run, tmp_path):
         (["train.micro_batches=0"], "train.micro_batches is 0: it takes a whole number from 1 on"),
         (["train.seed=-1"], "train.seed is -1: it takes a whole number from 0 on"),
         (["Phase.steps=0"], "Phase.steps is 0: it takes a whole number from 1 on"),
-        (["Schedule.kind='linear'"], "Schedule.kind 'linear' is unknown"),
+        (["infinite_schedule.shape='sine'", "train.schedule=@infinite_schedule()"], "Leg.shape 'sine' is unknown"),
     ],
 )
 def test_values_that_cannot_be_are_one_line(bindings, message, corpus, run, tmp_path):
@@ -144,7 +144,7 @@ def test_values_that_cannot_be_are_one_line(bindings, message, corpus, run, tmp_
 
 
 def test_a_run_that_diverges_is_one_line(corpus, run, tmp_path):
-    code, _, error = run(*train_command(tmp_path / "run", corpus.path, Schedule={"peak": 1e30}))
+    code, _, error = run(*train_command(tmp_path / "run", corpus.path, constant_schedule={"peak": 1e30}))
     assert code == 1 and error.startswith("slm-jax train: error: step 2: the ") and "is not finite" in error
 
 

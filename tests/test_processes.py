@@ -66,6 +66,7 @@ def command(corpus: Corpus, run_dir: Path, steps: int) -> tuple[str, ...]:
     return (
         "train",
         *toy.MODEL_SETTINGS,
+        *toy.CONSTANT,
         *MESH,
         "--gin.Phase.selection=@Selection()",
         "--gin.train.evaluators=[@HeldOut()]",
@@ -73,7 +74,7 @@ def command(corpus: Corpus, run_dir: Path, steps: int) -> tuple[str, ...]:
             Selection={"score": "loss", "ratio": 0.5, "scope": "batch"},
             Draw={"corpus": corpus.path, "epochs": 100.0},
             Phase={"steps": steps, "batch_rows": 8},
-            Schedule={"peak": 1e-2, "kind": "constant", "warmup": 0.0},
+            constant_schedule={"peak": 1e-2, "warmup": 0.0},
             HeldOut={"name": "held", "corpus": corpus.path, "rows": 16, "batch_rows": 8, "keep_tokens": True},
             train={"run_dir": str(run_dir), "checkpoint_every": 4, "evaluate_every": 1000},
         ),

@@ -28,8 +28,8 @@ from slm_jax.score.selection import Selection
 from slm_jax.score.token_loss import batch_loss, predicted
 from slm_jax.train.loop import train
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from slm_jax.train.phases import Plan
-from slm_jax.train.schedules import Schedule, learning_rate
+from slm_jax.train.plan import Plan
+from slm_jax.train.schedules import constant_schedule, cosine_schedule, over
 from slm_jax.train.state import TrainState, state_shapes
 
 RANDOM_HALF = Selection(score="random", ratio=0.5)
@@ -88,7 +88,7 @@ def test_killed_at_random_steps_and_terminated_it_ends_the_same_to_the_bit(corpu
             Selection={"score": "random"},
             Draw={"epochs": 100},
             Phase={"steps": 60, "batch_rows": 8},
-            Schedule={"peak": 1e-2},
+            cosine_schedule={"peak": 1e-2},
             HeldOut={"name": "held", "corpus": other.path, "rows": 16, "batch_rows": 8},
             train={"checkpoint_every": 5, "evaluate_every": 10},
         ),
@@ -205,10 +205,10 @@ def other(tmp_path_factory) -> Corpus:
 def test_two_phases_under_one_schedule(corpus, other, tmp_path):
     """The second phase has its own corpus and objective and forgets the moments, not the learning rate; started at
     the boundary's checkpoint it is the same again."""
-    schedule = Schedule(peak=1e-2, warmup=2.0)
+    schedule = cosine_schedule(peak=1e-2, warmup=2.0)
     toy.train_here(tmp_path / "run", two_phases(corpus, other), schedule=schedule)
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
-    rate = learning_rate(schedule, 6)
+    rate = over(schedule, 6)
     np.testing.assert_allclose([row["learning_rate"] for row in rows], [rate(t) for t in range(1, 7)], rtol=1e-6)
     assert [row["phase"] for row in rows] == [0, 0, 0, 1, 1, 1]
     assert (
@@ -253,8 +253,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_source(corpus
 
 def test_a_gradient_that_is_no_number_stops_the_run(corpus, tmp_path):
     """A rate that throws the parameters to 1e30: the next step must not be taken for training."""
-    with pytest.raises(FloatingPointError, match=r"step 2: the (loss|gradient) is not finite.*lower Schedule.peak"):
-        toy.train_here(tmp_path / "run", [toy.phase(corpus)], schedule=Schedule(peak=1e30, kind="constant", warmup=0.0))
+    with pytest.raises(FloatingPointError, match=r"step 2: the (loss|gradient) is not finite.*lower peak"):
+        toy.train_here(tmp_path / "run", [toy.phase(corpus)], schedule=constant_schedule(peak=1e30, warmup=0.0))
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.steps() == [0]  # of the start, not of the step that failed
     checkpoints.close()
@@ -328,7 +328,7 @@ def test_a_finished_run_does_not_become_another(corpus, reference, tmp_path, cap
     assert toy.train_here(run, [toy.phase(corpus)], **again)["steps"] == 6
     assert "has its 6 steps already" in capsys.readouterr().out
     refused = [
-        toy.refusal(toy.train_here, run, [toy.phase(corpus)], schedule=Schedule(peak=1e-4, kind="constant"), **again),
+        toy.refusal(toy.train_here, run, [toy.phase(corpus)], schedule=constant_schedule(peak=1e-4), **again),
         toy.refusal(toy.train_here, run, [toy.phase(corpus, steps=4)], **again),
     ]
     for message in refused:
@@ -459,7 +459,7 @@ def test_the_initial_models_vocabulary_must_be_the_corpus(corpus_copy, reference
         ({"micro_batches": 3}, "a batch of 8 rows does not split into 1 shards (data x fsdp) of 3 micro-batches"),
         ({"model": dataclasses.replace(toy.MODEL, max_length=8)}, "have 16 tokens, the model reads 8"),
         ({"model": dataclasses.replace(toy.MODEL, vocab_size=100)}, "has 259 ids, the model embeds 100"),
-        ({"schedule": Schedule(warmup=6.0)}, "Schedule.warmup takes 6 steps, the run has 6"),
+        ({"schedule": cosine_schedule(warmup=7.0)}, "the schedule of phase 0 take 7 + 0 steps, it rules 6"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(changed, message, corpus, tmp_path):

@@ -31,7 +31,7 @@ from slm_jax.metrics import read_metrics
 from slm_jax.models.config import ModelConfig
 from slm_jax.train.loop import train
 from slm_jax.train.phases import Phase
-from slm_jax.train.schedules import Schedule
+from slm_jax.train.schedules import constant_schedule
 
 ROW_LENGTH = 16
 WORDS = "the farm has hens and pigs that eat corn while 12 ducks swim".split()
@@ -54,7 +54,8 @@ MODEL_SETTINGS = tuple(
     )
 )
 # Depends on no number of steps, so that runs of all lengths share one compiled step.
-SCHEDULE = Schedule(peak=1e-2, kind="constant", warmup=0.0)
+SCHEDULE = constant_schedule(peak=1e-2, warmup=0.0)
+CONSTANT = ("--gin.train.schedule=@constant_schedule()",)  # on the command line
 
 
 def write_corpus(
@@ -87,7 +88,8 @@ def write_corpus(
 
 def phase(*corpora: Corpus, steps: int = 6, batch_rows: int = 8, **settings: Any) -> Phase:
     """A phase that draws from the corpora in equal shares."""
-    return Phase(steps, [Draw(corpus.path, epochs=100.0) for corpus in corpora], batch_rows, **settings)
+    mixture = [Draw(corpus.path, epochs=100.0) for corpus in corpora]
+    return Phase(steps, mixture=mixture, batch_rows=batch_rows, **settings)
 
 
 @contextlib.contextmanager

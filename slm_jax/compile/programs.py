@@ -22,8 +22,7 @@ from slm_jax.errors import UserError
 from slm_jax.models.config import ModelConfig, model_config
 from slm_jax.score.reference import score_batch
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from slm_jax.train.phases import Phase
-from slm_jax.train.schedules import Schedule, learning_rate
+from slm_jax.train.phases import Phase, keep_ratio, learning_rate
 from slm_jax.train.state import state_shapes
 from slm_jax.train.step import compile_step, make_step
 
@@ -68,6 +67,7 @@ def bound_run(devices: Sequence[Any], row_length: int | None) -> Run:
     at_least(2, **{"compile.row_length": row_length})
     if row_length > model.max_length:
         raise UserError(f"rows of {row_length} tokens are longer than model.max_length = {model.max_length}: raise it")
+    phases = [phase.resolved(row_length) for phase in phases]
     return Run(model, phases, mesh_lib.make_mesh(train.get("mesh"), devices), row_length, train, score)
 
 
@@ -83,21 +83,34 @@ def train_steps(run: Run) -> Iterator[StepProgram]:
     """One for each phase; phases whose steps are the same program share one."""
     micro_batches = run.train.get("micro_batches", 1)
     at_least(1, **{"train.micro_batches": micro_batches})
-    optimizer = make_optimizer(run.train.get("optimizer") or OptimizerConfig())
-    rate = learning_rate(run.train.get("schedule") or Schedule(), sum(phase.steps for phase in run.phases))
-    shapes = state_shapes(run.model, optimizer, run.mesh)
+    config = run.train.get("optimizer") or OptimizerConfig()
+    optimizer, ema = make_optimizer(config), config.ema
+    rate = learning_rate(run.phases, run.train.get("schedule"))
     seen = []
     for number, phase in enumerate(run.phases):
-        if (phase.selection, phase.batch_rows) in seen:
+        program = (phase.selection, phase.batch_rows, phase.toward_start > 0, phase.keep_ratio)
+        if program in seen:
             continue
-        seen.append((phase.selection, phase.batch_rows))
+        seen.append(program)
         name = f"train, phase {number}"
         mesh_lib.check_batch(run.mesh, phase.batch_rows, name, micro_batches)
-        step = make_step(run.model, phase.selection, optimizer, rate, run.train.get("seed", 0), micro_batches)
+        step = make_step(
+            run.model,
+            phase.selection,
+            optimizer,
+            rate,
+            run.train.get("seed", 0),
+            micro_batches,
+            keep_ratio=keep_ratio(run.phases, number),
+            toward_start=phase.toward_start,
+            ema=ema,
+        )
         work = Work(name, run.model, run.mesh, phase.batch_rows, run.row_length, micro_batches, training=True)
         batch = _batch(work, phase.score_columns)
-        function = compile_step(step, run.mesh, shapes)
-        yield StepProgram(work, function, shapes.params, shapes.opt_state, batch, (shapes, batch))
+        shapes = state_shapes(run.model, optimizer, run.mesh, ema > 0)
+        shapes = shapes._replace(start=shapes.params if phase.toward_start else None)
+        moments = (shapes.opt_state, shapes.average, shapes.start)
+        yield StepProgram(work, compile_step(step, run.mesh, shapes), shapes.params, moments, batch, (shapes, batch))
 
 
 def score_step(run: Run) -> StepProgram:

@@ -8,16 +8,19 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any, NamedTuple
 
 import gin
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from slm_jax.data.hashing import mix
 from slm_jax.errors import UserError
 
 SHARE_UNIT = 1000  # shares are read as fractions with denominators up to this
 ORDERS = ("shuffled", "original")
+REPLAYS = ("in_order", "shuffled")
+RESHUFFLED = 1 << 32  # epochs of a shuffled replay are told from those of the first reading by this
 
 
 @gin.configurable
@@ -25,20 +28,40 @@ ORDERS = ("shuffled", "original")
 class Draw:
     """One corpus of a mixture.
 
-    share: its weight among the rows of the phase. order: `shuffled` (anew in every epoch) or `original`.
-    epochs: how often its rows may be used before the plan is refused.
+    share: its weight among the rows of the phase; a number, or a Schedule over the phase's steps. order: `shuffled`
+    (anew in every epoch) or `original`. epochs: how often its rows may be used before the plan is refused.
+    replay: the rows that earlier phases drew, again: `in_order`, as they were read from the first on (Ibrahim et al.
+    2024, arXiv 2403.08763), or `shuffled`. Where no earlier phase of the run drew from the corpus, all its rows in
+    `order`.
     """
 
     corpus: str
-    share: float = 1.0
+    share: Any = 1.0
     order: str = "shuffled"
     epochs: float = 1.0
+    replay: str | None = None
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise UserError(f"Draw.order {self.order!r} is unknown: known are {', '.join(ORDERS)}")
-        if not self.share > 0 or not self.epochs > 0:
+        if self.replay not in (None, *REPLAYS):
+            raise UserError(f"Draw.replay {self.replay!r} is unknown: known are {', '.join(REPLAYS)}, or None")
+        if (isinstance(self.share, (int, float)) and not self.share > 0) or not self.epochs > 0:
             raise UserError(f"Draw of {self.corpus}: share and epochs are above 0")
+
+
+class Supply(NamedTuple):
+    """The rows that a Draw reads: of a corpus of `size`, from the one after the first `taken` on. Of a replay, `taken`
+    counts replayed rows, and `seen` those that were read before and stand to be replayed."""
+
+    size: int
+    taken: int = 0
+    seen: int | None = None
+
+    @property
+    def period(self) -> int:
+        """Rows of an epoch."""
+        return self.seen or self.size
 
 
 def pattern(shares: Sequence[float]) -> Int[np.ndarray, " P"]:
@@ -66,31 +89,113 @@ def pattern(shares: Sequence[float]) -> Int[np.ndarray, " P"]:
     return chosen
 
 
-class Mixture:
-    """The rows of one phase. `sizes`: rows of each corpus; `starts`: rows that earlier phases drew from it."""
+class Fixed:
+    """Which corpus stands at each position of a phase with constant shares."""
 
-    def __init__(self, draws: Sequence[Draw], sizes: Sequence[int], starts: Sequence[int], seed: int):
-        self.draws, self.sizes, self.starts, self.seed = tuple(draws), tuple(sizes), tuple(starts), seed
-        self._pattern = pattern([draw.share for draw in draws])
-        one_hot = self._pattern[:, None] == np.arange(len(self.draws))
-        self._before = np.concatenate([np.zeros((1, len(self.draws)), np.int64), np.cumsum(one_hot, axis=0)])
+    def __init__(self, shares: Sequence[float]):
+        self._pattern = pattern(shares)
+        one_hot = self._pattern[:, None] == np.arange(len(shares))
+        self._before = np.concatenate([np.zeros((1, len(shares)), np.int64), np.cumsum(one_hot, axis=0)])
 
     def counts(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N D"]:
         """How many rows of each corpus stand before each position."""
         period = len(self._pattern)
         return (positions // period)[:, None] * self._before[-1] + self._before[positions % period]
 
+    def which(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+        return self._pattern[positions % len(self._pattern)]
+
+
+class Scheduled:
+    """Which corpus stands at each position of a phase whose shares are given step by step.
+
+    Up to the end of any step, each corpus was chosen within 1 of the sum of its shares; within a step its rows are
+    spread evenly.
+    """
+
+    def __init__(self, shares: Float[np.ndarray, "N D"], batch_rows: int):
+        self._rows = batch_rows
+        due = np.cumsum(shares / shares.sum(axis=1, keepdims=True) * batch_rows, axis=0)
+        self._table = np.zeros((len(due) + 1, due.shape[1]), np.int64)  # rows of each corpus before each step
+        for step, before in enumerate(self._table[:-1]):
+            self._table[step + 1] = before + _apportioned(due[step] - before, batch_rows)
+
+    def counts(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N D"]:
+        """How many rows of each corpus stand before each position."""
+        steps, offsets = np.divmod(positions, self._rows)
+        result = self._table[steps]
+        for step in np.unique(steps[offsets > 0]):
+            mine = steps == step
+            one_hot = self._of_step(int(step))[:, None] == np.arange(self._table.shape[1])
+            before = np.concatenate([np.zeros((1, one_hot.shape[1]), np.int64), np.cumsum(one_hot, axis=0)])
+            result[mine] += before[offsets[mine]]
+        return result
+
+    def which(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+        steps, offsets = np.divmod(positions, self._rows)
+        result = np.empty(len(positions), np.int64)
+        for step in np.unique(steps):
+            result[steps == step] = self._of_step(int(step))[offsets[steps == step]]
+        return result
+
+    def _of_step(self, step: int) -> Int[np.ndarray, " B"]:
+        counts = self._table[step + 1] - self._table[step]
+        places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count])
+        return np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
+
+
+def _apportioned(wanted: Float[np.ndarray, " D"], total: int) -> Int[np.ndarray, " D"]:
+    """Whole numbers from 0 on that sum to `total`, as near to `wanted` as they can be."""
+    now = np.maximum(np.floor(wanted + 1e-9), 0).astype(np.int64)
+    missing = total - int(now.sum())
+    lacking_most = np.argsort(now - wanted, kind="stable")
+    if missing >= 0:
+        now[lacking_most[:missing]] += 1
+    else:
+        too_much = lacking_most[::-1]
+        now[too_much[now[too_much] > 0][:-missing]] -= 1
+    return now
+
+
+class Mixture:
+    """The rows of one phase.
+
+    shares: [steps, D] where they change from step to step, of `batch_rows` rows each; None takes those of the draws.
+    """
+
+    def __init__(
+        self,
+        draws: Sequence[Draw],
+        supplies: Sequence[Supply],
+        seed: int,
+        shares: Float[np.ndarray, "N D"] | None = None,
+        batch_rows: int = 1,
+    ):
+        self.draws, self.supplies, self.seed = tuple(draws), tuple(supplies), seed
+        self._places = Fixed([draw.share for draw in draws]) if shares is None else Scheduled(shares, batch_rows)
+
+    def counts(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N D"]:
+        """How many rows of each corpus stand before each position."""
+        return self._places.counts(positions)
+
     def rows(self, positions: Int[np.ndarray, " N"]) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-        """(corpus index, row) at each position of the phase."""
+        """(which draw, row of its corpus) at each position of the phase."""
         positions = np.asarray(positions, np.int64)
-        which = self._pattern[positions % len(self._pattern)]
+        which = self._places.which(positions)
         nth = self.counts(positions)[np.arange(len(positions)), which]
         rows = np.empty(len(positions), np.int64)
-        for i, draw in enumerate(self.draws):
+        for i, (draw, supply) in enumerate(zip(self.draws, self.supplies, strict=True)):
             mine = which == i
-            epoch, index = np.divmod(nth[mine] + self.starts[i], self.sizes[i])
-            rows[mine] = permuted(index, epoch, self.sizes[i], self.seed) if draw.order == "shuffled" else index
+            rows[mine] = self._nth_rows(draw, supply, nth[mine] + supply.taken)
         return which, rows
+
+    def _nth_rows(self, draw: Draw, supply: Supply, nth: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+        epoch, index = np.divmod(nth, supply.period)
+        if draw.replay:
+            if draw.replay == "shuffled":
+                index = permuted(index, epoch + RESHUFFLED, supply.period, self.seed)
+            epoch = np.zeros_like(epoch)  # what was read before was read in its first order
+        return permuted(index, epoch, supply.size, self.seed) if draw.order == "shuffled" else index
 
 
 def permuted(index: Int[np.ndarray, " N"], epoch: Int[np.ndarray, " N"], size: int, seed: int) -> Int[np.ndarray, " N"]:

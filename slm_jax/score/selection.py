@@ -95,19 +95,19 @@ def token_scores(
     return -read[0]
 
 
-def kept_count(num_valid: Int[Array, "*G"], ratio: float) -> Int[Array, "*G"]:
+def kept_count(num_valid: Int[Array, "*G"], ratio: float | Float[Array, ""]) -> Int[Array, "*G"]:
     """round(ratio * num_valid) in exact integer arithmetic, at least 1 where anything is valid.
 
     The paper leaves rounding open; halves round up.
     """
-    parts = round(ratio * RATIO_UNIT)
+    parts = jnp.round(jnp.asarray(ratio, jnp.float32) * RATIO_UNIT).astype(jnp.int32)
     whole, rest = num_valid // RATIO_UNIT, num_valid % RATIO_UNIT
     count = whole * parts + (rest * parts + RATIO_UNIT // 2) // RATIO_UNIT
     return jnp.minimum(jnp.maximum(count, 1), num_valid)
 
 
 def select_share(
-    scores: Float[Array, "B L"], valid: Bool[Array, "B L"], ratio: float, scope: str = "batch"
+    scores: Float[Array, "B L"], valid: Bool[Array, "B L"], ratio: float | Float[Array, ""], scope: str = "batch"
 ) -> Bool[Array, "B L"]:
     """The `kept_count` highest-scored valid tokens of the batch, of each sequence or of each device's rows.
 
@@ -154,11 +154,16 @@ def _largest(keys: Array, count: Int[Array, "T 1"], across: bool = False) -> Boo
     return above | (equal & (earlier < count - _totals(above, across)))
 
 
-def select(selection: Selection, scores: Float[Array, "B L"], valid: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
-    """True for the tokens that train. `valid` must exclude non-finite scores."""
+def select(
+    selection: Selection,
+    scores: Float[Array, "B L"],
+    valid: Bool[Array, "B L"],
+    ratio: Float[Array, ""] | None = None,
+) -> Bool[Array, "B L"]:
+    """True for the tokens that train. `valid` must exclude non-finite scores; `ratio` stands in for selection.ratio."""
     if selection.threshold is not None:
         return valid & (scores > selection.threshold)
-    return select_share(scores, valid, selection.ratio, selection.scope)
+    return select_share(scores, valid, selection.ratio if ratio is None else ratio, selection.scope)
 
 
 def within_capacity(

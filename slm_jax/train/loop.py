@@ -21,12 +21,13 @@ from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import MetricsWriter, peak_flops, progress
 from slm_jax.models.config import ModelConfig, model_config
 from slm_jax.score.reference import check_rows
-from slm_jax.train import rundir
+from slm_jax.train import outline, rundir
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from slm_jax.train.phases import Phase, Plan
+from slm_jax.train.phases import Phase, keep_ratio
+from slm_jax.train.plan import Plan
 from slm_jax.train.record import Record
-from slm_jax.train.schedules import Schedule, learning_rate
-from slm_jax.train.start import first_state, last_state
+from slm_jax.train.schedules import Schedule
+from slm_jax.train.start import Shape, Start, first_state, last_state, phase_start
 from slm_jax.train.state import TrainState
 from slm_jax.train.step import Step, compile_step, make_step
 
@@ -42,6 +43,7 @@ def train(
     seed: int = 0,
     initial: str | None = None,
     initial_step: int | None = None,
+    inherit: str = "params",
     micro_batches: int = 1,
     checkpoint_every: int = 500,
     keep_checkpoints: int = 2,
@@ -50,6 +52,7 @@ def train(
     evaluators: Sequence[Any] = (),
     max_unusable: float = 0.01,
     allow_equal_reference: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Trains a model through the phases of a run. Started again with the same command, it continues where it was.
 
@@ -57,12 +60,15 @@ def train(
       run_dir: where everything is written: config.gin, run.json, metrics.jsonl, tensorboard/, checkpoints/,
         summary.json at the end.
       model: architecture; vocab_size None takes the corpus'.
-      phases: what to train on, on which tokens, for how many steps; one Phase by default.
-      schedule: learning rate over the whole run.
+      phases: what to train on, on which tokens, for how many steps; one Phase by default. A finished run given more of
+        them, or a longer last one, goes on.
+      schedule: learning rate until the first phase that brings its own; cosine_schedule() by default.
       optimizer: AdamW's settings.
       mesh: devices along data, fsdp and model.
       seed: of the initial parameters, the data order and random selection.
-      initial: run directory whose parameters to start from (its last checkpoint, or initial_step); None is random.
+      initial: run directory to start from (its last checkpoint, or initial_step); None starts from random parameters.
+      inherit: what of it: its `params`, or its `state`: moments, step and counters too. Then this run is a branch of
+        that one, its phases begin with that run's up to the step, and only what comes after is trained.
       micro_batches: pieces in which a batch goes through the model; the result is the same, the memory less.
       checkpoint_every, keep_checkpoints: steps between checkpoints, and how many of the latest stay. Those at phase
         boundaries stay always.
@@ -70,28 +76,33 @@ def train(
       evaluate_every: steps between evaluations, made at step 0 and at the end too.
       evaluators: HeldOut and the like.
       max_unusable: share of a batch whose scores may be not finite before the run stops.
+      dry_run: print the plan, draw it as <run_dir>/plan.png, and stop.
       allow_equal_reference: train on excess loss although reference and initial model are one (excess is 0 at first).
     """
     # Called here rather than as defaults, so that gin's settings of these dataclasses reach them.
-    model, schedule, optimizer = model or model_config(), schedule or Schedule(), optimizer or OptimizerConfig()
+    model, optimizer = model or model_config(), optimizer or OptimizerConfig()
     phases = config_lib.as_list(phases, Phase, "train.phases") or [Phase()]  # pyright: ignore[reportCallIssue] (gin's)
+    if inherit not in ("params", "state"):
+        raise UserError(f"train.inherit {inherit!r} is unknown: known are params, state")
     devices = mesh_lib.make_mesh(mesh)
-    plan = Plan(phases, seed)
+    plan = Plan(phases, seed, schedule)
     model = _checked_model(model, plan)
     _check_numbers(plan, devices, micro_batches, log_every, seed)
-    rate, transform = learning_rate(schedule, plan.total_steps), make_optimizer(optimizer)
     measures = _bind(evaluators, model, plan, devices)
     settings = {
-        "phases": phases,
+        "phases": plan.phases,
         "schedule": schedule,
         "optimizer": optimizer,
         "mesh": mesh,
         "initial_step": initial_step,
+        "inherit": inherit,
         "micro_batches": micro_batches,
         "evaluate_every": evaluate_every,
         "evaluators": list(evaluators),
         "max_unusable": max_unusable,
     }
+    if dry_run:
+        return _show(run_dir, model, plan, devices)
     config_lib.print_unused()
 
     with contextlib.ExitStack() as stack:
@@ -103,31 +114,29 @@ def train(
         terminated = stack.enter_context(processes.termination())
         boundaries = plan.first_steps[1:].tolist()
         checkpoints = stack.enter_context(Checkpoints(run_dir, keep_checkpoints, milestones=boundaries))
-        start = (initial, initial_step) if initial else None
-        state, counters = last_state(checkpoints, model, plan, transform, devices) or (
-            first_state(model, plan, transform, devices, seed, start, allow_equal_reference),
-            {},
-        )
+        shape = Shape(model, make_optimizer(optimizer), devices, ema=optimizer.ema > 0)
+        start = Start(seed, initial, initial_step, whole_state=inherit == "state")
+        state, counters = last_state(checkpoints, shape, plan) or first_state(start, shape, plan, allow_equal_reference)
         print(rundir.describe(run_dir, model, plan, devices, int(state.step)), flush=True)
         speed = (model.flops_per_token(plan.corpus.row_length), _peak_flops(devices))
         writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir, int(state.step))))
         record = Record(writer, plan.source_names, max_unusable, log_every, *speed, counters)
-        steps = [
-            compile_step(make_step(model, phase.selection, transform, rate, seed, micro_batches), devices, state)
-            for phase in plan.phases
-        ]
+        steps = _steps(plan, shape, seed, micro_batches, optimizer.ema)
+
+        def phase_params(first: int) -> Any:
+            return phase_start(run_dir, start, shape, plan, first)
+
         about = {"model": model, "vocabulary_hash": plan.corpus.vocabulary_hash, "run": run_dir}
 
         def evaluate(state: TrainState) -> None:
             rundir.write_evaluation(run_dir, writer, int(state.step), (run(state.params) for run in measures))
 
         def save(state: TrainState) -> None:
-            rest = {"opt_state": state.opt_state, "step": state.step}
             full_about = config_lib.to_json(about | {"counters": record.counters()})
-            checkpoints.save(int(state.step), state.params, rest, full_about)
+            checkpoints.save(int(state.step), state.params, state.saved(), full_about)
 
         pauses = _pauses(plan, {evaluate: evaluate_every, save: checkpoint_every})
-        state = _run(state, plan, steps, devices, record, pauses, terminated)
+        state = _run(state, plan, steps, devices, record, pauses, terminated, phase_params)
         if int(state.step) < plan.total_steps:
             save(state)
     if int(state.step) < plan.total_steps:
@@ -168,6 +177,7 @@ def _run(
     record: Record,
     pauses: Callable[[int], list[Callable[[TrainState], None]]],
     terminated: Callable[[int], bool],
+    phase_params: Callable[[int], Any],
 ) -> TrainState:
     """From the state's step to the plan's end, or until terminated. Sums are fetched one step late, so that the device
     never waits for the host."""
@@ -187,8 +197,8 @@ def _run(
     with contextlib.closing(batches), progress(plan.total_steps, first, "train") as bar:
         for step, batch in enumerate(batches, first):
             phase = plan.phase_index(step)
-            if phase and step == plan.first_steps[phase] and plan.phases[phase].reset_optimizer:
-                state = state._replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
+            if step in (first, plan.first_steps[phase]):
+                state = _enter(state, plan.phases[phase], step, int(plan.first_steps[phase]), phase_params)
             state, sums = steps[phase](state, batch)
             if pending:
                 record.add(*pending)
@@ -205,6 +215,46 @@ def _run(
             if stop:
                 break
     return state
+
+
+def _enter(state: TrainState, phase: Phase, step: int, begin: int, phase_params: Callable[[int], Any]) -> TrainState:
+    """What a phase asks of the state when it begins, or when the run starts in the middle of it."""
+    if step == begin and phase.reset_optimizer:
+        state = state._replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
+    if not phase.toward_start:
+        return state._replace(start=None)
+    at_begin = jax.tree.map(jnp.copy, state.params) if step == begin else phase_params(begin)
+    return state._replace(start=at_begin)
+
+
+def _steps(plan: Plan, shape: Shape, seed: int, micro_batches: int, ema: float) -> list[Step]:
+    """The compiled step of each phase."""
+    shapes, steps = shape.of_state(), []
+    for number, phase in enumerate(plan.phases):
+        step = make_step(
+            shape.model,
+            phase.selection,
+            shape.optimizer,
+            plan.learning_rate,
+            seed,
+            micro_batches,
+            keep_ratio=keep_ratio(plan.phases, number),
+            toward_start=phase.toward_start,
+            ema=ema,
+        )
+        steps.append(
+            compile_step(step, shape.mesh, shapes._replace(start=shapes.params if phase.toward_start else None))
+        )
+    return steps
+
+
+def _show(run_dir: str, model: ModelConfig, plan: Plan, devices: Mesh) -> dict[str, Any]:
+    """The plan in words and as a picture."""
+    print(rundir.describe(run_dir, model, plan, devices, 0))
+    path = Path(run_dir) / "plan.png"
+    processes.on_first(lambda: outline.draw(plan, path))
+    print(f"train: nothing was trained; the plan is drawn in {path}")
+    return {}
 
 
 def _pauses(plan: Plan, every: dict[Callable[[TrainState], None], int]) -> Callable[[int], list]:

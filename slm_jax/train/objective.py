@@ -17,19 +17,25 @@ def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
 
 
 def trained_tokens(
-    selection: Selection | None, loss: Float[Array, "B L"], batch: Batch, key: jax.Array, micro_batches: int = 1
+    selection: Selection | None,
+    loss: Float[Array, "B L"],
+    batch: Batch,
+    key: jax.Array,
+    micro_batches: int = 1,
+    ratio: Float[Array, ""] | None = None,
 ) -> tuple[Bool[Array, "B L"], Sums]:
     """True for the tokens whose loss is trained on, and the metrics that follow from the choice.
 
     For a selection the score of a valid token must be finite too. A non-finite loss of the model itself is not hidden
-    here: it stops the run. `micro_batches` is the number of pieces the gradient of this batch will be made in.
+    here: it stops the run. `micro_batches` is the number of pieces the gradient of this batch will be made in; `ratio`
+    stands in for selection.ratio.
     """
     valid = valid_tokens(batch)
     if selection is None:
         return valid, _sums(loss, valid, valid, batch.source_ids)
     scores = token_scores(selection, loss, batch.scores, key)
     usable = valid & jnp.isfinite(scores)
-    chosen = select(selection, scores, usable)
+    chosen = select(selection, scores, usable, ratio)
     trained = within_capacity(selection, scores, chosen, micro_batches) if selection.gradient == "filtered" else chosen
     sums = _sums(loss, valid, trained, batch.source_ids)
     sums |= {"unusable_scores": _count(valid & ~usable), "dropped_tokens": _count(chosen & ~trained)}

@@ -11,19 +11,29 @@ import jax
 import optax
 
 from slm_jax import mesh
+from slm_jax.errors import UserError
 from slm_jax.models.forward import Params
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; the defaults are TinyLlama's recipe, which the papers leave open or share (PAPERS §1.3, §3.4)."""
+    """AdamW; the defaults are TinyLlama's recipe, which the papers leave open or share (PAPERS §1.3, §3.4).
+
+    ema: keep an exponential moving average of the parameters, which takes 1 - ema of the new ones at each step; 0 keeps
+    none. The stage `average` makes a model of it.
+    """
 
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema < 1:
+            raise UserError(f"OptimizerConfig.ema is {self.ema}: it is in [0, 1), 0.999 say")
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -1,150 +1,124 @@
-"""A run is a list of phases under one schedule; the step alone decides what happens."""
+"""A run is a list of phases; the step alone decides which of them it belongs to, and its learning rate."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import gin
 import numpy as np
+import optax
 
 from slm_jax.config import as_list, at_least
-from slm_jax.data.batches import Batch, read_batch
-from slm_jax.data.corpus import Corpus
-from slm_jax.data.mixture import Draw, Mixture
+from slm_jax.data.mixture import Draw
 from slm_jax.errors import UserError
 from slm_jax.score.selection import Selection
-from slm_jax.train.objective import NUM_SOURCES
+from slm_jax.train.schedules import Schedule, cosine_schedule, in_turn, over
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """`steps` steps of `batch_rows` rows drawn from `mixture` (default: one Draw).
+    """Steps of `batch_rows` rows drawn from `mixture` (default: one Draw).
 
-    selection: None trains on every token (causal), else on the selected ones. reset_optimizer: forget the moments when
-    the phase begins.
+    steps, tokens: how long, one of the two; tokens counts all positions of the rows and is rounded up to whole steps.
+    selection: None trains on every token (causal), else on the selected ones.
+    keep_ratio: a schedule over the phase in place of Selection.ratio.
+    schedule: of the learning rate, from this phase on until a later one brings its own; None goes on with the last.
+    reset_optimizer: forget the moments when the phase begins.
+    toward_start: decay toward the parameters that the phase began with, in place of zero: each step moves them by
+      learning rate * toward_start of the distance (L2 against forgetting).
     """
 
-    steps: int
+    steps: int | None = None
+    tokens: float | None = None
     mixture: Sequence[Draw] = ()
     batch_rows: int = 16
     selection: Selection | None = None
+    keep_ratio: Schedule | None = None
+    schedule: Schedule | None = None
     reset_optimizer: bool = False
+    toward_start: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least(1, **{"Phase.steps": self.steps, "Phase.batch_rows": self.batch_rows})
+        if (self.steps is None) == (self.tokens is None):
+            raise UserError(f"Phase takes steps or tokens, one of the two; it was given {self.steps} and {self.tokens}")
+        at_least(1, **{"Phase.batch_rows": self.batch_rows})
+        if self.steps is not None:
+            at_least(1, **{"Phase.steps": self.steps})
+        if self.tokens is not None and not self.tokens > 0:
+            raise UserError(f"Phase.tokens is {self.tokens}: it is above 0")
+        if self.toward_start < 0:
+            raise UserError(f"Phase.toward_start is {self.toward_start}: it is 0 or above")
+        if self.keep_ratio and (self.selection is None or self.selection.threshold is not None):
+            raise UserError("Phase.keep_ratio is the share that a Selection keeps: give it one without threshold")
         draws = as_list(self.mixture, Draw, "Phase.mixture") or [Draw()]  # pyright: ignore[reportCallIssue] (gin's)
         object.__setattr__(self, "mixture", tuple(draws))
-        if len({draw.corpus for draw in draws}) < len(draws):
+        if len({(draw.corpus, draw.replay) for draw in draws}) < len(draws):
             raise UserError("Phase.mixture names a corpus twice: give it one Draw with the sum of the shares")
+
+    def resolved(self, row_length: int) -> "Phase":
+        """With its length in steps, and as `selection.ratio` the highest that keep_ratio asks for."""
+        steps = self.steps or math.ceil(self.tokens / (self.batch_rows * row_length))  # pyright: ignore[reportOptionalOperand]
+        phase = dataclasses.replace(self, steps=steps, tokens=None)
+        if not (phase.keep_ratio and phase.selection):
+            return phase
+        ratios = phase.ratios()
+        if not (ratios.min() > 0 and ratios.max() <= 1):
+            raise UserError(
+                f"Phase.keep_ratio goes from {ratios.min():g} to {ratios.max():g}: a share that is kept is in (0, 1], "
+                "and a schedule begins at 0 unless Schedule.start says otherwise"
+            )
+        return dataclasses.replace(phase, selection=dataclasses.replace(phase.selection, ratio=float(ratios.max())))
+
+    def ratios(self) -> np.ndarray:
+        """What keep_ratio is at each step of a phase that is resolved."""
+        assert self.keep_ratio
+        return values(over(self.keep_ratio, self.num_steps, owner="Phase.keep_ratio"), self.num_steps)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a phase that is resolved."""
+        assert self.steps is not None, "the phase is given in tokens: call `resolved`"
+        return self.steps
 
     @property
     def score_columns(self) -> tuple[str, ...]:
         return self.selection.columns() if self.selection else ()
 
 
-class Plan:
-    """The phases of a run with their corpora opened and checked: step -> phase, step -> batch.
+def values(scalar: optax.Schedule, steps: int) -> np.ndarray:
+    """What a scalar is at t = 1, ..., steps."""
+    return np.asarray(scalar(np.arange(1, steps + 1)) * np.ones(steps))
+
+
+def first_steps(phases: Sequence[Phase]) -> np.ndarray:
+    """Steps before each phase, [P + 1]; the last is the length of the run."""
+    return np.cumsum([0, *(phase.num_steps for phase in phases)])
+
+
+def learning_rate(phases: Sequence[Phase], schedule: Schedule | None) -> optax.Schedule:
+    """t -> learning rate of the t-th step of the run, t counted from 1.
+
+    `schedule` rules until the first phase that brings its own; None is `cosine_schedule()`.
 
     Raises:
-      UserError: corpora of different vocabularies or row lengths, a score column that is missing, unfinished or of
-        another corpus, more rows asked for than the corpora have.
+      UserError: a schedule whose parts are longer than the phases that it rules, or one that rules none.
     """
+    if phases[0].schedule and schedule:
+        raise UserError("train.schedule rules no phase, since the first brings its own: take one of them away")
+    firsts, owners = first_steps(phases), [i for i, phase in enumerate(phases) if i == 0 or phase.schedule]
+    spans = []
+    for owner, next_owner in zip(owners, [*owners[1:], len(phases)], strict=True):
+        ruling = phases[owner].schedule or schedule or cosine_schedule()
+        first, steps = int(firsts[owner]), int(firsts[next_owner] - firsts[owner])
+        ruling.lengths(steps, f"the schedule of phase {owner}")
+        spans.append((first, ruling, steps))
+    return in_turn(spans)
 
-    def __init__(self, phases: Sequence[Phase], seed: int):
-        if not phases:
-            raise UserError("the run has no phases: give train.phases at least one Phase")
-        self.phases = tuple(phases)
-        self.first_steps = np.cumsum([0, *(phase.steps for phase in phases)])
-        self.total_steps = int(self.first_steps[-1])
-        paths = dict.fromkeys(draw.corpus for phase in phases for draw in phase.mixture)
-        self.corpora = {path: Corpus.open(path) for path in paths}
-        self._check_corpora()
-        self.source_names = tuple(dict.fromkeys(n for corpus in self.corpora.values() for n in corpus.source_names))
-        if len(self.source_names) > NUM_SOURCES:
-            raise UserError(
-                f"the corpora have {len(self.source_names)} sources, {NUM_SOURCES} are possible: merge some"
-            )
-        self._source_maps = {
-            path: np.array([self.source_names.index(name) for name in corpus.source_names], np.int32)
-            for path, corpus in self.corpora.items()
-        }
-        self._check_columns()
-        self._mixtures = self._draw_rows(seed)
 
-    @property
-    def corpus(self) -> Corpus:
-        """Any of the corpora; they share vocabulary and row length."""
-        return next(iter(self.corpora.values()))
-
-    def references(self) -> dict[str, str | None]:
-        """Fingerprint of the model behind each score column that the phases read."""
-        return {
-            f"{draw.corpus}/{column}": self.corpora[draw.corpus]
-            .score(column.split("/")[1])
-            .reference.get("fingerprint")
-            for phase in self.phases
-            for column in phase.score_columns
-            for draw in phase.mixture
-        }
-
-    def _check_corpora(self) -> None:
-        for path, corpus in self.corpora.items():
-            if corpus.vocabulary_hash != self.corpus.vocabulary_hash:
-                raise UserError(
-                    f"corpora {self.corpus.path} and {path} have different vocabularies: prepare both with one "
-                    "(VocabularyConfig.path)"
-                )
-            if corpus.row_length != self.corpus.row_length:
-                raise UserError(
-                    f"corpora {self.corpus.path} and {path} have rows of {self.corpus.row_length} and "
-                    f"{corpus.row_length} tokens: prepare both with one row_length"
-                )
-
-    def _check_columns(self) -> None:
-        for phase in self.phases:
-            for column in phase.score_columns:
-                _, name, statistic = column.split("/")
-                for draw in phase.mixture:
-                    available = self.corpora[draw.corpus].score(name).statistics
-                    if statistic not in available:
-                        raise UserError(
-                            f"column {name} of corpus {draw.corpus} has {', '.join(available)} but the phase needs "
-                            f"{statistic}: score it under another name with score.statistics = ('{statistic}',)"
-                        )
-
-    def _draw_rows(self, seed: int) -> list[Mixture]:
-        drawn = dict.fromkeys(self.corpora, 0)
-        mixtures = []
-        for phase in self.phases:
-            paths = [draw.corpus for draw in phase.mixture]
-            sizes = [self.corpora[path].num_rows for path in paths]
-            mixture = Mixture(phase.mixture, sizes, [drawn[path] for path in paths], seed)
-            taken = mixture.counts(np.array([phase.steps * phase.batch_rows]))[0]
-            for draw, count, size in zip(phase.mixture, taken.tolist(), sizes, strict=True):
-                drawn[draw.corpus] += count
-                if drawn[draw.corpus] > size * draw.epochs:
-                    raise UserError(
-                        f"the run draws {drawn[draw.corpus]} rows from corpus {draw.corpus}, which has {size}: take "
-                        f"fewer steps or allow Draw.epochs = {-(-drawn[draw.corpus] // size)}"
-                    )
-            mixtures.append(mixture)
-        return mixtures
-
-    def phase_index(self, step: int) -> int:
-        """The phase that the step (0-based) belongs to."""
-        return int(np.searchsorted(self.first_steps, step, side="right")) - 1
-
-    def batch(self, step: int, rows: np.ndarray | None = None) -> Batch:
-        """The batch of a step (0-based), or only its given rows; the same whoever asks."""
-        index = self.phase_index(step)
-        phase, mixture = self.phases[index], self._mixtures[index]
-        first = (step - int(self.first_steps[index])) * phase.batch_rows
-        which, corpus_rows = mixture.rows(first + (np.arange(phase.batch_rows) if rows is None else rows))
-        paths = [draw.corpus for draw in phase.mixture]
-        return read_batch(
-            [self.corpora[path] for path in paths],
-            which,
-            corpus_rows,
-            phase.score_columns,
-            [self._source_maps[path] for path in paths],
-        )
+def keep_ratio(phases: Sequence[Phase], number: int) -> optax.Schedule | None:
+    """t -> the share of the valid tokens that trains, t counted as for the learning rate; None where it is constant."""
+    phase = phases[number]
+    if phase.keep_ratio is None:
+        return None
+    return in_turn([(int(first_steps(phases)[number]), phase.keep_ratio, phase.num_steps)])

@@ -95,7 +95,7 @@ class Record:
         raise FloatingPointError(
             f"step {step}: the {'loss' if sources else 'gradient'} is not finite"
             f"{', in source ' + ', '.join(sources) if sources else ''}; the last checkpoint is from before it: start "
-            "again with a lower Schedule.peak or without that data"
+            "again with a lower peak of the schedule or without that data"
         )
 
     def _stop_on_unusable(self, step: int, sums: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from slm_jax import config as config_lib
 from slm_jax import processes
 from slm_jax.errors import UserError
 from slm_jax.metrics import MetricsWriter, read_metrics
-from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
-from slm_jax.train.phases import Plan
+from slm_jax.models.config import ModelConfig
+from slm_jax.train import lineage, outline
+from slm_jax.train.plan import Plan
 from slm_jax.train.record import Record
 
 RESULT_SETTINGS = ("phases", "schedule", "optimizer")  # a finished run cannot take another of these
@@ -43,19 +44,15 @@ def _claim(
     run_dir: str, model: ModelConfig, plan: Plan, seed: int, initial: str | None, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
     path = Path(run_dir) / "run.json"
-    identity = {
-        "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
-        "seed": seed,
-        "initial": initial,
-        "vocabulary_hash": plan.corpus.vocabulary_hash,
-        "corpora": {name: corpus.fingerprint for name, corpus in plan.corpora.items()},
-        "references": plan.references(),
-    }
+    identity = lineage.identity(model, plan, seed) | {"initial": initial}
     new = config_lib.to_json({"identity": identity, "settings": settings | {"model": model}, "starts": []})
     # A start that was refused before its first checkpoint is no run yet.
-    if path.exists() and any((path.parent / "checkpoints").glob("[0-9]*")):
+    if path.exists() and (done := _last_checkpoint(path.parent)) is not None:
         old = json.loads(path.read_text())
-        _refuse_another_run(run_dir, old, new)
+        remedy = "choose another train.run_dir"
+        lineage.refuse_another(old["identity"], new["identity"], run_dir, remedy)
+        lineage.refuse_other_rows(old["settings"]["phases"], new["settings"]["phases"], done, run_dir, remedy)
+        _refuse_other_average(run_dir, old, new)
         changed = [name for name, value in new["settings"].items() if old["settings"].get(name) != value]
         if summary := _finished(run_dir, plan, [name for name in changed if name in RESULT_SETTINGS]):
             return summary
@@ -74,35 +71,18 @@ def _claim(
     return None
 
 
-def _refuse_another_run(run_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
-    was, now = old["identity"], new["identity"]
-    another = "choose another train.run_dir"
-    for name, value in now["model"].items():
-        if was["model"].get(name) != value:
-            raise UserError(
-                f"{run_dir} holds a run whose model has {name} = {was['model'].get(name)}, this one has {value}: "
-                f"{another}"
-            )
-    for name in ("seed", "initial", "vocabulary_hash"):
-        if was[name] != now[name]:
-            raise UserError(f"{run_dir} holds a run with {name} {was[name]}, this one has {now[name]}: {another}")
-    for kind, what in (("corpora", "corpus"), ("references", "the reference behind")):
-        for name, fingerprint in now[kind].items():
-            before = was[kind].get(name, fingerprint)
-            if before != fingerprint:
-                raise UserError(
-                    f"{what} {name} changed since {run_dir} was started ({str(before)[:12]} then, "
-                    f"{str(fingerprint)[:12]} now): bring the old one back or {another}"
-                )
-    phases = list(zip(old["settings"]["phases"], new["settings"]["phases"], strict=False))
-    for number, (before, after) in enumerate(phases):
-        fields = ["mixture", "batch_rows"] + (["steps"] if number < len(old["settings"]["phases"]) - 1 else [])
-        for field in fields:
-            if before[field] != after[field]:
-                raise UserError(
-                    f"{run_dir} was started with {field} {before[field]} in phase {number}, now {after[field]}: rows "
-                    f"would be repeated or skipped; change it in a phase of its own, or {another}"
-                )
+def _last_checkpoint(run_dir: Path) -> int | None:
+    steps = [int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdecimal()]
+    return max(steps, default=None)
+
+
+def _refuse_other_average(run_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    was, now = (run["settings"]["optimizer"].get("ema", 0.0) for run in (old, new))
+    if (was > 0) != (now > 0):
+        raise UserError(
+            f"{run_dir} holds a run with OptimizerConfig.ema = {was:g}, now {now:g}: an average is kept from the "
+            "beginning or not at all; choose another train.run_dir"
+        )
 
 
 def _finished(run_dir: str, plan: Plan, changed: Sequence[str]) -> dict[str, Any] | None:
@@ -120,27 +100,14 @@ def _finished(run_dir: str, plan: Plan, changed: Sequence[str]) -> dict[str, Any
 
 
 def describe(run_dir: str, model: ModelConfig, plan: Plan, devices: Mesh, step: int) -> str:
-    """What the run will do, as a table of its phases."""
-    lines = [
+    """What the run will do."""
+    return (
         f"train: {model.parameter_count():,} parameters, {plan.total_steps} steps from step {step}, on "
         + " x ".join(f"{name} {size}" for name, size in devices.shape.items())
         + f" {devices.devices.flat[0].device_kind}"
         + (f" of {processes.count()} processes" if processes.count() > 1 else "")
-        + f" -> {run_dir}"
-    ]
-    for number, phase in enumerate(plan.phases):
-        mixture = " + ".join(f"{draw.share:g} {draw.corpus}" for draw in phase.mixture)
-        what = "causal"
-        if phase.selection:
-            chosen = phase.selection
-            amount = f"{chosen.ratio:.0%}" if chosen.threshold is None else f"above {chosen.threshold}"
-            what = f"selective: {amount} by {chosen.score}, per {chosen.scope}"
-        tokens = phase.steps * phase.batch_rows * plan.corpus.row_length
-        lines.append(
-            f"  phase {number}: {phase.steps} steps of {phase.batch_rows} x {plan.corpus.row_length} tokens "
-            f"({tokens:,}), {what}, from {mixture}"
-        )
-    return "\n".join(lines)
+        + f" -> {run_dir}\n{outline.table(plan)}"
+    )
 
 
 def write_evaluation(

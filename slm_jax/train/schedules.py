@@ -1,46 +1,177 @@
-"""Scalars of the global step, composed from optax schedules."""
+"""Scalars of the step, composed from optax schedules: the learning rate, the share that is kept, a share of a mixture.
+
+A schedule is a start and legs; the families below name the usual ones. Formulas: Ibrahim et al. (arXiv 2403.08763)
+Eq 1, Eq 2 and section 7.
+"""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import gin
+import jax.numpy as jnp
+import numpy as np
 import optax
 
+from slm_jax.config import as_list
 from slm_jax.errors import UserError
+
+INVERSE_SQRT_TIMESCALE = 10.0  # alpha of the cooldown; the paper leaves it open, its authors' later code has 10
+
+
+def _inverse_sqrt(steps: int) -> optax.Schedule:
+    def h(x):
+        return 1 / jnp.sqrt(1 + INVERSE_SQRT_TIMESCALE * x) - 1
+
+    return lambda t: 1 - h(jnp.minimum(t, steps) / steps) / h(1.0)
+
+
+# Shape -> how much of the way is still to go, 1 to 0 in so many steps.
+SHAPES: dict[str, Callable[[int], optax.Schedule]] = {
+    "linear": lambda steps: optax.linear_schedule(1.0, 0.0, steps),
+    "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
+    "inverse_sqrt": _inverse_sqrt,
+    "one_minus_sqrt": lambda steps: lambda t: 1 - jnp.sqrt(jnp.minimum(t, steps) / steps),
+}
+EXPONENTIAL = "exponential"  # takes equal factors in equal times, so it has no such share
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Leg:
+    """From the value where the leg before ended `to` another.
+
+    steps: a number of steps from 1 on, below 1 a share of the steps that the schedule rules; None takes what the other
+    legs leave. shape: linear, cosine, inverse_sqrt, one_minus_sqrt or exponential.
+    """
+
+    to: float
+    steps: float | None = None
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.shape not in (*SHAPES, EXPONENTIAL):
+            raise UserError(f"Leg.shape {self.shape!r} is unknown: known are {', '.join((*SHAPES, EXPONENTIAL))}")
+        if self.to < 0 or (self.steps is not None and self.steps < 0):
+            raise UserError(f"Leg(to={self.to}, steps={self.steps}): neither a value nor a length can be negative")
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Learning rate: linear warm-up from 0 to `peak`, then `cosine` down to `peak * final`, or `constant`.
+    """A start and legs; behind the last leg its value stays. start: None begins where the schedule before ended."""
 
-    warmup: a share of the run below 1, a number of steps from 1 on.
-    """
-
-    peak: float = 3e-4
-    kind: str = "cosine"
-    warmup: float = 0.01
-    final: float = 0.1
+    legs: Sequence[Leg]
+    start: float | None = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("cosine", "constant"):
-            raise UserError(f"Schedule.kind {self.kind!r} is unknown: known are cosine, constant")
-        if self.peak <= 0 or self.warmup < 0 or not 0 <= self.final <= 1:
-            raise UserError(f"{self}: peak is above 0, warmup not below 0, final a share of peak in [0, 1]")
+        object.__setattr__(self, "legs", tuple(as_list(self.legs, Leg, "Schedule.legs")))
+        if self.start is not None and self.start < 0:
+            raise UserError(f"Schedule.start {self.start} is negative")
+        if sum(leg.steps is None for leg in self.legs) > 1:
+            raise UserError("Schedule.legs: at most one leg takes what the others leave (steps = None)")
+
+    def lengths(self, total: int, owner: str = "the schedule") -> list[int]:
+        """Steps of each leg, where `total` steps are ruled.
+
+        Raises:
+          UserError: together they are longer than that.
+        """
+        given = [0 if s is None else round(s * total) if s < 1 else round(s) for s in (leg.steps for leg in self.legs)]
+        rest = total - sum(given)
+        if rest < 0:
+            raise UserError(
+                f"the parts of {owner} take {' + '.join(map(str, given))} steps, it rules {total}: shorten them or "
+                "train longer"
+            )
+        return [rest if leg.steps is None else length for leg, length in zip(self.legs, given, strict=True)]
 
 
-def learning_rate(schedule: Schedule, total_steps: int) -> optax.Schedule:
-    """t -> learning rate, t in [0, total_steps] (PAPERS §3.1 Eq 1, 2). The n-th step, counted from 1, applies t = n.
+def over(schedule: Schedule, total: int, before: float = 0.0, owner: str = "the schedule") -> optax.Schedule:
+    """t -> value for t in [0, total], t steps after the schedule begins. `before`: where the one before it ended."""
+    at = before if schedule.start is None else schedule.start
+    parts, ends, end = [], [], 0
+    for leg, steps in zip(schedule.legs, schedule.lengths(total, owner), strict=True):
+        if steps:
+            parts.append(_part(leg, at, steps))
+            ends.append(end := end + steps)
+        at = leg.to
+    return optax.join_schedules([*parts, optax.constant_schedule(at)], ends)
 
-    Raises:
-      UserError: the warm-up does not fit into the run.
-    """
-    warmup = round(schedule.warmup * total_steps) if schedule.warmup < 1 else round(schedule.warmup)
-    if warmup >= total_steps:
-        raise UserError(f"Schedule.warmup takes {warmup} steps, the run has {total_steps}: shorten it")
-    if schedule.kind == "constant":
-        after: optax.Schedule = optax.constant_schedule(schedule.peak)
-    else:
-        after = optax.cosine_decay_schedule(schedule.peak, total_steps - warmup, alpha=schedule.final)
-    return (
-        optax.join_schedules([optax.linear_schedule(0.0, schedule.peak, warmup), after], [warmup]) if warmup else after
-    )
+
+def _part(leg: Leg, start: float, steps: int) -> optax.Schedule:
+    if leg.shape == EXPONENTIAL:
+        if not start > 0 or not leg.to > 0:
+            raise UserError(f"an exponential leg from {start} to {leg.to}: both are above 0, or take another shape")
+        return optax.exponential_decay(start, steps, leg.to / start)
+    to_go = SHAPES[leg.shape](steps)
+    return lambda t: leg.to + (start - leg.to) * to_go(t)
+
+
+def in_turn(spans: Sequence[tuple[int, Schedule, int]]) -> optax.Schedule:
+    """t -> value over (first step, schedule, steps) one behind the other. The n-th step, counted from 1, applies t = n,
+    so a span that begins after step F rules from t = F + 1 on."""
+    first, schedule, steps = spans[0]
+    rules = [(first, over(schedule, steps))]
+    for first, schedule, steps in spans[1:]:
+        before_first, before = rules[-1]
+        rules.append((first, over(schedule, steps, np.asarray(before(first - before_first)).item())))
+
+    def value(t):
+        first, rule = rules[0]
+        result = rule(t - first)
+        for first, rule in rules[1:]:
+            result = jnp.where(t > first, rule(t - first), result)
+        return result
+
+    return value
+
+
+@gin.configurable
+def cosine_schedule(peak: float = 3e-4, warmup: float = 0.01, final: float = 0.1) -> Schedule:
+    """Linear warm-up from 0 to `peak`, then the cosine down to `peak * final` (Eq 1, 2). As a phase's own schedule it
+    re-warms and re-decays."""
+    return Schedule([Leg(_peak(peak), warmup), Leg(peak * final, None, "cosine")])
+
+
+@gin.configurable
+def constant_schedule(peak: float = 3e-4, warmup: float = 0.01) -> Schedule:
+    """Linear warm-up from 0 to `peak`, which stays."""
+    return Schedule([Leg(_peak(peak), warmup)])
+
+
+@gin.configurable
+def wsd_schedule(
+    peak: float = 3e-4, warmup: float = 0.01, decay: float = 0.1, final: float = 0.0, shape: str = "linear"
+) -> Schedule:
+    """Warm-up, `peak`, and a decay (linear or one_minus_sqrt) to `peak * final` over the last `decay`, in steps or as a
+    share."""
+    return Schedule([Leg(_peak(peak), warmup), Leg(peak), Leg(peak * final, decay, shape)])
+
+
+@gin.configurable
+def infinite_schedule(
+    peak: float = 3e-4,
+    constant: float = 0.55,
+    final: float = 0.1,
+    warmup: float = 0.01,
+    cooldown: float = 0.6,
+    anneal: float = 0.0,
+    shape: str = "cosine",
+) -> Schedule:
+    """Warm-up, cooldown (cosine or inverse_sqrt) to `peak * constant`, which stays for any number of phases, and an
+    exponential anneal to `peak * final` over the last `anneal` (steps or share; 0: none yet). Section 7 of the paper;
+    `constant` and the lengths are its Table 14's. In steps, lengths do not change when the run is extended."""
+    legs = [Leg(_peak(peak), warmup), Leg(peak * constant, cooldown, shape), Leg(peak * constant)]
+    return Schedule([*legs, Leg(peak * final, anneal, EXPONENTIAL)] if anneal else legs)
+
+
+@gin.configurable
+def anneal_schedule(to: float = 3e-5, steps: float | None = None, shape: str = EXPONENTIAL) -> Schedule:
+    """From the rate reached down `to` another, over all steps that the schedule rules or the first of them."""
+    return Schedule([Leg(to, steps, shape)], start=None)
+
+
+def _peak(peak: float) -> float:
+    if not peak > 0:
+        raise UserError(f"peak {peak} of a schedule: it is above 0")
+    return peak

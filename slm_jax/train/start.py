@@ -1,71 +1,135 @@
-"""The state a run starts from: its last checkpoint, another run's parameters, or random ones."""
+"""The state a run starts from: its last checkpoint, another run's state or parameters, or random parameters."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from slm_jax.checkpoint import Checkpoints, params_fingerprint
+from slm_jax.checkpoint import Checkpoints, params_fingerprint, read_about, restore_params, restore_state
 from slm_jax.errors import UserError
 from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.models.forward import Params
 from slm_jax.score.reference import load_model
-from slm_jax.train.phases import Plan
+from slm_jax.train.lineage import branched_from
+from slm_jax.train.plan import Plan
 from slm_jax.train.state import TrainState, init_state, state_shapes
 
 
-def last_state(
-    checkpoints: Checkpoints, model: ModelConfig, plan: Plan, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[TrainState, dict[str, float]] | None:
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run without a checkpoint of its own begins.
+
+    seed: of random parameters. initial: another run, or None. step: which of its checkpoints; None is the last.
+    whole_state: inherit its moments, step and counters too, so that this run goes on with that one.
+    """
+
+    seed: int
+    initial: str | None = None
+    step: int | None = None
+    whole_state: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a state looks like on its mesh."""
+
+    model: ModelConfig
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    ema: bool
+
+    def of_state(self) -> TrainState:
+        return state_shapes(self.model, self.optimizer, self.mesh, self.ema)
+
+
+def last_state(checkpoints: Checkpoints, shape: Shape, plan: Plan) -> tuple[TrainState, dict[str, float]] | None:
     """State and counters of the run's newest readable checkpoint; None before the first.
 
     Raises:
       UserError: the run is further than its plan goes, or no checkpoint can be read.
     """
-    shapes = state_shapes(model, optimizer, mesh)
-    restored = checkpoints.restore(shapes.params, {"opt_state": shapes.opt_state, "step": shapes.step})
+    shapes = shape.of_state()
+    restored = checkpoints.restore(shapes.params, shapes.saved())
     if restored is None:
         return None
-    params, rest, about = restored
-    if int(rest["step"]) > plan.total_steps:
+    params, saved, about = restored
+    if int(saved["step"]) > plan.total_steps:
         raise UserError(
-            f"{checkpoints.directory} is at step {int(rest['step'])}, the run now has {plan.total_steps}: ask for at "
+            f"{checkpoints.directory} is at step {int(saved['step'])}, the run now has {plan.total_steps}: ask for at "
             "least as many, or choose another train.run_dir"
         )
-    return TrainState(rest["step"], params, rest["opt_state"]), about["counters"]
+    return TrainState.restored(params, saved), about["counters"]
 
 
-def first_state(
-    model: ModelConfig,
-    plan: Plan,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    seed: int,
-    initial: tuple[str, int | None] | None,
-    allow_equal_reference: bool,
-) -> TrainState:
-    """A state at step 0, from the parameters of `initial` (run directory, step or None for its last) or random.
+def first_state(start: Start, shape: Shape, plan: Plan, allow_equal_reference: bool) -> tuple[TrainState, dict]:
+    """The state and counters of a run that has no checkpoint yet.
 
     Raises:
-      UserError: the initial model has another shape or vocabulary, or is the very reference to be compared with.
+      UserError: the initial model has another shape or vocabulary, or is the very reference to be compared with; the
+        plan is not that of the run whose state it inherits.
     """
-    params = _initial_params(*initial, model, plan, mesh) if initial else None
-    state = init_state(model, optimizer, mesh, seed, params)
+    if start.initial and start.whole_state:
+        return _inherited(start.initial, start.step, start.seed, shape, plan)
+    state = _state_at_0(start, shape, plan)
     if not allow_equal_reference:
         _refuse_equal_reference(state.params, plan)
-    return state
+    return state, {}
 
 
-def _initial_params(run: str, step: int | None, model: ModelConfig, plan: Plan, mesh: Mesh) -> Params:
-    start = load_model(run, mesh, step)
-    if start.vocabulary_hash != plan.corpus.vocabulary_hash:
+def phase_start(run_dir: str, start: Start, shape: Shape, plan: Plan, first: int) -> Params:
+    """The parameters after the first `first` steps, with which a phase began that is under way: those of the run's
+    checkpoint there, or of the run that it goes on with, or the initial ones."""
+    for run in (run_dir, start.initial if start.whole_state else None):
+        if run and first:
+            try:
+                return restore_params(run, shape.of_state().params, first)
+            except UserError:
+                continue
+    if first:
+        raise UserError(
+            f"{run_dir} has no checkpoint of step {first}, where the phase with Phase.toward_start began: it cannot "
+            "know what to stay near"
+        )
+    return _state_at_0(start, shape, plan).params
+
+
+def _state_at_0(start: Start, shape: Shape, plan: Plan) -> TrainState:
+    params = _initial_params(start.initial, start.step, shape, plan) if start.initial else None
+    return init_state(shape.model, shape.optimizer, shape.mesh, start.seed, params, shape.ema)
+
+
+def _initial_params(run: str, step: int | None, shape: Shape, plan: Plan) -> Params:
+    model = load_model(run, shape.mesh, step)
+    if model.vocabulary_hash != plan.corpus.vocabulary_hash:
         raise UserError(f"initial model {run} and corpus {plan.corpus.path} have different vocabularies")
-    differing = [name for name in FUNCTION_FIELDS if getattr(start.config, name) != getattr(model, name)]
+    differing = [name for name in FUNCTION_FIELDS if getattr(model.config, name) != getattr(shape.model, name)]
     if differing:
         name = differing[0]
         raise UserError(
-            f"initial model {run} has {name} = {getattr(start.config, name)}, the run's model {getattr(model, name)}: "
-            "set model.* to the initial model's"
+            f"initial model {run} has {name} = {getattr(model.config, name)}, the run's model "
+            f"{getattr(shape.model, name)}: set model.* to the initial model's"
         )
-    return start.params
+    return model.params
+
+
+def _inherited(run: str, at: int | None, seed: int, shape: Shape, plan: Plan) -> tuple[TrainState, dict]:
+    step = int(read_about(run, at)["step"])
+    if step >= plan.total_steps:
+        raise UserError(
+            f"the run goes on from step {step} of {run}, its phases end at {plan.total_steps}: they begin with those "
+            "of that run up to there, give it more"
+        )
+    settings = branched_from(run, step, shape.model, plan, seed)
+    shapes = dataclasses.replace(shape, ema=settings["optimizer"].get("ema", 0.0) > 0).of_state()
+    params, saved, about = restore_state(run, shapes.params, shapes.saved(), step)
+    state = TrainState.restored(params, saved)
+    if not shape.ema:
+        state = state._replace(average=None)
+    elif state.average is None:
+        state = state._replace(average=jax.tree.map(jnp.copy, params))
+    return state, about["counters"]
 
 
 def _refuse_equal_reference(params: Params, plan: Plan) -> None:

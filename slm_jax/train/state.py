@@ -14,20 +14,37 @@ from slm_jax.models.config import ModelConfig
 
 
 class TrainState(NamedTuple):
-    """Parameters and optimizer state after `step` steps. Everything else follows from the step and the seed."""
+    """Parameters and optimizer state after `step` steps. Everything else follows from the step and the seed.
+
+    average: moving average of the parameters, where the run keeps one. start: the parameters that the phase began with,
+    where it is held near them; checkpoints do without, since the one of the phase's begin has them.
+    """
 
     step: Int[Array, ""]
     params: forward.Params
     opt_state: Any
+    average: forward.Params | None = None
+    start: forward.Params | None = None
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the parameters."""
+        return {"opt_state": self.opt_state, "step": self.step} | ({"average": self.average} if self.average else {})
+
+    @classmethod
+    def restored(cls, params: forward.Params, saved: dict[str, Any]) -> "TrainState":
+        return cls(saved["step"], params, saved["opt_state"], saved.get("average"))
 
 
-def new_state(params: forward.Params, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def new_state(params: forward.Params, optimizer: optax.GradientTransformation, ema: bool = False) -> TrainState:
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
-def state_shapes(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shapes(
+    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool = False
+) -> TrainState:
     """ShapeDtypeStructs with their shardings: what to allocate and what to restore into."""
-    shapes = jax.eval_shape(lambda: new_state(forward.init_params(model, jax.random.key(0)), optimizer))
+    shapes = jax.eval_shape(lambda: new_state(forward.init_params(model, jax.random.key(0)), optimizer, ema))
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,
@@ -41,13 +58,14 @@ def init_state(
     mesh: Mesh,
     seed: int,
     params: forward.Params | None = None,
+    ema: bool = False,
 ) -> TrainState:
     """A state at step 0, born sharded; from `params` where given, else random by `seed`."""
-    shardings = jax.tree.map(lambda shape: shape.sharding, state_shapes(model, optimizer, mesh))
+    shardings = jax.tree.map(lambda shape: shape.sharding, state_shapes(model, optimizer, mesh, ema))
     if params is not None:
-        return jax.jit(lambda p: new_state(p, optimizer), out_shardings=shardings)(params)
+        return jax.jit(lambda p: new_state(p, optimizer, ema), out_shardings=shardings)(params)
 
     def random_state(key: jax.Array) -> TrainState:
-        return new_state(forward.init_params(model, key), optimizer)
+        return new_state(forward.init_params(model, key), optimizer, ema)
 
     return jax.jit(random_state, out_shardings=shardings)(jax.random.key(seed))

@@ -29,8 +29,16 @@ def make_step(
     schedule: optax.Schedule,
     seed: int,
     micro_batches: int = 1,
+    *,
+    keep_ratio: optax.Schedule | None = None,
+    toward_start: float = 0.0,
+    ema: float = 0.0,
 ) -> Step:
     """The step of a phase: state, global batch -> state, sums.
+
+    schedule, keep_ratio: functions of t, the number of the step in the run counted from 1; keep_ratio stands in for
+    selection.ratio. toward_start: see Phase; the state then carries the phase's first parameters. ema: see
+    OptimizerConfig; the state then carries the average.
 
     The loss is the sum over trained tokens divided by their number in the global batch: sums travel between devices
     and micro-batches, means never do. Where tokens compete across micro-batches, a first pass without gradient gives
@@ -38,11 +46,13 @@ def make_step(
     """
     looks_ahead = selection is not None and selection.threshold is None and selection.scope in ("batch", "device")
 
-    def gradients_of(params: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
+    def gradients_of(params: Params, batch: Batch, key: jax.Array, ratio: jax.Array | None) -> tuple[Params, Sums]:
         gradient = _gradient(model, selection, batch.tokens.shape, micro_batches)
 
         def of_part(part: Batch, key: jax.Array) -> tuple[Params, Sums]:
-            return gradient(params, batch=part, choose=lambda loss: trained_tokens(selection, loss, part, key))
+            return gradient(
+                params, batch=part, choose=lambda loss: trained_tokens(selection, loss, part, key, ratio=ratio)
+            )
 
         if micro_batches == 1:
             return of_part(batch, key)
@@ -50,7 +60,7 @@ def make_step(
         if not looks_ahead:
             return _accumulate(of_part, params, (parts, jax.random.split(key, micro_batches)))
         losses = _join_rows(jax.lax.map(lambda part: batch_loss(params, model, part), parts))
-        trained, sums = trained_tokens(selection, losses, batch, key, micro_batches)
+        trained, sums = trained_tokens(selection, losses, batch, key, micro_batches, ratio)
 
         def of_chosen(part: Batch, trained: jax.Array) -> tuple[Params, Sums]:
             return gradient(params, batch=part, choose=lambda _: (trained, {}))
@@ -58,14 +68,18 @@ def make_step(
         return _accumulate(of_chosen, params, (parts, _split_rows(trained, micro_batches)))[0], sums
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, sums = gradients_of(state.params, batch, key)
+        key, t = jax.random.fold_in(jax.random.key(seed), state.step), state.step + 1
+        ratio = jnp.asarray(keep_ratio(t), jnp.float32) if keep_ratio else None
+        grads, sums = gradients_of(state.params, batch, key, ratio)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["trained_tokens"], 1.0), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        rate = jnp.asarray(schedule(state.step + 1), jnp.float32)
+        if toward_start:
+            updates = jax.tree.map(lambda u, p, s: u + toward_start * (p - s), updates, state.params, state.start)
+        rate = jnp.asarray(schedule(t), jnp.float32)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.average, params) if ema else None
         sums |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
-        return TrainState(state.step + 1, params, opt_state), sums
+        return TrainState(t, params, opt_state, average, state.start), sums
 
     return step
 

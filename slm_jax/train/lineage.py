@@ -1,0 +1,100 @@
+"""Whether a plan goes on with what a run has done: the same rows at every step already made."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slm_jax import config as config_lib
+from slm_jax.errors import UserError
+from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
+from slm_jax.train.plan import Plan
+
+
+def identity(model: ModelConfig, plan: Plan, seed: int) -> dict[str, Any]:
+    """What makes two runs the same experiment."""
+    return {
+        "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
+        "seed": seed,
+        "vocabulary_hash": plan.corpus.vocabulary_hash,
+        "corpora": {name: corpus.fingerprint for name, corpus in plan.corpora.items()},
+        "references": plan.references(),
+    }
+
+
+def refuse_another(was: dict[str, Any], now: dict[str, Any], run_dir: str, remedy: str) -> None:
+    """Compares the identity of the run in `run_dir` with that of the one that is to go on with it.
+
+    Raises:
+      UserError: another model, seed, vocabulary, or a corpus or reference that changed; names the first difference.
+    """
+    for name, value in now["model"].items():
+        if name in was["model"] and was["model"][name] != value:
+            raise UserError(
+                f"{run_dir} holds a run whose model has {name} = {was['model'][name]}, this one has {value}: {remedy}"
+            )
+    for name in ("seed", "initial", "vocabulary_hash"):
+        if name in now and was[name] != now[name]:
+            raise UserError(f"{run_dir} holds a run with {name} {was[name]}, this one has {now[name]}: {remedy}")
+    for kind, of in (("corpora", "corpus"), ("references", "the reference behind")):
+        for name, fingerprint in now[kind].items():
+            before = was[kind].get(name, fingerprint)
+            if before != fingerprint:
+                raise UserError(
+                    f"{of} {name} changed since {run_dir} was started ({str(before)[:12]} then, "
+                    f"{str(fingerprint)[:12]} now): bring the old one back or {remedy}"
+                )
+
+
+def refuse_other_rows(
+    was: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], done: int, run_dir: str, remedy: str
+) -> None:
+    """Compares phases, as JSON, up to `done` steps; whatever comes after them may change.
+
+    Raises:
+      UserError: a phase with other corpora, batch or length, so that rows would be repeated or skipped.
+    """
+    first = 0
+    for number, before in enumerate(was):
+        if first >= done:
+            return
+        after = now[number] if number < len(now) else None
+        if after is None:
+            raise UserError(f"{run_dir} has {number + 1} phases in its {done} steps, this one {number}: {remedy}")
+        scheduled = any(isinstance(draw["share"], dict) for draw in before["mixture"])
+        for field in ("mixture", "batch_rows", "steps"):
+            last = first + before["steps"] >= done
+            longer = first + after["steps"] >= done or number + 1 == len(now)  # a plan that ends early is told so later
+            if field == "steps" and last and longer and not scheduled:
+                continue
+            if not _same(before[field], after[field]):
+                raise UserError(
+                    f"{run_dir} was started with {field} {before[field]} in phase {number}, now {after[field]}: rows "
+                    f"would be repeated or skipped after its {done} steps; change it in a phase of its own, or {remedy}"
+                )
+        first += before["steps"]
+
+
+def _same(before: Any, after: Any) -> bool:
+    """Equal where `before`, maybe written by an earlier version, says something."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return all(_same(value, after.get(name)) for name, value in before.items())
+    if isinstance(before, list) and isinstance(after, list):
+        return len(before) == len(after) and all(map(_same, before, after))
+    return before == after
+
+
+def branched_from(run_dir: str, step: int, model: ModelConfig, plan: Plan, seed: int) -> dict[str, Any]:
+    """The settings of another run that the plan goes on with from `step`: it must have all of that run up to there.
+
+    Raises:
+      UserError: as the functions above; or the directory has no run.json.
+    """
+    path = Path(run_dir) / "run.json"
+    if not path.exists():
+        raise UserError(f"{run_dir} has no run.json, so it is not known what it read: take train.inherit = 'params'")
+    old = json.loads(path.read_text())
+    remedy = "give this one the same up to there, or take train.inherit = 'params'"
+    refuse_another(old["identity"], config_lib.to_json(identity(model, plan, seed)), run_dir, remedy)
+    refuse_other_rows(old["settings"]["phases"], config_lib.to_json(plan.phases), step, run_dir, remedy)
+    return old["settings"]

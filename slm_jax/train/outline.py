@@ -1,0 +1,114 @@
+"""What a run will do, phase by phase: as a table, and drawn."""
+
+from pathlib import Path
+
+import numpy as np
+
+from slm_jax.train.phases import Phase
+from slm_jax.train.plan import Plan
+
+COLUMNS = ("phase", "steps", "tokens", "learning rate", "trains on", "rows from")
+POINTS = 1000  # of a curve
+
+
+def table(plan: Plan) -> str:
+    """One line per phase: its steps, tokens, learning rate after its first, its middle and its last step, objective and
+    mixture."""
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    for number, phase in enumerate(plan.phases):
+        first, last = int(plan.first_steps[number]) + 1, int(plan.first_steps[number + 1])
+        rates = [f"{np.asarray(plan.learning_rate(t)):.3g}" for t in sorted({first, (first + last) // 2, last})]
+        tokens = phase.num_steps * phase.batch_rows * plan.corpus.row_length
+        rows.append(
+            (
+                str(number),
+                f"{first}-{last} of {phase.batch_rows} rows",
+                f"{tokens:,}",
+                " > ".join(rates),
+                _objective(phase),
+                _mixture(plan, number),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
+
+
+def _objective(phase: Phase) -> str:
+    parts = ["all tokens"]
+    if chosen := phase.selection:
+        ratio = _keep_ratio(phase)
+        amount = f"{ratio[0]:.0%}" if ratio[0] == ratio[-1] else f"{ratio[0]:.0%} > {ratio[-1]:.0%}"
+        amount = f"above {chosen.threshold:g}" if chosen.threshold is not None else amount
+        parts = [f"{amount} by {chosen.score}, per {chosen.scope}"]
+    if phase.reset_optimizer:
+        parts.append("moments forgotten")
+    if phase.toward_start:
+        parts.append(f"pulled back by {phase.toward_start:g}")
+    return ", ".join(parts)
+
+
+def _keep_ratio(phase: Phase) -> np.ndarray:
+    """Share of the valid tokens that trains at each step of the phase; NaN for a threshold."""
+    if phase.selection is None:
+        return np.ones(phase.num_steps)
+    if phase.selection.threshold is not None:
+        return np.full(phase.num_steps, np.nan)
+    if phase.keep_ratio is None:
+        return np.full(phase.num_steps, phase.selection.ratio)
+    return phase.ratios()
+
+
+def _mixture(plan: Plan, number: int) -> str:
+    first, last = plan.shares(number)[[0, -1]]
+    parts = []
+    for draw, begin, end in zip(plan.phases[number].mixture, first, last, strict=True):
+        share = f"{begin:.4g}" if begin == end else f"{begin:.4g} > {end:.4g}"
+        parts.append(f"{share} {draw.corpus}" + (f" (replay, {draw.replay.replace('_', ' ')})" if draw.replay else ""))
+    return " + ".join(parts)
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Learning rate, share of each corpus, and share of the tokens that train, over the tokens of the run, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    step = np.unique(np.linspace(0, plan.total_steps - 1, POINTS).astype(int))
+    rows = np.concatenate([np.full(phase.num_steps, phase.batch_rows) for phase in plan.phases])
+    tokens = np.cumsum(rows) * plan.corpus.row_length / 1e6
+    sources = list(dict.fromkeys(draw_name(d) for phase in plan.phases for d in phase.mixture))
+    shares = np.zeros((plan.total_steps, len(sources)))
+    for number, phase in enumerate(plan.phases):
+        mine = slice(plan.first_steps[number], plan.first_steps[number + 1])
+        for i, d in enumerate(phase.mixture):
+            shares[mine, sources.index(draw_name(d))] += plan.shares(number)[:, i]
+    kept = np.concatenate([_keep_ratio(phase) for phase in plan.phases])
+
+    figure, (top, middle, bottom) = plt.subplots(3, 1, sharex=True, figsize=(9, 7), layout="constrained")
+    top.plot(tokens[step], np.asarray(plan.learning_rate(step + 1)) * np.ones(len(step)), color="C0")
+    top.set_ylabel("learning rate")
+    top.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    middle.stackplot(tokens[step], shares[step].T, labels=sources, step="pre", alpha=0.85)
+    middle.set(ylabel="share of the rows", ylim=(0, 1))
+    middle.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    bottom.plot(tokens[step], kept[step], color="C3", drawstyle="steps-pre")
+    bottom.set(ylabel="share that trains", ylim=(0, 1.05), xlabel="million tokens")
+    for axes in (top, middle, bottom):
+        axes.margins(x=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        for boundary in plan.first_steps[1:-1]:
+            axes.axvline(tokens[boundary - 1], color="0.4", linewidth=0.8, linestyle="--")
+    for number, first in enumerate(plan.first_steps[:-1]):
+        top.annotate(
+            f"phase {number}", (tokens[first], 1.02), xycoords=("data", "axes fraction"), fontsize=8, color="0.3"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_name(draw) -> str:
+    return f"{draw.corpus} (replay)" if draw.replay else draw.corpus

@@ -83,6 +83,17 @@ def test_named_sizes_have_the_parameters_of_the_public_models(size):
         assert leaf.size < 1_000_000 or {"fsdp", "model"} <= set(spec), f"{path} is replicated"
 
 
+def test_projections_into_the_stream_start_as_told():
+    """GPT-NeoX: sqrt(2 / 5 h), and 2 / (L sqrt(h)) for what goes back into the stream (PAPERS §3.4)."""
+    config = dataclasses.replace(SIZES["pythia_70m"], vocab_size=64, num_layers=1)
+    params = jax.jit(lambda: forward.init_params(config, jax.random.key(0)))()
+    into, back = (2 / (5 * 512)) ** 0.5, 2 / (6 * 512**0.5)
+    deviations = {path: float(x.std()) for path, x in _paths(params).items() if path.endswith("kernel")}
+    for path, deviation in deviations.items():
+        expected = back if path in ("layers/attention/out/kernel", "layers/mlp/down/kernel") else into
+        assert deviation == pytest.approx(expected, rel=0.02), path
+
+
 def test_biases_and_norms_are_not_decayed():
     mask = _paths(decay_mask(forward.param_shapes(FAMILIES["all at once"])))
     assert {path for path, decayed in mask.items() if not decayed} == {

@@ -62,6 +62,7 @@ class ModelConfig:
     sliding_window: int | None = None  # a token reads the last so many tokens of its segment, itself among them
     tied_head: bool = False
     init_std: float = 0.02
+    output_init_std: float | None = None  # of projections back into the stream; init_std / sqrt(2 num_layers) if None
     dropout: float = 0.0  # share set to 0, in training, of the embedding and of what each part adds to the stream
     compute_dtype: str = "float32"  # or bfloat16; parameters and their moments are float32 always
     remat: str = "full"  # full: keep each layer's input; dots: keep the matrix products too; none: keep everything
@@ -161,12 +162,14 @@ def _llama(
     )
 
 
-def _llama3(num_layers: int, embed_dim: int, mlp_dim: int, heads: tuple[int, int]) -> ModelConfig:
-    return _llama(num_layers, embed_dim, mlp_dim, heads, vocab_size=128256, max_length=8192, rope_theta=500000.0)
+def _llama3(num_layers: int, embed_dim: int, mlp_dim: int, heads: tuple[int, int], **fields: Any) -> ModelConfig:
+    fields |= {"vocab_size": 128256, "max_length": 8192, "rope_theta": 500000.0}
+    return _llama(num_layers, embed_dim, mlp_dim, heads, **fields)
 
 
 def _gpt_neox(num_layers: int, embed_dim: int, num_heads: int, vocab_size: int = 50304) -> ModelConfig:
-    """The vocabulary counts what pads it: there it takes probability, as where these models were trained."""
+    """The vocabulary counts what pads it: there it takes probability, as where these models were trained. Parameters
+    start as there too (PAPERS §3.4)."""
     return ModelConfig(
         vocab_size,
         num_layers=num_layers,
@@ -183,6 +186,7 @@ def _gpt_neox(num_layers: int, embed_dim: int, num_heads: int, vocab_size: int =
         parallel_residual=True,
         rotary_share=0.25,
         init_std=(2 / (5 * embed_dim)) ** 0.5,
+        output_init_std=2 / (num_layers * embed_dim**0.5),
     )
 
 
@@ -195,11 +199,11 @@ SIZES: dict[str, ModelConfig] = {
     "llama2_7b": _llama(32, 4096, 11008, (32, 32), max_length=4096),
     "mistral_7b": _llama(32, 4096, 14336, (32, 8), max_length=32768, sliding_window=4096),
     "llama3_8b": _llama3(32, 4096, 14336, (32, 8)),
-    # MeCo (arXiv 2501.01956), with the vocabulary of Llama 3.
-    "meco_600m": _llama3(24, 1024, 4096, (16, 16)),
-    "meco_1_6b": _llama3(24, 2048, 5504, (16, 8)),
-    "meco_3b": _llama3(28, 3072, 8192, (24, 8)),
-    "meco_8b": _llama3(32, 4096, 14336, (32, 8)),
+    # MeCo (arXiv 2501.01956), with the vocabulary of Llama 3; all matrices start with the same deviation.
+    "meco_600m": _llama3(24, 1024, 4096, (16, 16), output_init_std=0.02),
+    "meco_1_6b": _llama3(24, 2048, 5504, (16, 8), output_init_std=0.02),
+    "meco_3b": _llama3(28, 3072, 8192, (24, 8), output_init_std=0.02),
+    "meco_8b": _llama3(32, 4096, 14336, (32, 8), output_init_std=0.02),
     # Pythia (arXiv 2304.01373): layers, width, heads.
     "pythia_70m": _gpt_neox(6, 512, 8),
     "pythia_160m": _gpt_neox(12, 768, 12),

@@ -147,4 +147,4 @@ class Head(nnx.Module):
 
 def output_std(config: ModelConfig) -> float:
     """Projections back into the residual stream start smaller, so that its variance does not grow with depth."""
-    return config.init_std / (2 * config.num_layers) ** 0.5
+    return config.output_init_std or config.init_std / (2 * config.num_layers) ** 0.5

@@ -21,6 +21,7 @@ STAGES = {
     "train": "slm_jax.train.loop",
     "score": "slm_jax.score.reference",
     "evaluate": "slm_jax.evaluate.perplexity",
+    "average": "slm_jax.train.average",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",
 }
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="settings; repeatable")
     parser.add_argument("--gin.NAME=VALUE", dest="_", action="store_true", help="one setting; wins over files")
     parser.add_argument("--NAME=TEXT", dest="_", action="store_true", help="a setting of the stage that is text")
+    parser.add_argument("--NAME", dest="_", action="store_true", help="a setting of the stage that is off: turns it on")
     parser.add_argument("--help", "-h", action="store_true", help="this text, or the settings of the stage")
     try:
         known, rest = parser.parse_known_args(arguments)
@@ -57,18 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if None in bindings:
         message = f"unknown argument {rest[bindings.index(None)]!r}: settings look like --gin.NAME=VALUE"
         message += "".join(f", --{name}=TEXT" for name in config.text_settings(known.stage))
+        message += "".join(f", --{name}" for name in config.flags(known.stage))
         return _fail(known.stage, message, USAGE)
     say_there_is_no_tpu()
     return _run(known.stage, known.gin_file, [binding for binding in bindings if binding is not None])
 
 
 def _binding(stage: str, argument: str) -> str | None:
-    """NAME=VALUE as gin reads it, of --gin.NAME=VALUE, or of --NAME=TEXT for a setting of the stage that is text."""
+    """NAME=VALUE as gin reads it, of --gin.NAME=VALUE, of --NAME=TEXT for a setting of the stage that is text, or of
+    --NAME for one that is off."""
     if re.fullmatch(r"--gin\.[^=]+=.*", argument, re.DOTALL):
         return argument.removeprefix("--gin.")
     found = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
     if found and found[1] in config.text_settings(stage):
         return f"{stage}.{found[1]}={found[2]!r}"
+    if argument.removeprefix("--") in config.flags(stage):
+        return f"{stage}.{argument.removeprefix('--')}=True"
     return None
 
 

@@ -19,7 +19,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save a
 
 
 class Checkpoints:
-    """`run_dir/checkpoints/<step>/`: parameters, the rest of the state, and what they are, as JSON.
+    """`run_dir/checkpoints/<step>/`: items of the state (`params` first of all), and what they are, as JSON.
 
     keep: how many of the latest to keep; `milestones` (steps) are kept always.
     """
@@ -40,26 +40,21 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, params: Any, rest: Any, about: dict[str, Any]) -> None:
+    def save(self, step: int, items: dict[str, Any], about: dict[str, Any]) -> None:
         """Starts saving and returns; the arrays may be donated afterwards. What is saved already is left alone."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest), about=ocp.args.JsonSave(about)
-            ),
-        )
+        saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        self._manager.save(step, args=ocp.args.Composite(**saves, about=ocp.args.JsonSave(about)))
 
-    def restore(self, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]] | None:
-        """(params, rest, about) of the newest readable checkpoint, into the given shapes and shardings; None if none.
+    def restore(self, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """(items, about) of the newest readable checkpoint, into the given shapes and shardings; None if none.
 
         Newer ones that cannot be read are renamed to `damaged-<step>`, and said so.
 
         Raises:
           UserError: there are checkpoints, and none can be read; all stay where they are.
         """
-        arguments = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest), about=ocp.args.JsonRestore()
-        )
+        restores = {name: ocp.args.StandardRestore(item) for name, item in shapes.items()}
+        arguments = ocp.args.Composite(**restores, about=ocp.args.JsonRestore())
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             restored, why = None, "another process cannot read it"
@@ -72,7 +67,7 @@ class Checkpoints:
                 continue
             assert restored is not None
             self._set_aside(damaged, step)
-            return restored["params"], restored["rest"], restored["about"]
+            return {name: restored[name] for name in shapes}, restored["about"]
         if damaged:
             step, why = next(iter(damaged.items()))
             raise UserError(
@@ -121,22 +116,26 @@ def read_about(run_dir: str | Path, step: int | None = None) -> dict[str, Any]:
         return _read(run_dir, manager, step, about=ocp.args.JsonRestore()) | {"step": step}
 
 
-def restore_params(run_dir: str | Path, shapes: Any, step: int | None = None) -> Any:
-    """Parameters only, into the given shapes and shardings."""
+def saved_steps(run_dir: str | Path) -> list[int]:
+    """The steps that a run directory holds checkpoints of; UserError for none."""
     with _open(run_dir) as manager:
-        return _read(run_dir, manager, _pick(run_dir, manager, step), params=ocp.args.StandardRestore(shapes))
+        _pick(run_dir, manager, None)
+        return sorted(manager.all_steps())
 
 
-def restore_state(run_dir: str | Path, params: Any, rest: Any, step: int) -> tuple[Any, Any, dict[str, Any]]:
-    """(params, rest, about) of one checkpoint, into the given shapes and shardings."""
+def restore_items(run_dir: str | Path, shapes: dict[str, Any], step: int | None = None) -> dict[str, Any]:
+    """Items of one checkpoint, the last by default, into the given shapes and shardings."""
     with _open(run_dir) as manager:
         step = _pick(run_dir, manager, step)
-        arguments = {
-            "params": ocp.args.StandardRestore(params),
-            "rest": ocp.args.StandardRestore(rest),
-            "about": ocp.args.JsonRestore(),
+        return {
+            name: _read(run_dir, manager, step, **{name: ocp.args.StandardRestore(item)})
+            for name, item in shapes.items()
         }
-        return tuple(_read(run_dir, manager, step, **{name: argument}) for name, argument in arguments.items())  # pyright: ignore[reportReturnType]
+
+
+def restore_params(run_dir: str | Path, shapes: Any, step: int | None = None) -> Any:
+    """Parameters only, into the given shapes and shardings."""
+    return restore_items(run_dir, {"params": shapes}, step)["params"]
 
 
 def _read(run_dir: str | Path, manager: ocp.CheckpointManager, step: int, **item: Any) -> Any:

@@ -96,6 +96,12 @@ def text_settings(stage: str) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.annotation in (str, str | None)]
 
 
+def flags(stage: str) -> list[str]:
+    """Names of the stage's own settings that are off by default, so that `--NAME` turns them on."""
+    parameters = inspect.signature(gin.get_configurable(stage)).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is False]
+
+
 def _default(parameter: inspect.Parameter) -> str:
     if parameter.default is inspect.Parameter.empty:
         return "(required)"

@@ -86,9 +86,9 @@ def restored(run_dir: Path, config: MeshConfig, num_devices: int) -> TrainState:
     devices = mesh_lib.make_mesh(config, jax.devices()[:num_devices])
     shapes = state_shapes(toy.MODEL, make_optimizer(OptimizerConfig()), devices)
     with Checkpoints(run_dir) as checkpoints:
-        found = checkpoints.restore(shapes.params, {"opt_state": shapes.opt_state, "step": shapes.step})
+        found = checkpoints.restore(shapes.items())
     assert found is not None
-    return jax.tree.map(np.asarray, TrainState(found[1]["step"], found[0], found[1]["opt_state"]))
+    return jax.tree.map(np.asarray, TrainState.of(found[0]))
 
 
 @pytest.mark.slow

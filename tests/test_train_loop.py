@@ -48,11 +48,10 @@ def shapes(devices=None) -> TrainState:
 def saved(run_dir: Path, devices=None) -> tuple[TrainState, dict]:
     """The last checkpoint as numpy, and what it says of itself."""
     wanted, checkpoints = shapes(devices), Checkpoints(run_dir)
-    restored = checkpoints.restore(wanted.params, {"opt_state": wanted.opt_state, "step": wanted.step})
+    restored = checkpoints.restore(wanted.items())
     checkpoints.close()
     assert restored is not None
-    params, rest, about = restored
-    return jax.tree.map(np.asarray, TrainState(rest["step"], params, rest["opt_state"])), about
+    return jax.tree.map(np.asarray, TrainState.of(restored[0])), restored[1]
 
 
 def parameters(run_dir: Path, step: int):
@@ -234,7 +233,7 @@ def poisoned(reference: Path, path: Path, token: int) -> str:
     params["embed"]["embedding"] = params["embed"]["embedding"].at[token].set(np.nan)
     checkpoints = Checkpoints(path)
     about = config.to_json(checkpoint.read_about(reference))
-    checkpoints.save(1, params, {"step": np.int32(1)}, about)
+    checkpoints.save(1, {"params": params}, about)
     checkpoints.close()
     return str(path)
 

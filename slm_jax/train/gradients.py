@@ -2,14 +2,15 @@
 
 Each takes parameters, a batch and `choose`: losses [B, L] -> which tokens train [B, L], sums for the metrics. Each
 returns the gradient of sum(loss of those tokens) in every parameter, and the sums. Where the choice was made before,
-`choose` ignores its argument, and what only served to rank the tokens is never computed.
+`choose` ignores its argument, and what only served to rank the tokens is never computed. A `dropout_key` turns on the
+model's dropout; `filtered`, which computes each layer twice, has none.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from slm_jax import mesh
 from slm_jax.data.batches import Batch
@@ -23,11 +24,14 @@ from slm_jax.train.objective import Sums, valid_tokens
 Choose = Callable[[Float[Array, "B L"]], tuple[Bool[Array, "B L"], Sums]]
 
 
-def causal(params: Params, model: ModelConfig, batch: Batch, choose: Choose) -> tuple[Params, Sums]:
+def causal(
+    params: Params, model: ModelConfig, batch: Batch, choose: Choose, dropout_key: PRNGKeyArray | None = None
+) -> tuple[Params, Sums]:
     """For a choice of all valid tokens: known before the losses, so the head makes loss and gradient in one go."""
 
     def total(params: Params) -> tuple[jax.Array, jax.Array]:
-        hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids)
+        where = (batch.positions, batch.segment_ids)
+        hidden = forward.hidden_states(params, model, batch.tokens, *where, dropout_key)
         weights = valid_tokens(batch).astype(jnp.float32)
         return weighted_loss(hidden, forward.head_matrix(params, model), batch.tokens, weights, model.vocab_size)
 
@@ -35,12 +39,14 @@ def causal(params: Params, model: ModelConfig, batch: Batch, choose: Choose) -> 
     return gradient, choose(losses)[1]
 
 
-def exact(params: Params, model: ModelConfig, batch: Batch, choose: Choose) -> tuple[Params, Sums]:
+def exact(
+    params: Params, model: ModelConfig, batch: Batch, choose: Choose, dropout_key: PRNGKeyArray | None = None
+) -> tuple[Params, Sums]:
     """The gradient by definition. The head's backward pass visits the chosen tokens only; below it all positions do,
     because later tokens attend to them."""
 
     def total(params: Params) -> tuple[jax.Array, Sums]:
-        losses = batch_loss(params, model, batch)
+        losses = batch_loss(params, model, batch, dropout_key)
         trained, sums = choose(losses)
         return jnp.sum(jnp.where(trained, losses, 0.0)), sums
 

@@ -88,6 +88,7 @@ def train(
     plan = Plan(phases, seed, schedule)
     model = _checked_model(model, plan)
     _check_numbers(plan, devices, micro_batches, log_every, seed)
+    _refuse_filtered_dropout(model, plan)
     measures = _bind(evaluators, model, plan, devices)
     settings = {
         "phases": plan.phases,
@@ -133,7 +134,7 @@ def train(
 
         def save(state: TrainState) -> None:
             full_about = config_lib.to_json(about | {"counters": record.counters()})
-            checkpoints.save(int(state.step), state.params, state.saved(), full_about)
+            checkpoints.save(int(state.step), state.items(), full_about)
 
         pauses = _pauses(plan, {evaluate: evaluate_every, save: checkpoint_every})
         state = _run(state, plan, steps, devices, record, pauses, terminated, phase_params)
@@ -158,6 +159,15 @@ def _check_numbers(plan: Plan, devices: Mesh, micro_batches: int, log_every: int
     config_lib.at_least(0, **{"train.seed": seed})
     for number, phase in enumerate(plan.phases):
         mesh_lib.check_batch(devices, phase.batch_rows, f"phase {number}", micro_batches)
+
+
+def _refuse_filtered_dropout(model: ModelConfig, plan: Plan) -> None:
+    for number, phase in enumerate(plan.phases):
+        if model.dropout and phase.selection and phase.selection.gradient == "filtered":
+            raise UserError(
+                f"phase {number} has a filtered gradient, which knows no dropout, and model.dropout is "
+                f"{model.dropout:g}: set it to 0, or Selection.gradient to 'exact'"
+            )
 
 
 def _bind(evaluators: Sequence[Any], model: ModelConfig, plan: Plan, devices: Mesh) -> list[Any]:

@@ -123,7 +123,8 @@ def _shares(phase: Phase) -> Float[np.ndarray, "N D"]:
     steps = phase.num_steps
     weights = np.stack(
         [
-            values(over(draw.share, steps, owner=f"Draw.share of {draw.corpus}"), steps)
+            # Rounded, so that no platform's last bit decides which row stands where.
+            np.round(values(over(draw.share, steps, owner=f"Draw.share of {draw.corpus}"), steps), 6)
             if isinstance(draw.share, Schedule)
             else np.full(steps, float(draw.share))
             for draw in phase.mixture

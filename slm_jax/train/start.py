@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from slm_jax.checkpoint import Checkpoints, params_fingerprint, read_about, restore_params, restore_state
+from slm_jax.checkpoint import Checkpoints, params_fingerprint, read_about, restore_items, restore_params
 from slm_jax.errors import UserError
 from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.models.forward import Params
@@ -50,17 +50,17 @@ def last_state(checkpoints: Checkpoints, shape: Shape, plan: Plan) -> tuple[Trai
     Raises:
       UserError: the run is further than its plan goes, or no checkpoint can be read.
     """
-    shapes = shape.of_state()
-    restored = checkpoints.restore(shapes.params, shapes.saved())
+    restored = checkpoints.restore(shape.of_state().items())
     if restored is None:
         return None
-    params, saved, about = restored
-    if int(saved["step"]) > plan.total_steps:
+    items, about = restored
+    state = TrainState.of(items)
+    if int(state.step) > plan.total_steps:
         raise UserError(
-            f"{checkpoints.directory} is at step {int(saved['step'])}, the run now has {plan.total_steps}: ask for at "
+            f"{checkpoints.directory} is at step {int(state.step)}, the run now has {plan.total_steps}: ask for at "
             "least as many, or choose another train.run_dir"
         )
-    return TrainState.restored(params, saved), about["counters"]
+    return state, about["counters"]
 
 
 def first_state(start: Start, shape: Shape, plan: Plan, allow_equal_reference: bool) -> tuple[TrainState, dict]:
@@ -115,7 +115,8 @@ def _initial_params(run: str, step: int | None, shape: Shape, plan: Plan) -> Par
 
 
 def _inherited(run: str, at: int | None, seed: int, shape: Shape, plan: Plan) -> tuple[TrainState, dict]:
-    step = int(read_about(run, at)["step"])
+    about = read_about(run, at)
+    step = int(about["step"])
     if step >= plan.total_steps:
         raise UserError(
             f"the run goes on from step {step} of {run}, its phases end at {plan.total_steps}: they begin with those "
@@ -123,12 +124,11 @@ def _inherited(run: str, at: int | None, seed: int, shape: Shape, plan: Plan) ->
         )
     settings = branched_from(run, step, shape.model, plan, seed)
     shapes = dataclasses.replace(shape, ema=settings["optimizer"].get("ema", 0.0) > 0).of_state()
-    params, saved, about = restore_state(run, shapes.params, shapes.saved(), step)
-    state = TrainState.restored(params, saved)
+    state = TrainState.of(restore_items(run, shapes.items(), step))
     if not shape.ema:
         state = state._replace(average=None)
     elif state.average is None:
-        state = state._replace(average=jax.tree.map(jnp.copy, params))
+        state = state._replace(average=jax.tree.map(jnp.copy, state.params))
     return state, about["counters"]
 
 

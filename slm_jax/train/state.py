@@ -26,13 +26,15 @@ class TrainState(NamedTuple):
     average: forward.Params | None = None
     start: forward.Params | None = None
 
-    def saved(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the parameters."""
-        return {"opt_state": self.opt_state, "step": self.step} | ({"average": self.average} if self.average else {})
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        items = {"params": self.params, "rest": {"opt_state": self.opt_state, "step": self.step}}
+        return items | ({"average": self.average} if self.average else {})
 
     @classmethod
-    def restored(cls, params: forward.Params, saved: dict[str, Any]) -> "TrainState":
-        return cls(saved["step"], params, saved["opt_state"], saved.get("average"))
+    def of(cls, items: dict[str, Any]) -> "TrainState":
+        rest = items["rest"]
+        return cls(rest["step"], items["params"], rest["opt_state"], items.get("average"))
 
 
 def new_state(params: forward.Params, optimizer: optax.GradientTransformation, ema: bool = False) -> TrainState:

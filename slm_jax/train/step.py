@@ -42,7 +42,7 @@ def make_step(
 
     The loss is the sum over trained tokens divided by their number in the global batch: sums travel between devices
     and micro-batches, means never do. Where tokens compete across micro-batches, a first pass without gradient gives
-    all losses (one forward more), and the second takes gradients of what was chosen.
+    all losses (one forward more, without dropout), and the second takes gradients of what was chosen.
     """
     looks_ahead = selection is not None and selection.threshold is None and selection.scope in ("batch", "device")
 
@@ -50,22 +50,24 @@ def make_step(
         gradient = _gradient(model, selection, batch.tokens.shape, micro_batches)
 
         def of_part(part: Batch, key: jax.Array) -> tuple[Params, Sums]:
-            return gradient(
-                params, batch=part, choose=lambda loss: trained_tokens(selection, loss, part, key, ratio=ratio)
-            )
+            chosen = lambda loss: trained_tokens(selection, loss, part, key, ratio=ratio)  # noqa: E731
+            return gradient(params, batch=part, choose=chosen, **dropout(key))
 
         if micro_batches == 1:
             return of_part(batch, key)
-        parts = _split_rows(batch, micro_batches)
+        parts, keys = _split_rows(batch, micro_batches), jax.random.split(key, micro_batches)
         if not looks_ahead:
-            return _accumulate(of_part, params, (parts, jax.random.split(key, micro_batches)))
+            return _accumulate(of_part, params, (parts, keys))
         losses = _join_rows(jax.lax.map(lambda part: batch_loss(params, model, part), parts))
         trained, sums = trained_tokens(selection, losses, batch, key, micro_batches, ratio)
 
-        def of_chosen(part: Batch, trained: jax.Array) -> tuple[Params, Sums]:
-            return gradient(params, batch=part, choose=lambda _: (trained, {}))
+        def of_chosen(part: Batch, trained: jax.Array, key: jax.Array) -> tuple[Params, Sums]:
+            return gradient(params, batch=part, choose=lambda _: (trained, {}), **dropout(key))
 
-        return _accumulate(of_chosen, params, (parts, _split_rows(trained, micro_batches)))[0], sums
+        return _accumulate(of_chosen, params, (parts, _split_rows(trained, micro_batches), keys))[0], sums
+
+    def dropout(key: jax.Array) -> dict[str, jax.Array]:
+        return {"dropout_key": jax.random.fold_in(key, 1)} if model.dropout else {}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         key, t = jax.random.fold_in(jax.random.key(seed), state.step), state.step + 1

@@ -1,0 +1,70 @@
+"""Stage `average`: the mean of some checkpoints of a run, or its moving average, as a model of its own."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+import jax
+
+from slm_jax import config as config_lib
+from slm_jax import mesh as mesh_lib
+from slm_jax.checkpoint import Checkpoints, read_about, restore_items, restore_params, saved_steps
+from slm_jax.errors import UserError
+from slm_jax.mesh import MeshConfig
+from slm_jax.models.config import ModelConfig
+from slm_jax.models.forward import Params, param_shapes
+
+
+@gin.configurable
+def average(
+    run: str, output: str, steps: Sequence[int] = (), moving: bool = False, mesh: MeshConfig | None = None
+) -> None:
+    """Averages parameters over checkpoints of a run. The result can be evaluated, scored with and trained from.
+
+    Args:
+      run: run directory of the checkpoints.
+      output: directory of the result, with one checkpoint in it.
+      steps: which checkpoints take part, in equal shares; all that are kept by default.
+      moving: instead, the moving average that the run kept (OptimizerConfig.ema), as of the one step given or the last.
+      mesh: how devices hold the parameters.
+    """
+    devices = mesh_lib.make_mesh(mesh)
+    there = saved_steps(run)
+    steps = list(steps) or (there[-1:] if moving else there)
+    if missing := [step for step in steps if step not in there]:
+        raise UserError(f"{run} has no checkpoint of step {missing[0]}: it has {', '.join(map(str, there))}")
+    if moving and len(steps) != 1:
+        raise UserError(f"the moving average is that of one step: average.steps has {len(steps)}")
+    config_lib.print_unused()
+    about = read_about(run, steps[-1])
+    shapes = param_shapes(ModelConfig.from_json(about["model"]))
+    shapes = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        mesh_lib.tree_shardings(shapes, devices),
+    )
+    params = _moving(run, shapes, steps[0]) if moving else _mean(run, shapes, steps)
+    with Checkpoints(output) as checkpoints:
+        if checkpoints.steps():
+            raise UserError(f"{output} holds checkpoints already: choose another average.output")
+        what = "moving average" if moving else f"mean of steps {', '.join(map(str, steps))}"
+        about |= {"average": what, "run": run}
+        checkpoints.save(steps[-1], {"params": params}, config_lib.to_json(about))
+    print(f"average: {what} of {run} -> {output}")
+
+
+def _mean(run: str, shapes: Params, steps: Sequence[int]) -> Params:
+    """One checkpoint in memory beside the sum."""
+    total = restore_params(run, shapes, steps[0])
+    add = jax.jit(lambda total, params: jax.tree.map(lambda a, b: a + b, total, params), donate_argnums=0)
+    for step in steps[1:]:
+        total = add(total, restore_params(run, shapes, step))
+    return jax.jit(lambda total: jax.tree.map(lambda x: x / len(steps), total), donate_argnums=0)(total)
+
+
+def _moving(run: str, shapes: Params, step: int) -> Params:
+    settings = json.loads((Path(run) / "run.json").read_text())["settings"]
+    if not settings["optimizer"].get("ema"):
+        raise UserError(f"{run} kept no moving average: train with OptimizerConfig.ema, or average its checkpoints")
+    return restore_items(run, {"average": shapes}, step)["average"]

@@ -45,7 +45,7 @@ def main() -> None:
 def measured(topology: str, layers: int) -> dict[str, Any]:
     devices, chip = topology_devices(topology)
     model = dataclasses.replace(SIZES["small"], vocab_size=32000, num_layers=layers, compute_dtype="bfloat16")
-    phase = Phase(1, [Draw("nowhere")], ROWS_PER_CHIP * len(devices), Selection())
+    phase = Phase(1, mixture=[Draw("nowhere")], batch_rows=ROWS_PER_CHIP * len(devices), selection=Selection())
     run = Run(model, [phase], make_mesh(MeshConfig(data=-1, fsdp=FSDP), devices), LENGTH, {}, {})
     [step] = train_steps(run)
     peak = peak_flops(devices[0].device_kind)

@@ -213,7 +213,7 @@ def test_attention_kernels_count_what_they_must_compute(name, products, window, 
 def test_a_causal_step_counts_what_the_models_formula_says():
     """Without recomputation. Rows this short compute the whole square of attention, of which the formula has half."""
     model = dataclasses.replace(toy.MODEL, embed_dim=64, mlp_dim=128, remat="none", attention="xla")
-    mesh, phase = make_mesh(devices=jax.devices()[:1]), Phase(1, [toy.Draw("nowhere")], 16)
+    mesh, phase = make_mesh(devices=jax.devices()[:1]), Phase(1, mixture=[toy.Draw("nowhere")])
     [step] = train_steps(Run(model, [phase], mesh, 64, {}, {}))
     with jax.set_mesh(mesh):
         program = Program(step.function.lower(*step.arguments).compile().as_text())

@@ -110,7 +110,7 @@ def test_parts_are_disjoint_and_complete_whatever_the_name(tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"text": f"document {i % 150}"} for i in range(200)])
     halves = [
         [row["text"] for row in read_documents(Source(name, [path], part=part))]
-        for name, part in (("train", "0/2"), ("held-out", "1/2"))
+        for name, part in (("train", "0-1/4"), ("held-out", "2-3/4"))
     ]
     assert not set(halves[0]) & set(halves[1])  # copies of one text are in the same half
     assert len(halves[0]) + len(halves[1]) == 200 and min(map(len, halves)) > 60

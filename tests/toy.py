@@ -1,6 +1,7 @@
 """Small corpora, a small model, and two ways to run a stage: in this process, or as a command in one of its own."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import multiprocessing
@@ -9,6 +10,7 @@ import random
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,9 +24,12 @@ import pytest
 from slm_jax import mesh as mesh_lib
 from slm_jax.__main__ import main
 from slm_jax.data.corpus import Corpus, CorpusWriter
+from slm_jax.data.metadata import Metadata, with_metadata
 from slm_jax.data.mixture import Draw
 from slm_jax.data.packing import pack_split
+from slm_jax.data.rows import write_rows
 from slm_jax.data.store import SHARD_ROWS, Store
+from slm_jax.data.units import Documents, write_unit
 from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.errors import UserError
 from slm_jax.metrics import read_metrics
@@ -84,6 +89,25 @@ def write_corpus(
     for begin in range(0, rows, SHARD_ROWS):
         writer.write({name: column[begin : min(begin + SHARD_ROWS, rows)] for name, column in columns.items()})
     return writer.finish(pyarrow.table({"id": ["a:0"]}), list(sources), {"settings": {}})
+
+
+def write_documents(
+    path: Path,
+    records: Sequence[Mapping[str, str]],
+    row_length: int,
+    packing: str = "complete",
+    metadata: Metadata | None = None,
+) -> Corpus:
+    """The corpus that `prepare` makes of records with text and url, in bytes, without what reads files."""
+    vocabulary = ByteVocabulary()
+    about = {"field": "", "source": "web", "spans": "[]"}
+    rows = [{**about, **record, "index": i} for i, record in enumerate(records)]
+    (path / "work").mkdir(parents=True)
+    write_unit(path / "work", 0, list(with_metadata(rows, metadata, None, Counter())), vocabulary)
+    settings = {"sources": [{"name": "web"}], "seed": 0, "row_length": row_length, "packing": packing}
+    settings |= {"metadata": dataclasses.asdict(metadata)} if metadata else {}
+    counts = {"skipped": Counter(), "without": Counter()}
+    return write_rows(Store(path), Documents(path / "work", 1), vocabulary, settings, counts)
 
 
 def phase(*corpora: Corpus, steps: int = 6, batch_rows: int = 8, **settings: Any) -> Phase:

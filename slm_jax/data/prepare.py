@@ -360,7 +360,7 @@ def _announce(store: Store, plan: _Plan, settings: dict[str, Any], known: Vocabu
     if plan.texts != (0.0, 1.0):
         print(f"  {plan.texts[1] - plan.texts[0]:.1%} of the documents, by a hash of their text")
     if plan.metadata is not None:
-        print(f"  before each document: {plan.metadata.prefix('...').strip()!r} of {plan.metadata.what}")
+        print(f"  before each document: {plan.metadata.prefix('...').strip()!r} of the {plan.metadata.what}")
     train = settings["vocabulary"]
     print(
         f"  vocabulary: {known.kind} of {known.size:,}"

@@ -135,7 +135,7 @@ def create_score(
     for key, value in wanted.items():
         was = manifest[key]
         if key == "reference" and "fingerprint" in value:  # the same model may have moved
-            was, value = was.get("fingerprint"), value["fingerprint"]
+            was, value = ({of: about.get(of) for of in ("fingerprint", "prefix")} for about in (was, value))
         if was != value:
             raise UserError(
                 f"score {name!r} of {store.path} was begun with {key} {was}, now {value}: "

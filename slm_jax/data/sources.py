@@ -60,8 +60,8 @@ class Source:
         schema: which fields hold what, a key of `SCHEMAS`.
         text_field, url_field, source_field: override the schema, as dotted paths (`meta.redpajama_set_name`). Documents
             with a value in `source_field` get the source name NAME/VALUE.
-        part: 'K/N' keeps the documents whose text hashes to K modulo N: the parts of the same files are disjoint,
-            whatever the names of the sources, and copies of a text fall into the same part.
+        part: 'K/N' keeps the documents whose text hashes to K modulo N, 'J-K/N' those from J to K: parts of the same
+            files are disjoint, whatever the names of the sources, and copies of a text fall into the same part.
         max_documents, max_characters: stop when so much was taken, in the order of the files.
         spans_field: field with [[begin, end], ...] characters of the text; their tokens get the source NAME/noise.
         bad_lines: how many records that cannot be read are skipped and counted before the source is refused.
@@ -150,7 +150,7 @@ def read_documents(source: Source, field: str | None = None) -> Iterator[dict[st
     """
     fields = source.fields()
     columns = [path.split(".")[0] for path in (*fields, source.spans_field, field) if path]
-    part, parts = _part(source)
+    first, last, parts = _part(source)
     index, bad, taken, characters, bytes_before = -1, 0, 0, 0, 0
     for path in source.paths():
         for record in readers.records(path, columns):
@@ -170,7 +170,7 @@ def read_documents(source: Source, field: str | None = None) -> Iterator[dict[st
             if row["skipped"]:
                 yield row
                 continue
-            if parts > 1 and _text_hash(row["text"]) % parts != part:
+            if parts > 1 and not first <= _text_hash(row["text"]) % parts <= last:
                 continue
             yield row
             taken += 1
@@ -251,13 +251,16 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _part(source: Source) -> tuple[int, int]:
+def _part(source: Source) -> tuple[int, int, int]:
     if source.part is None:
-        return 0, 1
-    found = re.fullmatch(r"(\d+)/(\d+)", source.part)
-    if not found or int(found[1]) >= int(found[2]):
-        raise UserError(f"source {source.name!r}: part {source.part!r} must be 'K/N' with K < N, such as '0/2'")
-    return int(found[1]), int(found[2])
+        return 0, 0, 1
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)/(\d+)", source.part)
+    first, last, parts = (int(found[1] or found[2]), int(found[2]), int(found[3])) if found else (1, 0, 0)
+    if not first <= last < parts:
+        raise UserError(
+            f"source {source.name!r}: part {source.part!r} must be 'K/N' with K < N, such as '0/2', or 'J-K/N'"
+        )
+    return first, last, parts
 
 
 def text_fraction(text: str) -> float:

@@ -14,8 +14,11 @@ from jax.sharding import Mesh
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
-from slm_jax.data.batches import read_batch
+from slm_jax.data.batches import make_batch
 from slm_jax.data.corpus import Corpus
+from slm_jax.data.metadata import Metadata
+from slm_jax.errors import UserError
+from slm_jax.evaluate.prefix import Repacked, conditioned
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import mean, progress
 from slm_jax.models.config import ModelConfig
@@ -34,6 +37,9 @@ class HeldOut:
 
     rows: how many, from the first; None for all. keep_tokens: also yield the loss of every token, as one array
     [rows, L] with NaN where a token has none; the loop stores it as `token_losses/<name>/<step>.npy`.
+    prefix: stands behind the BOS of every document, such as "URL: en.wikipedia.org" and an empty line. metadata: in its
+    place each document's own, or, `shuffled`, another document's. The corpus is plain, and the loss is that of the same
+    tokens with and without.
     """
 
     name: str
@@ -41,8 +47,15 @@ class HeldOut:
     rows: int | None = None
     batch_rows: int = 16
     keep_tokens: bool = False
+    prefix: str | None = None
+    metadata: Metadata | None = None
+    shuffled: bool = False
 
     def __post_init__(self) -> None:
+        if self.prefix is not None and self.metadata is not None:
+            raise UserError(f"HeldOut {self.name}: prefix and metadata exclude each other: leave one out")
+        if self.shuffled and self.metadata is None:
+            raise UserError(f"HeldOut {self.name}: shuffled needs the metadata that is shuffled: HeldOut.metadata")
         if self.rows is not None:
             config_lib.at_least(1, **{"HeldOut.rows": self.rows})
 
@@ -51,12 +64,19 @@ class HeldOut:
         table = Corpus.open(self.corpus)
         check_fits(model, vocabulary_hash, table, "the model")
         mesh_lib.check_batch(mesh, self.batch_rows, f"HeldOut {self.name}")
-        num_rows = table.num_rows if self.rows is None else min(self.rows, table.num_rows)
+        num_rows = self._num_rows(table)
+        rows = self._conditioned(table, model)[0]
         compute = jax.jit(lambda params, batch: batch_loss(params, model, batch))
         token_bytes = table.vocabulary().token_bytes()
 
         def run(params: Params) -> Iterator[tuple[str, Any]]:
-            losses, valid, batch = _losses(compute, params, table, num_rows, self.batch_rows, mesh)
+            batch = table.read(np.arange(num_rows))
+            valid = batch["loss_mask"] & np.asarray(predicted(jnp.asarray(batch["segment_ids"], jnp.int32)))
+            if rows is None:
+                losses = _losses(compute, params, batch["tokens"], batch["segment_ids"], self.batch_rows, mesh)
+            else:
+                losses = _losses(compute, params, rows.tokens, rows.segment_ids, self.batch_rows, mesh)
+                losses = rows.restore(losses, valid.shape)
             total, count = losses[valid].sum(dtype=np.float64), int(valid.sum())
             num_bytes = int(token_bytes[batch["tokens"][valid]].sum())
             yield f"{self.name}/loss", mean(total, count)
@@ -70,20 +90,36 @@ class HeldOut:
 
         return run
 
+    def about_prefix(self, model: ModelConfig) -> dict[str, Any] | None:
+        """What stood behind the BOS: text and ids of the first document's prefix, and how many different ones."""
+        return self._conditioned(Corpus.open(self.corpus), model)[1]
+
+    def _num_rows(self, table: Corpus) -> int:
+        return table.num_rows if self.rows is None else min(self.rows, table.num_rows)
+
+    def _conditioned(self, table: Corpus, model: ModelConfig) -> tuple[Repacked | None, dict[str, Any] | None]:
+        if self.prefix is None and self.metadata is None:
+            return None, None
+        num_rows = self._num_rows(table)
+        return conditioned(table, num_rows, self.prefix, self.metadata, self.shuffled, model.max_length)
+
 
 def _losses(
-    compute: Callable[..., jax.Array], params: Params, table: Corpus, num_rows: int, batch_rows: int, mesh: Mesh
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """(loss [rows, L], which tokens have one, the rows' columns)."""
+    compute: Callable[..., jax.Array],
+    params: Params,
+    tokens: np.ndarray,
+    segment_ids: np.ndarray,
+    batch_rows: int,
+    mesh: Mesh,
+) -> np.ndarray:
+    """The loss of every token, [rows, L]."""
     losses, mine = [], mesh_lib.local_rows(mesh, batch_rows)
-    for first in range(0, num_rows, batch_rows):
-        rows = np.minimum(np.arange(first, first + batch_rows), num_rows - 1)  # the last batch repeats its last row
-        batch = read_batch([table], np.zeros(len(mine), np.int64), rows[mine])
+    for first in range(0, len(tokens), batch_rows):
+        rows = np.minimum(np.arange(first, first + batch_rows), len(tokens) - 1)[mine]  # the last batch repeats a row
+        batch = make_batch(tokens[rows], segment_ids[rows], segment_ids[rows] > 0)
         on_devices = mesh_lib.to_devices(mesh, batch_rows, mine, batch)
         losses.append(mesh_lib.to_host(compute(params, on_devices)))
-    columns = table.read(np.arange(num_rows))
-    valid = columns["loss_mask"] & np.asarray(predicted(jnp.asarray(columns["segment_ids"], jnp.int32)))
-    return np.concatenate(losses)[:num_rows], valid, columns
+    return np.concatenate(losses)[: len(tokens)]
 
 
 def _identity(path: str) -> dict[str, Any]:
@@ -128,6 +164,7 @@ def evaluate(
         "fingerprint": model.fingerprint,
         "evaluators": list(evaluators),
         "corpora": {e.corpus: _identity(e.corpus) for e in evaluators},
+        "prefixes": {e.name: about for e in evaluators if (about := e.about_prefix(model.config))},
         "results": results,
     }
     processes.on_first(lambda: config_lib.write_json(output, record))

@@ -24,6 +24,7 @@ from slm_jax.models import forward
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
 from slm_jax.score.token_loss import batch_loss, token_loss_and_entropy
+from slm_jax.score.without_prefix import put_back, remove_prefix
 
 STATISTICS = ("loss", "entropy")
 
@@ -97,6 +98,7 @@ def score(
     dtype: str = "float32",
     batch_rows: int = 16,
     mesh: MeshConfig | None = None,
+    without_prefix: bool = False,
 ) -> None:
     """Scores every token of a corpus with a frozen reference model and adds the result as a column.
 
@@ -112,6 +114,8 @@ def score(
       dtype: float16 or float32, of the column.
       batch_rows: rows scored at a time, over all devices.
       mesh: how devices share the work.
+      without_prefix: for a reference trained on plain documents: it reads the documents of a corpus that carries
+        metadata without them. The column says whether the prefix was seen or removed.
     """
     unknown = sorted(set(statistics) - set(STATISTICS))
     if unknown or "loss" not in statistics:
@@ -122,6 +126,8 @@ def score(
     config_lib.print_unused()
     model = load_model(reference, devices, step)
     check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}")
+    if without_prefix and table.metadata is None:
+        raise UserError(f"score.without_prefix: corpus {corpus} carries no metadata to be removed: leave it out")
     about = {
         "run": reference,
         "step": model.step,
@@ -129,6 +135,8 @@ def score(
         "vocabulary_hash": model.vocabulary_hash,
         "parameters": model.config.parameter_count(),
     }
+    if table.metadata is not None:
+        about["prefix"] = "removed" if without_prefix else "seen"
     check_column(name, dtype)
     where = Path(corpus) / "scores" / name
     with contextlib.ExitStack() as stack:
@@ -146,7 +154,7 @@ def score(
         rows_left = sum(stop - start for start, stop in pending)
         print(f"score: {rows_left} of {table.num_rows} rows of {corpus} by {reference} (step {model.step}) -> {where}")
         stack.enter_context(jax.set_mesh(devices))
-        _score_rows(table, open_column(), pending, model, devices, batch_rows)
+        _score_rows(table, open_column(), pending, model, devices, batch_rows, without_prefix)
     print(f"score: done, {where}")
 
 
@@ -157,9 +165,15 @@ def _score_rows(
     model: TrainedModel,
     mesh: Mesh,
     batch_rows: int,
+    removed: bool,
 ) -> None:
     """Chunk by chunk; all devices share a batch, and the first process writes a chunk whole."""
-    compute = jax.jit(lambda params, batch: score_batch(params, model.config, batch, column.statistics))
+
+    @jax.jit
+    def compute(params: Params, batch: Batch, place: jax.Array | None) -> dict[str, jax.Array]:
+        scored = score_batch(params, model.config, batch, column.statistics)
+        return scored if place is None else {name: put_back(value, place) for name, value in scored.items()}
+
     mine = mesh_lib.local_rows(mesh, batch_rows)
     with progress(sum(stop - start for start, stop in pending), 0, "score", "row") as bar:
         for start, stop in pending:
@@ -169,7 +183,8 @@ def _score_rows(
                 piece = rows[first : first + batch_rows]
                 padded = np.pad(piece, (0, batch_rows - len(piece)), mode="edge")
                 batch = read_batch([table], np.zeros(len(mine), np.int64), padded[mine])
-                scored = compute(model.params, mesh_lib.to_devices(mesh, batch_rows, mine, batch))
+                read = remove_prefix(batch) if removed else (batch, None)
+                scored = compute(model.params, *mesh_lib.to_devices(mesh, batch_rows, mine, read))
                 pieces.append({name: x[: len(piece)] for name, x in mesh_lib.to_host(scored).items()})
             if processes.first():
                 column.write(start, {n: np.concatenate([piece[n] for piece in pieces]) for n in pieces[0]})

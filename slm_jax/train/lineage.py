@@ -28,10 +28,11 @@ def refuse_another(was: dict[str, Any], now: dict[str, Any], run_dir: str, remed
     Raises:
       UserError: another model, seed, vocabulary, or a corpus or reference that changed; names the first difference.
     """
+    model = config_lib.to_json(ModelConfig.from_json(was["model"]))  # with today's fields, where it is an older run
     for name, value in now["model"].items():
-        if name in was["model"] and was["model"][name] != value:
+        if model[name] != value:
             raise UserError(
-                f"{run_dir} holds a run whose model has {name} = {was['model'][name]}, this one has {value}: {remedy}"
+                f"{run_dir} holds a run whose model has {name} = {model[name]}, this one has {value}: {remedy}"
             )
     for name in ("seed", "initial", "vocabulary_hash"):
         if name in now and was[name] != now[name]:

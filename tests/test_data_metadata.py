@@ -240,7 +240,10 @@ def test_the_manifest_and_the_report_count(pair, source, tmp_path, capsys):
     assert everything.manifest["metadata"]["without"] == {"web: no URL": 2, "web: malformed URL": 1}
     assert everything.documents()["metadata"].to_pylist().count(None) == 3
     printed = capsys.readouterr().out
-    assert "before each document: 'URL: ...' of the URL" in printed and "web: no URL: 2 documents" in printed
+    assert (
+        "before each document: 'URL: ...' of the URL" in printed
+        and "metadata of their own, web: no URL: 2 documents" in printed
+    )
     assert f"metadata: {everything.manifest['metadata']['tokens']:,} tokens, 4 values" in printed
 
 

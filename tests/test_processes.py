@@ -15,6 +15,7 @@ from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.checkpoint import Checkpoints
 from slm_jax.data.corpus import Corpus
+from slm_jax.data.metadata import Metadata
 from slm_jax.data.scores import ScoreColumn
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.mesh import MeshConfig
@@ -25,6 +26,7 @@ from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.phases import Phase
 from slm_jax.train.state import TrainState, init_state, state_shapes
 
+PREFIX = "URL: a.org\n\n"
 AXES = MeshConfig(data=2, fsdp=2, model=2)
 MESH = ("--gin.train.mesh=@MeshConfig()", *toy.settings(MeshConfig=dataclasses.asdict(AXES)))
 
@@ -58,7 +60,7 @@ def phase(corpus: Corpus, steps: int) -> Phase:
 
 
 def held_out(corpus: Corpus) -> HeldOut:
-    return HeldOut("held", corpus.path, rows=16, batch_rows=8, keep_tokens=True)
+    return HeldOut("held", corpus.path, rows=16, batch_rows=8, keep_tokens=True, prefix=PREFIX)
 
 
 def command(corpus: Corpus, run_dir: Path, steps: int) -> tuple[str, ...]:
@@ -75,7 +77,7 @@ def command(corpus: Corpus, run_dir: Path, steps: int) -> tuple[str, ...]:
             Draw={"corpus": corpus.path, "epochs": 100.0},
             Phase={"steps": steps, "batch_rows": 8},
             constant_schedule={"peak": 1e-2, "warmup": 0.0},
-            HeldOut={"name": "held", "corpus": corpus.path, "rows": 16, "batch_rows": 8, "keep_tokens": True},
+            HeldOut=dataclasses.asdict(held_out(corpus)),
             train={"run_dir": str(run_dir), "checkpoint_every": 4, "evaluate_every": 1000},
         ),
     )
@@ -137,13 +139,16 @@ def test_two_processes_train_as_one_through_a_kill_and_a_termination(corpus, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one(corpus_copy, reference, tmp_path):
-    settings = {"corpus": corpus_copy.path, "reference": str(reference), "batch_rows": 8}
+def test_two_processes_score_as_one(reference, tmp_path):
+    """Though each takes the metadata out of its own rows."""
+    records = [{"text": " ".join(toy.WORDS[: i % 9 + 1]), "url": f"https://a{i % 3}.org"} for i in range(60)]
+    corpus = toy.write_documents(tmp_path / "corpus", records, 64, metadata=Metadata())
+    settings = {"corpus": corpus.path, "reference": str(reference), "batch_rows": 8, "without_prefix": True}
     mesh = (part.replace("train.mesh", "score.mesh") for part in MESH)
     codes, output, other = finish(start(tmp_path, "score", *mesh, *toy.settings(score={**settings, "name": "two"})))
     assert codes == [0, 0], output + other
     score(**settings, mesh=AXES, name="one")
-    two, one = (corpus_copy.score(name) for name in ("two", "one"))
+    two, one = (corpus.score(name) for name in ("two", "one"))
     assert two.reference == one.reference  # fingerprints included
     np.testing.assert_array_equal(two.array("loss").read().result(), one.array("loss").read().result())
 

@@ -383,7 +383,7 @@ def _report(corpus: Corpus, reused: int, speed: float) -> None:
     for reason, count in sorted(counts["skipped"].items()):
         print(f"  skipped, {reason}: {count:,}")
     if about := counts.get("metadata"):
-        print(f"  metadata: {about['tokens']:,} tokens, {about['values']:,} values; without one of their own:")
+        print(f"  metadata: {about['tokens']:,} tokens, {about['values']:,} values")
         for reason, count in sorted(about["without"].items()):
-            print(f"    {reason}: {count:,} documents")
+            print(f"  without metadata of their own, {reason}: {count:,} documents")
     print(f"  at {corpus.path}, fingerprint {corpus.fingerprint[:12]}")

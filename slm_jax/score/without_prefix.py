@@ -23,7 +23,7 @@ def remove_prefix(batch: Batch) -> tuple[Batch, Int[np.ndarray, "B L"]]:
         return np.where(padding, x.dtype.type(0), np.take_along_axis(x, order, axis=1))
 
     rows = make_batch(moved(batch.tokens), moved(batch.segment_ids), moved(batch.loss_mask), moved(batch.source_ids))
-    return rows, np.where(kept, np.cumsum(kept, axis=1) - 1, -1)
+    return rows, np.where(kept, np.cumsum(kept, axis=1) - 1, -1).astype(np.int32)
 
 
 def put_back(values: Float[Array, "B L"], place: Int[Array, "B L"]) -> Float[Array, "B L"]:

@@ -39,7 +39,7 @@ class HeldOut:
     [rows, L] with NaN where a token has none; the loop stores it as `token_losses/<name>/<step>.npy`.
     prefix: stands behind the BOS of every document, such as "URL: en.wikipedia.org" and an empty line. metadata: in its
     place each document's own, or, `shuffled`, another document's. The corpus is plain, and the loss is that of the same
-    tokens with and without.
+    tokens with and without; its rows are best shorter than those of training, so that no position is new to the model.
     """
 
     name: str

@@ -122,8 +122,19 @@ def test_spans_mark_the_tokens_that_overlap_them(vocabulary):
     assert not tokenize_document(text, [[4, 4]], vocabulary).noise.any()
 
 
+def test_a_prefix_does_not_merge_with_the_text_and_its_spans():
+    vocabulary = VOCABULARIES["sentencepiece"]
+    prefix, text = "The qui", "ck brown fox"
+    assert vocabulary.encode(prefix + text) != vocabulary.encode(prefix) + vocabulary.encode(text)
+    document = tokenize_document(text, [[9, 12]], vocabulary, prefix)
+    given = [vocabulary.bos_id, *vocabulary.encode(prefix)]
+    assert document.tokens.tolist() == [*given, *vocabulary.encode(text), vocabulary.eos_id]
+    assert document.loss_mask.tolist() == [i >= len(given) for i in range(len(document.tokens))]
+    assert vocabulary.decode(document.tokens[document.noise]).strip() == "fox"
+
+
 def test_the_light_modules_import_no_tensorflow_and_no_jax():
-    modules = "corpus packing prepare preprocess readers scores store tasks units vocabularies".split()
+    modules = "corpus metadata packing prepare preprocess readers scores sources store tasks units vocabularies".split()
     program = "import sys, " + ", ".join(f"slm_jax.data.{module}" for module in modules)
     program += "\nprint(sorted({'tensorflow', 'seqio', 'tensorflow_datasets', 'jax'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

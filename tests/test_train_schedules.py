@@ -1,5 +1,6 @@
 """Learning rates at the points of arXiv 2403.08763, and how schedules follow one another."""
 
+import gin
 import numpy as np
 import pytest
 
@@ -99,3 +100,12 @@ def test_in_turn_on_arrays_and_under_jit():
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_settings_of_other_legs_do_not_reach_the_families():
+    gin.parse_config("Schedule.start = 1.0\nLeg.steps = 7\nLeg.shape = 'cosine'")
+    try:
+        made = [cosine_schedule(), constant_schedule(), wsd_schedule(), infinite_schedule(), anneal_schedule()]
+    finally:
+        gin.clear_config()
+    assert made == [cosine_schedule(), constant_schedule(), wsd_schedule(), infinite_schedule(), anneal_schedule()]

@@ -130,13 +130,13 @@ def in_turn(spans: Sequence[tuple[int, Schedule, int]]) -> optax.Schedule:
 def cosine_schedule(peak: float = 3e-4, warmup: float = 0.01, final: float = 0.1) -> Schedule:
     """Linear warm-up from 0 to `peak`, then the cosine down to `peak * final` (Eq 1, 2). As a phase's own schedule it
     re-warms and re-decays."""
-    return Schedule([Leg(_peak(peak), warmup), Leg(peak * final, None, "cosine")])
+    return _from_zero((_peak(peak), warmup, "linear"), (peak * final, None, "cosine"))
 
 
 @gin.configurable
 def constant_schedule(peak: float = 3e-4, warmup: float = 0.01) -> Schedule:
     """Linear warm-up from 0 to `peak`, which stays."""
-    return Schedule([Leg(_peak(peak), warmup)])
+    return _from_zero((_peak(peak), warmup, "linear"))
 
 
 @gin.configurable
@@ -145,7 +145,7 @@ def wsd_schedule(
 ) -> Schedule:
     """Warm-up, `peak`, and a decay (linear or one_minus_sqrt) to `peak * final` over the last `decay`, in steps or as a
     share."""
-    return Schedule([Leg(_peak(peak), warmup), Leg(peak), Leg(peak * final, decay, shape)])
+    return _from_zero((_peak(peak), warmup, "linear"), (peak, None, "linear"), (peak * final, decay, shape))
 
 
 @gin.configurable
@@ -161,14 +161,19 @@ def infinite_schedule(
     """Warm-up, cooldown (cosine or inverse_sqrt) to `peak * constant`, which stays for any number of phases, and an
     exponential anneal to `peak * final` over the last `anneal` (steps or share; 0: none yet). Section 7 of the paper;
     `constant` and the lengths are its Table 14's. In steps, lengths do not change when the run is extended."""
-    legs = [Leg(_peak(peak), warmup), Leg(peak * constant, cooldown, shape), Leg(peak * constant)]
-    return Schedule([*legs, Leg(peak * final, anneal, EXPONENTIAL)] if anneal else legs)
+    legs = [(_peak(peak), warmup, "linear"), (peak * constant, cooldown, shape), (peak * constant, None, "linear")]
+    return _from_zero(*legs, *([(peak * final, anneal, EXPONENTIAL)] if anneal else []))
 
 
 @gin.configurable
 def anneal_schedule(to: float = 3e-5, steps: float | None = None, shape: str = EXPONENTIAL) -> Schedule:
     """From the rate reached down `to` another, over all steps that the schedule rules or the first of them."""
     return Schedule([Leg(to, steps, shape)], start=None)
+
+
+def _from_zero(*legs: tuple[float, float | None, str]) -> Schedule:
+    """Every argument is given, so that gin's settings of Leg and Schedule, made for others, do not reach these."""
+    return Schedule([Leg(*leg) for leg in legs], 0.0)
 
 
 def _peak(peak: float) -> float:

@@ -93,7 +93,8 @@ def surface() -> dict[str, dict[str, str]]:
 def text_settings(stage: str) -> list[str]:
     """Names of the stage's own settings that are one text, so that `--NAME=TEXT` needs no quotes for gin."""
     parameters = inspect.signature(gin.get_configurable(stage)).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.annotation in (str, str | None)]
+    texts = (str, str | None, str | os.PathLike, str | os.PathLike | None)
+    return [parameter.name for parameter in parameters if parameter.annotation in texts]
 
 
 def flags(stage: str) -> list[str]:

@@ -262,6 +262,16 @@ def test_what_a_comment_says_to_change_changes_the_run(name, planned):
         assert now.phases != was.phases or now.settings != was.settings, together
 
 
+def test_what_a_comment_gives_the_command_is_taken_by_it():
+    """--run_dir=, --corpus= and the like."""
+    for module in STAGES.values():
+        importlib.import_module(module)
+    for stage in ("prepare", "train", "score"):
+        known = {*config.text_settings(stage), *config.text_settings("compile"), "gin_file"}
+        for name in files(stage, *PAPERS):
+            assert set(re.findall(r"--(\w+)=", text(name))) <= known, name
+
+
 @pytest.mark.parametrize("paper", PAPERS)
 def test_the_files_of_a_paper_fit_together(paper, planned, stages):
     """Whatever a run reads is written by a file that is there: corpora, score columns, models to start from."""

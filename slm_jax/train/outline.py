@@ -75,6 +75,8 @@ def draw(plan: Plan, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.style.use("tableau-colorblind10")
+
     step = np.unique(np.linspace(0, plan.total_steps - 1, POINTS).astype(int))
     rows = np.concatenate([np.full(phase.num_steps, phase.batch_rows) for phase in plan.phases])
     tokens = np.cumsum(rows) * plan.corpus.row_length / 1e6
@@ -89,7 +91,7 @@ def draw(plan: Plan, path: Path) -> None:
     figure, (top, middle, bottom) = plt.subplots(3, 1, sharex=True, figsize=(9, 7), layout="constrained")
     top.plot(tokens[step], np.asarray(plan.learning_rate(step + 1)) * np.ones(len(step)), color="C0")
     top.set_ylabel("learning rate")
-    top.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    top.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
     middle.stackplot(tokens[step], shares[step].T, labels=sources, step="pre", alpha=0.85)
     middle.set(ylabel="share of the rows", ylim=(0, 1))
     middle.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)

@@ -21,10 +21,13 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def stage(name: str, files: Sequence[str], text: dict[str, str] | None = None, **settings: Any) -> None:
-    """`slm-jax NAME` with gin files, settings that are text, and gin bindings."""
+def stage(
+    name: str, files: Sequence[str], text: dict[str, str] | None = None, bindings: Sequence[str] = (), **settings: Any
+) -> None:
+    """`slm-jax NAME` with gin files, settings that are text, gin bindings as they are, and values to bind."""
     command = [name, *(f"--gin_file={file}" for file in files)]
     command += [f"--{key}={value}" for key, value in (text or {}).items()]
+    command += [f"--gin.{binding}" for binding in bindings]
     command += [f"--gin.{key}={value!r}" for key, value in settings.items()]
     if slm_jax(command):
         raise SystemExit(f"{' '.join(command)} failed")

@@ -41,16 +41,17 @@ def run(data: str, seeds: list[int]) -> None:
     for shift in SHIFTS:
         for share in SHARES:
             continued(shift, seeds[0], f"{shift}_{share}", share)
-        continued(shift, seeds[0], f"{shift}_constant", 0, extra=("constant",))
+        continued(shift, seeds[0], f"{shift}_constant", 0, rewarmed=False)
         union(shift, seeds[0], f"{shift}_union_short", STEPS)
 
 
-def continued(shift: str, seed: int, name: str, share: int, extra: tuple[str, ...] = ()) -> None:
+def continued(shift: str, seed: int, name: str, share: int, rewarmed: bool = True) -> None:
     """The branch of the seed's base run that goes on with the second data and `share` percent of replay."""
-    names = [shift, *extra, *(["replay"] if share else [])]
-    shares = {"replayed/Draw.share": share, "second/Draw.share": 100 - share} if share else {}
+    file = "replay" if share else "weak" if rewarmed else "constant"
+    settings = {"train.seed": seed, "second/Draw.corpus": str(ROOT / SHIFTS[shift])}
+    settings |= {"replayed/Draw.share": share, "second/Draw.share": 100 - share} if share else {}
     where = {"run_dir": str(ROOT / f"seed{seed}/{name}"), "initial": str(ROOT / f"seed{seed}/base")}
-    stage("train", [f"{CONFIGS}/{n}.gin" for n in names], where, **{"train.seed": seed}, **shares)
+    stage("train", [f"{CONFIGS}/{file}.gin"], where, **settings)
 
 
 def union(shift: str, seed: int, name: str, steps: int) -> None:

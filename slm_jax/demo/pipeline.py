@@ -44,6 +44,9 @@ STAGES = (
     Stage("continual_causal", "train", ("crawl", "base", *HELD_OUT)),
     Stage("continual_selective", "train", ("score", "base", *HELD_OUT)),
     Stage("continual_random", "train", ("crawl", "base", *HELD_OUT)),
+    Stage("score_base_text", "score", ("base_text", "reference")),
+    Stage("continual_causal_replay", "train", ("crawl", "base", *HELD_OUT)),
+    Stage("continual_selective_replay", "train", ("score", "score_base_text", "base", *HELD_OUT)),
 )
 CONFIGS = Path(__file__).parents[2] / "configs" / "runs"
 
@@ -70,8 +73,8 @@ def demo(
       overrides: gin bindings that every stage gets, such as 'Phase.steps = 20'.
     """
     folder = CONFIGS / recipe
-    if not folder.is_dir():
-        known = ", ".join(sorted(path.name for path in CONFIGS.glob("*/"))) if CONFIGS.is_dir() else "none"
+    if not (folder / f"{STAGES[0].name}.gin").exists():
+        known = ", ".join(sorted(path.parent.name for path in CONFIGS.glob(f"*/{STAGES[0].name}.gin"))) or "none"
         raise UserError(f"no recipe {recipe!r} in {CONFIGS}: known are {known}")
     if data is not None and not Path(data).is_dir():
         raise UserError(f"demo.data {data} is not a folder: name the one that holds the data sets")

@@ -118,8 +118,8 @@ def test_the_pull_and_the_average_by_hand(corpus):
     batch = jax.tree.map(jnp.asarray, Plan([toy.phase(corpus)], seed=0).batch(0))
     state = init_state(toy.MODEL, optimizer, devices, seed=0, ema=True)
     start = jax.tree.map(lambda p: p - 1.0, state.params)
-    plain = make_step(toy.MODEL, None, optimizer, rate, 0)(state._replace(average=None), batch)[0]
-    step = make_step(toy.MODEL, None, optimizer, rate, 0, toward_start=0.5, ema=0.75)
+    plain = jax.jit(make_step(toy.MODEL, None, optimizer, rate, 0))(state._replace(average=None), batch)[0]
+    step = jax.jit(make_step(toy.MODEL, None, optimizer, rate, 0, toward_start=0.5, ema=0.75))
     after: TrainState = step(state._replace(start=start), batch)[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b - 0.05, atol=1e-6), after.params, plain.params)
     expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, state.params, after.params)

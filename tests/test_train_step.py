@@ -86,7 +86,7 @@ def test_the_loss_is_divided_by_the_number_selected_in_the_global_batch(one_devi
     mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
     batch = jax.tree.map(jnp.asarray, _batch())
     params = init_state(MODEL, optimizer, mesh, seed=0).params
-    loss = batch_loss(params, MODEL, batch)
+    loss = jax.jit(lambda params: batch_loss(params, MODEL, batch))(params)
     valid = np.asarray(batch.loss_mask & predicted(batch.segment_ids))
     excess = np.where(valid, np.asarray(loss) - batch.scores[COLUMN], -np.inf).reshape(-1)
     count = int(np.floor(valid.sum() * 0.6 + 0.5))
@@ -97,7 +97,7 @@ def test_the_loss_is_divided_by_the_number_selected_in_the_global_batch(one_devi
     def objective(params):
         return jnp.sum(jnp.where(chosen, batch_loss(params, MODEL, batch), 0)) / count
 
-    gradient = jax.grad(objective)(params)
+    gradient = jax.jit(jax.grad(objective))(params)
     _, expected = optimizer.update(gradient, optimizer.init(params), params)
     _, sums = one_device["batch"]
     assert sums["trained_tokens"] == count

@@ -49,7 +49,7 @@ def continued(shift: str, seed: int, name: str, share: int, rewarmed: bool = Tru
     """The branch of the seed's base run that goes on with the second data and `share` percent of replay."""
     file = "replay" if share else "weak" if rewarmed else "constant"
     settings = {"train.seed": seed, "second/Draw.corpus": str(ROOT / SHIFTS[shift])}
-    settings |= {"replayed/Draw.share": share, "second/Draw.share": 100 - share} if share else {}
+    settings |= {"replayed/Draw.share": share / 100} if share else {}
     where = {"run_dir": str(ROOT / f"seed{seed}/{name}"), "initial": str(ROOT / f"seed{seed}/base")}
     stage("train", [f"{CONFIGS}/{file}.gin"], where, **settings)
 

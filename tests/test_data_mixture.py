@@ -9,6 +9,8 @@ from slm_jax.data.batches import read_ahead
 from slm_jax.data.mixture import Draw, Mixture, Scheduled, Supply, pattern, permuted
 from slm_jax.errors import UserError
 
+ONE = np.ones(1)
+
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
@@ -41,7 +43,7 @@ PINNED = [7, 11, 5, 4, 10, 8, 3, 9, 1, 6, 0, 2]
 
 
 def test_rows_do_not_repeat_before_the_corpus_is_used_up():
-    mixture = Mixture([Draw("a", 3.0, epochs=9), Draw("b", 1.0, epochs=9)], [Supply(30), Supply(10)], seed=1)
+    mixture = Mixture([Draw("a"), Draw("b")], [Supply(30), Supply(10)], seed=1, shares=np.array([3.0, 1.0]))
     which, rows = mixture.rows(np.arange(80))
     for corpus, size in ((0, 30), (1, 10)):
         drawn = rows[which == corpus]
@@ -50,7 +52,7 @@ def test_rows_do_not_repeat_before_the_corpus_is_used_up():
 
 
 def test_positions_can_be_asked_for_in_any_order():
-    mixture = Mixture([Draw("a", 0.7), Draw("b", 0.3)], [Supply(1000, 5), Supply(1000)], seed=3)
+    mixture = Mixture([Draw("a"), Draw("b")], [Supply(1000, 5), Supply(1000)], seed=3, shares=np.array([0.7, 0.3]))
     positions = np.random.default_rng(0).permutation(500)
     which, rows = mixture.rows(np.arange(500))
     some_which, some_rows = mixture.rows(positions)
@@ -60,13 +62,13 @@ def test_positions_can_be_asked_for_in_any_order():
 
 def test_a_later_phase_goes_on_where_an_earlier_one_stopped():
     draws = [Draw("a")]
-    whole = Mixture(draws, [Supply(100)], seed=2).rows(np.arange(60))[1]
-    later = Mixture(draws, [Supply(100, 40)], seed=2).rows(np.arange(20))[1]
+    whole = Mixture(draws, [Supply(100)], seed=2, shares=ONE).rows(np.arange(60))[1]
+    later = Mixture(draws, [Supply(100, 40)], seed=2, shares=ONE).rows(np.arange(20))[1]
     np.testing.assert_array_equal(later, whole[40:])
 
 
 def test_original_order():
-    _, rows = Mixture([Draw("a", order="original", epochs=2)], [Supply(4)], seed=0).rows(np.arange(8))
+    _, rows = Mixture([Draw("a", order="original", epochs=2)], [Supply(4)], seed=0, shares=ONE).rows(np.arange(8))
     assert rows.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
@@ -98,18 +100,18 @@ def test_read_ahead_hands_errors_over_and_stops():
 
 def test_a_replay_in_order_reads_again_what_was_read_from_the_first_row_on():
     """The order of the first reading, although that was a shuffled one; at its end it begins again."""
-    first = Mixture([Draw("a")], [Supply(100)], seed=2).rows(np.arange(30))[1]
-    draws = [Draw("b"), Draw("a", 0.25, replay="in_order")]
-    which, rows = Mixture(draws, [Supply(50), Supply(100, 0, 30)], seed=2).rows(np.arange(200))
+    first = Mixture([Draw("a")], [Supply(100)], seed=2, shares=ONE).rows(np.arange(30))[1]
+    draws, shares = [Draw("b"), Draw("a", replay="in_order")], np.array([4.0, 1.0])
+    which, rows = Mixture(draws, [Supply(50), Supply(100, 0, 30)], seed=2, shares=shares).rows(np.arange(200))
     replayed = rows[which == 1]
     np.testing.assert_array_equal(replayed, np.resize(first, len(replayed)))
-    later = Mixture(draws, [Supply(50), Supply(100, 10, 30)], seed=2).rows(np.arange(40))
+    later = Mixture(draws, [Supply(50), Supply(100, 10, 30)], seed=2, shares=shares).rows(np.arange(40))
     np.testing.assert_array_equal(later[1][later[0] == 1], first[10:18])  # another phase replays on
 
 
 def test_a_shuffled_replay_reads_the_same_rows_in_other_orders():
-    first = Mixture([Draw("a")], [Supply(100)], seed=2).rows(np.arange(30))[1]
-    rows = Mixture([Draw("a", replay="shuffled")], [Supply(100, 0, 30)], seed=2).rows(np.arange(60))[1]
+    first = Mixture([Draw("a")], [Supply(100)], seed=2, shares=ONE).rows(np.arange(30))[1]
+    rows = Mixture([Draw("a", replay="shuffled")], [Supply(100, 0, 30)], seed=2, shares=ONE).rows(np.arange(60))[1]
     assert sorted(rows[:30]) == sorted(rows[30:]) == sorted(first)
     assert len({tuple(order.tolist()) for order in (first, rows[:30], rows[30:])}) == 3
 

@@ -43,11 +43,11 @@ def test_a_length_in_tokens_is_rounded_up_to_whole_steps(corpus):
 
 def test_replay_repeats_the_first_phase_in_its_order_at_an_exact_share(corpus, other):
     """Compute-equivalent: a quarter of every batch, beside fresh rows; a third phase replays on and reads on."""
-    replayed = [Draw(other.path, 0.75, epochs=9.0), Draw(corpus.path, 0.25, replay="in_order")]
+    replayed = [Draw(other.path, None, epochs=9.0), Draw(corpus.path, 0.25, replay="in_order")]
     phases = [
         Phase(6, mixture=[Draw(corpus.path)], batch_rows=8),
         Phase(8, mixture=replayed, batch_rows=8),
-        Phase(4, mixture=[*replayed, Draw(corpus.path, 1.0)], batch_rows=8),
+        Phase(4, mixture=[*replayed, Draw(corpus.path, 0.5)], batch_rows=8),
     ]
     plan = Plan(phases, seed=5)
     first = rows_of(plan, corpus, range(6))
@@ -55,7 +55,7 @@ def test_replay_repeats_the_first_phase_in_its_order_at_an_exact_share(corpus, o
     second = rows_of(plan, corpus, range(6, 14))
     np.testing.assert_array_equal(second, first[:16])  # 2 of 8 rows in each of 8 batches
     third = set(rows_of(plan, corpus, range(14, 18)))
-    assert set(first[16:20]) <= third and len(third - set(first)) == 16
+    assert third & set(first) == set(first[16:24]) and len(third) == 8 + 16  # 8 again, 16 for the first time
 
 
 def test_batches_follow_from_seed_and_step_alone(corpus, other):
@@ -137,6 +137,12 @@ REFUSED = {
     "give it one without threshold": lambda draw: [Phase(3, mixture=[draw], keep_ratio=Schedule([Leg(0.5)]))],
     "a share that is kept is in (0, 1]": lambda draw: [
         Phase(3, mixture=[draw], keep_ratio=Schedule([Leg(2.0)]), **SELECTS)
+    ],
+    "two have Draw.share = None": lambda draw: [
+        Phase(3, mixture=[Draw(draw.corpus, None), Draw(draw.corpus, None, replay="in_order")])
+    ],
+    "what the others leave of 1, which is below 0": lambda draw: [
+        Phase(3, mixture=[Draw(draw.corpus, None), Draw(draw.corpus, 1.5, replay="in_order")])
     ],
     "share and epochs are above 0": lambda draw: [Phase(3, mixture=[Draw(draw.corpus, -0.5)])],
     "at step 1 of a phase no Draw has a share above 0": lambda draw: [

@@ -28,8 +28,10 @@ RESHUFFLED = 1 << 32  # epochs of a shuffled replay are told from those of the f
 class Draw:
     """One corpus of a mixture.
 
-    share: its weight among the rows of the phase; a number, or a Schedule over the phase's steps. order: `shuffled`
-    (anew in every epoch) or `original`. epochs: how often its rows may be used before the plan is refused.
+    share: its weight among the rows of the phase; a number, a Schedule over the phase's steps, or None for what the
+    others leave of 1.
+    order: `shuffled` (anew in every epoch) or `original`.
+    epochs: how often its rows may be used before the plan is refused.
     replay: the rows that earlier phases drew, again: `in_order`, as they were read from the first on (Ibrahim et al.
     2024, arXiv 2403.08763), or `shuffled`. Where no earlier phase of the run drew from the corpus, all its rows in
     `order`.
@@ -160,7 +162,7 @@ def _apportioned(wanted: Float[np.ndarray, " D"], total: int) -> Int[np.ndarray,
 class Mixture:
     """The rows of one phase.
 
-    shares: [steps, D] where they change from step to step, of `batch_rows` rows each; None takes those of the draws.
+    shares: of the draws, [D], or [steps, D] where they change from step to step, of `batch_rows` rows each.
     """
 
     def __init__(
@@ -168,11 +170,11 @@ class Mixture:
         draws: Sequence[Draw],
         supplies: Sequence[Supply],
         seed: int,
-        shares: Float[np.ndarray, "N D"] | None = None,
+        shares: Float[np.ndarray, " D"] | Float[np.ndarray, "N D"],
         batch_rows: int = 1,
     ):
         self.draws, self.supplies, self.seed = tuple(draws), tuple(supplies), seed
-        self._places = Fixed([draw.share for draw in draws]) if shares is None else Scheduled(shares, batch_rows)
+        self._places = Fixed(shares.tolist()) if shares.ndim == 1 else Scheduled(shares, batch_rows)
 
     def counts(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N D"]:
         """How many rows of each corpus stand before each position."""

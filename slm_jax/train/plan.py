@@ -118,23 +118,30 @@ def _shares(phase: Phase) -> Float[np.ndarray, "N D"]:
     """The share of each draw at each step of the phase.
 
     Raises:
-      UserError: a scheduled share below 0, or no share above 0 at a step.
+      UserError: two draws that take what the others leave, nothing left, or no share above 0 at a step.
     """
-    steps = phase.num_steps
-    weights = np.stack(
-        [
-            # Rounded, so that no platform's last bit decides which row stands where.
-            np.round(values(over(draw.share, steps, owner=f"Draw.share of {draw.corpus}"), steps), 6)
-            if isinstance(draw.share, Schedule)
-            else np.full(steps, float(draw.share))
-            for draw in phase.mixture
-        ],
-        axis=1,
-    )
-    if not (weights.sum(axis=1) > 0).all():
-        empty = int(np.argmin(weights.sum(axis=1) > 0)) + 1
-        raise UserError(f"at step {empty} of a phase no Draw has a share above 0: let one of them begin above it")
-    return weights / weights.sum(axis=1, keepdims=True)
+    steps, names = phase.num_steps, [draw.corpus for draw in phase.mixture]
+    rest = [draw.share is None for draw in phase.mixture]
+    weights = np.stack([_weights(draw, steps) for draw in phase.mixture], axis=1)
+    if sum(rest) > 1:
+        raise UserError(f"of {', '.join(names)} two have Draw.share = None, what the others leave: give one a number")
+    if sum(rest):
+        weights[:, rest.index(True)] = 1 - weights.sum(axis=1)
+    if weights.min() < 0:
+        raise UserError(f"Draw.share of {names[rest.index(True)]} takes what the others leave of 1, which is below 0")
+    total = weights.sum(axis=1, keepdims=True)
+    if not (total > 0).all():
+        step = int(np.argmin(total[:, 0] > 0)) + 1
+        raise UserError(f"at step {step} of a phase no Draw has a share above 0: let one of them begin above it")
+    return weights / total
+
+
+def _weights(draw: Draw, steps: int) -> Float[np.ndarray, " N"]:
+    """The draw's own share at each step; 0 where it takes what the others leave."""
+    if isinstance(draw.share, Schedule):
+        # Rounded, so that no platform's last bit decides which row stands where.
+        return np.round(values(over(draw.share, steps, owner=f"Draw.share of {draw.corpus}"), steps), 6)
+    return np.full(steps, float(draw.share or 0.0))
 
 
 def _mixtures(phases: Sequence[Phase], sizes: dict[str, int], seed: int) -> list[Mixture]:
@@ -153,7 +160,8 @@ def _mixtures(phases: Sequence[Phase], sizes: dict[str, int], seed: int) -> list
                 supplies.append(Supply(size, read[draw.corpus]))
                 draws.append(draw)
         changing = any(isinstance(draw.share, Schedule) for draw in draws)
-        mixture = Mixture(draws, supplies, seed, _shares(phase) if changing else None, phase.batch_rows)
+        shares = _shares(phase)
+        mixture = Mixture(draws, supplies, seed, shares if changing else shares[0], phase.batch_rows)
         taken = mixture.counts(np.array([phase.num_steps * phase.batch_rows]))[0]
         for draw, supply, count in zip(draws, supplies, taken.tolist(), strict=True):
             _check_supply(draw, supply, count)

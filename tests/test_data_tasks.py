@@ -16,7 +16,7 @@ from slm_jax.data.tasks import documents, register_task
 from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
 from slm_jax.errors import UserError
 
-# One row per schema, written by hand after PAPERS.md section 4: text, url and source name expected.
+# One row per schema, written by hand after the data sets' cards: text, url and source name expected.
 ROWS = {
     "plain": ({"text": "a", "url": "https://x.org/1"}, "https://x.org/1", "s"),
     "text": ({"text": "a", "url": "https://x.org/ignored"}, "", "s"),

@@ -49,7 +49,7 @@ def test_parameter_count_equals_the_tree(name):
     assert all(leaf.dtype == jnp.float32 for leaf in leaves)
 
 
-# PAPERS §2.2, §3.4 and §5; Pythia's by 12 h^2 L + 13 h L + 2 h + 2 V h.
+# As published (arXiv 2501.01956, 2403.08763, model cards); Pythia's by 12 h^2 L + 13 h L + 2 h + 2 V h.
 COUNTS = {
     "tinyllama_1_1b": 1_100_048_384,
     "llama2_7b": 6_738_415_616,
@@ -84,7 +84,7 @@ def test_named_sizes_have_the_parameters_of_the_public_models(size):
 
 
 def test_projections_into_the_stream_start_as_told():
-    """GPT-NeoX: sqrt(2 / 5 h), and 2 / (L sqrt(h)) for what goes back into the stream (PAPERS §3.4)."""
+    """GPT-NeoX: sqrt(2 / 5 h), and 2 / (L sqrt(h)) for what goes back into the stream (GPT-NeoX's small_init and wang_init)."""
     config = dataclasses.replace(SIZES["pythia_70m"], vocab_size=64, num_layers=1)
     params = jax.jit(lambda: forward.init_params(config, jax.random.key(0)))()
     into, back = (2 / (5 * 512)) ** 0.5, 2 / (6 * 512**0.5)

@@ -113,7 +113,7 @@ class ModelConfig:
         return int(self.head_dim * self.rotary_share)
 
     def parameter_count(self) -> int:
-        """Parameters in all, embedding and head included (PAPERS §5 lists those of the public models)."""
+        """Parameters in all, embedding and head included (tested against those of the public models)."""
         dim, width = self.embed_dim, self.head_dim
         read, written = self.num_heads + 2 * self.num_kv_heads, self.num_heads  # heads: query, key, value; output
         attention = dim * width * (read + written)
@@ -169,7 +169,7 @@ def _llama3(num_layers: int, embed_dim: int, mlp_dim: int, heads: tuple[int, int
 
 def _gpt_neox(num_layers: int, embed_dim: int, num_heads: int, vocab_size: int = 50304) -> ModelConfig:
     """The vocabulary counts what pads it: there it takes probability, as where these models were trained. Parameters
-    start as there too (PAPERS §3.4)."""
+    start as there too (arXiv 2403.08763)."""
     return ModelConfig(
         vocab_size,
         num_layers=num_layers,
@@ -194,7 +194,7 @@ def _gpt_neox(num_layers: int, embed_dim: int, num_heads: int, vocab_size: int =
 SIZES: dict[str, ModelConfig] = {
     "demo": ModelConfig(),  # 1.2M parameters at a vocabulary of 2048
     "small": ModelConfig(num_layers=8, embed_dim=512, num_heads=8, num_kv_heads=2, mlp_dim=1408),
-    # Public models (PAPERS §5): layers, width, MLP, heads and key-value heads.
+    # Public models: layers, width, MLP, heads and key-value heads.
     "tinyllama_1_1b": _llama(22, 2048, 5632, (32, 4)),
     "llama2_7b": _llama(32, 4096, 11008, (32, 32), max_length=4096),
     "mistral_7b": _llama(32, 4096, 14336, (32, 8), max_length=32768, sliding_window=4096),

@@ -18,7 +18,7 @@ from slm_jax.models.forward import Params
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; the defaults are TinyLlama's recipe, which the papers leave open or share (PAPERS §1.3, §3.4).
+    """AdamW; the defaults are TinyLlama's recipe, which Rho-1 leaves open and arXiv 2403.08763 shares.
 
     ema: keep an exponential moving average of the parameters, which takes 1 - ema of the new ones at each step; 0 keeps
     none. The stage `average` makes a model of it.

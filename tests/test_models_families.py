@@ -84,7 +84,7 @@ def test_named_sizes_have_the_parameters_of_the_public_models(size):
 
 
 def test_projections_into_the_stream_start_as_told():
-    """GPT-NeoX: sqrt(2 / 5 h), and 2 / (L sqrt(h)) for what goes back into the stream (GPT-NeoX's small_init and wang_init)."""
+    """GPT-NeoX: sqrt(2 / 5 h), and 2 / (L sqrt(h)) for what goes back into the stream (small_init, wang_init)."""
     config = dataclasses.replace(SIZES["pythia_70m"], vocab_size=64, num_layers=1)
     params = jax.jit(lambda: forward.init_params(config, jax.random.key(0)))()
     into, back = (2 / (5 * 512)) ** 0.5, 2 / (6 * 512**0.5)

@@ -18,7 +18,7 @@ FLOATS = st.floats(-50, 50, width=32) | st.sampled_from([0.0, -0.0, 1.0])
 
 
 def test_worked_check_of_the_paper():
-    """Rho-1, Eq 3-5, by hand: L = [2, .5, 3, 1], L_RM = [1, .6, 2.9, .2]; half of the tokens are 0 and 3, and the loss is 1.5."""
+    """Rho-1, Eq 3-5: L = [2, .5, 3, 1], L_RM = [1, .6, 2.9, .2]; half of them are 0 and 3, and the loss is 1.5."""
     loss, reference = jnp.array([[2.0, 0.5, 3.0, 1.0]]), jnp.array([[1.0, 0.6, 2.9, 0.2]])
     selection = Selection(ratio=0.5)
     scores = token_scores(selection, loss, {COLUMN: reference}, jax.random.key(0))

@@ -27,11 +27,6 @@ OVERRIDES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("workplace")
-
-
 def demo(folder: Path, **settings) -> str:
     """Runs `slm-jax demo` in the folder; returns its output."""
     settings = {"overrides": OVERRIDES, **settings}
@@ -42,7 +37,8 @@ def demo(folder: Path, **settings) -> str:
 
 
 @pytest.mark.slow
-def test_the_demo_from_text_to_report(workplace):
+def test_the_demo_from_text_to_report_and_once_more(tmp_path):
+    workplace = tmp_path
     output = demo(workplace, size=120)
     here = workplace / "runs" / "demo"
     assert "demo: done; open runs/demo/report.html" in output
@@ -64,10 +60,11 @@ def test_the_demo_from_text_to_report(workplace):
     assert len(set(start)) == 1  # and from the same start
     report = (here / "report.html").read_text()
     assert "<html" in report and 'src="http' not in report and "selective" in report
+    does_nothing_again(workplace)
 
 
-@pytest.mark.slow
-def test_a_second_call_does_nothing_again(workplace):
+def does_nothing_again(workplace: Path) -> None:
+    """A second call."""
     results = {
         path: path.stat().st_mtime_ns
         for pattern in ("*/columns/tokens/zarr.json", "*/checkpoints/6/params/*", "crawl/scores/reference/loss/c/*/*")

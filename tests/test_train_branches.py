@@ -89,6 +89,22 @@ def test_a_branch_that_is_none_is_refused(corpus, parent, tmp_path):
     assert "steps 8 in phase 0, now 4" in refusal([toy.phase(corpus, steps=4)] * 3)
     assert "with seed 0, this one has 1" in refusal([toy.phase(corpus, steps=9)], seed=1)
     assert "train.inherit 'all' is unknown" in refusal([toy.phase(corpus, steps=9)], inherit="all")
+    assert "name it with train.initial" in refusal([toy.phase(corpus, steps=9)], initial=None)
+    anneal = [toy.phase(corpus, steps=4), toy.phase(corpus, steps=3, schedule=anneal_schedule(to=1e-4))]
+    shares = infinite_schedule(peak=1e-2, warmup=0.25, cooldown=0.75, constant=0.3)
+    assert "at step 4 was 0.0055, this plan says 0.003" in refusal(anneal, initial_step=4, schedule=shares)
+
+
+def test_a_wrong_length_does_no_harm_to_a_run(corpus, parent, tmp_path):
+    """It is refused, and the right one still goes on; a limit on epochs is no other data."""
+    run = shutil.copytree(parent, tmp_path / "run")
+    (run / "summary.json").unlink()
+    record = (run / "run.json").read_text()
+    message = toy.refusal(toy.train_here, run, [toy.phase(corpus, steps=5)], schedule=CONSTANT)
+    assert "is at step 8, the run now has 5" in message and (run / "run.json").read_text() == record
+    longer = toy.phase(corpus, steps=9)
+    longer = dataclasses.replace(longer, mixture=[dataclasses.replace(longer.mixture[0], epochs=200.0)])
+    assert toy.train_here(run, [longer], schedule=CONSTANT)["steps"] == 9
 
 
 def test_a_phase_that_is_held_near_its_start(corpus, tmp_path):
@@ -159,10 +175,12 @@ def test_a_run_without_an_average_says_so(parent, tmp_path):
 
 
 def test_the_share_that_is_kept_warms_up(corpus, tmp_path):
-    """Counted by the metrics of the run, also over a restart."""
+    """Counted by the metrics of the run, also where it was ended in between."""
     warmup = Schedule([Leg(0.25, 3.0)], start=1.0)
-    phase = toy.phase(corpus, steps=4, selection=Selection("loss"), keep_ratio=warmup)
-    toy.train_here(tmp_path / "run", [toy.phase(corpus, steps=1), phase])
+    for steps in (2, 4):
+        phase = toy.phase(corpus, steps=steps, selection=Selection("loss"), keep_ratio=warmup)
+        phase = dataclasses.replace(phase, keep_ratio=Schedule([Leg(0.5, 2.0)], start=1.0)) if steps == 2 else phase
+        toy.train_here(tmp_path / "run", [toy.phase(corpus, steps=1), phase])
     shares = [row["selected_share"] for row in read_metrics(tmp_path / "run") if "selected_share" in row]
     np.testing.assert_allclose(shares, [0.75, 0.5, 0.25, 0.25], atol=0.01)
 

@@ -335,8 +335,7 @@ def test_a_finished_run_does_not_become_another(corpus, reference, tmp_path, cap
     (run / "summary.json").unlink()
     fewer = toy.refusal(toy.train_here, run, [toy.phase(corpus, steps=4)], **again)
     assert "is at step 6, the run now has 4: ask for at least as many" in fewer
-    assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
-    assert json.loads(record)["starts"] == json.loads((run / "run.json").read_text())["starts"][:1]
+    assert (run / "run.json").read_text() == record
 
 
 def test_a_changed_data_order_is_refused(corpus, reference, tmp_path):

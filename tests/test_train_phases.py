@@ -159,6 +159,12 @@ REFUSED = {
         Phase(9, mixture=[draw]),
         Phase(3, mixture=[draw], schedule=anneal_schedule(1e-5, steps=4.0)),
     ],
+    "is read in two orders": lambda draw: [
+        Phase(3, mixture=[draw]),
+        Phase(3, mixture=[dataclasses.replace(draw, order="original")]),
+    ],
+    "write its path in one way": lambda draw: [Phase(3, mixture=[draw, Draw(draw.corpus + "/")])],
+    "it takes a number, None or a @Schedule()": lambda draw: [Phase(3, mixture=[Draw(draw.corpus, "half")])],
     "has no score 'reference'": lambda draw: [Phase(3, mixture=[draw], selection=Selection())],
 }
 

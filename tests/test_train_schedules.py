@@ -109,3 +109,9 @@ def test_settings_of_other_legs_do_not_reach_the_families():
     finally:
         gin.clear_config()
     assert made == [cosine_schedule(), constant_schedule(), wsd_schedule(), infinite_schedule(), anneal_schedule()]
+
+
+def test_two_halves_are_a_whole_at_every_length():
+    for total in range(2, 40):
+        lengths = Schedule([Leg(1.0, 0.5), Leg(0.1, 0.5)]).lengths(total)
+        assert sum(lengths) == total and abs(lengths[0] - lengths[1]) <= 1

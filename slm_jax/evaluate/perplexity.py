@@ -147,6 +147,9 @@ def evaluate(
       mesh: how devices share the work.
     """
     evaluators = config_lib.as_list(evaluators, HeldOut, "evaluate.evaluators") or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
+    names = [evaluator.name for evaluator in evaluators]
+    if len(set(names)) < len(names):
+        raise UserError(f"evaluate.evaluators: two are called {max(names, key=names.count)!r}; give each its own name")
     devices = mesh_lib.make_mesh(mesh)
     config_lib.print_unused()
     model = load_model(run, devices, step)

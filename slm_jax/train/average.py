@@ -31,7 +31,7 @@ def average(
     """
     devices = mesh_lib.make_mesh(mesh)
     there = saved_steps(run)
-    steps = list(steps) or (there[-1:] if moving else there)
+    steps = config_lib.as_list(steps, int, "average.steps") or (there[-1:] if moving else there)
     if missing := [step for step in steps if step not in there]:
         raise UserError(f"{run} has no checkpoint of step {missing[0]}: it has {', '.join(map(str, there))}")
     if moving and len(steps) != 1:

@@ -1,14 +1,50 @@
 """Whether a plan goes on with what a run has done: the same rows at every step already made."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slm_jax import config as config_lib
+from slm_jax import processes
+from slm_jax.checkpoint import read_about
 from slm_jax.errors import UserError
+from slm_jax.metrics import read_metrics
 from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.train.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run without a checkpoint of its own begins.
+
+    seed: of random parameters. initial: another run, or None. step: which of its checkpoints.
+    whole_state: inherit its moments, step and counters too, so that this run goes on with that one.
+    """
+
+    seed: int
+    initial: str | None = None
+    step: int | None = None
+    whole_state: bool = False
+
+
+def first_choice(run_dir: str, initial: str | None, step: int | None) -> int | None:
+    """The checkpoint of `initial` to start from: the one named, else the one that a first start in run_dir took, else
+    the last. The first process looks: another may see one more."""
+
+    def choose() -> int | None:
+        if initial is None or step is not None:
+            return step
+        path = Path(run_dir) / "run.json"
+        known = json.loads(path.read_text())["identity"] if path.exists() else {}
+        if known.get("initial") == initial and known.get("initial_step") is not None:
+            return known["initial_step"]
+        return int(read_about(initial)["step"])
+
+    return processes.on_first(choose)
 
 
 def identity(model: ModelConfig, plan: Plan, seed: int) -> dict[str, Any]:
@@ -34,8 +70,8 @@ def refuse_another(was: dict[str, Any], now: dict[str, Any], run_dir: str, remed
             raise UserError(
                 f"{run_dir} holds a run whose model has {name} = {model[name]}, this one has {value}: {remedy}"
             )
-    for name in ("seed", "initial", "vocabulary_hash"):
-        if name in now and was[name] != now[name]:
+    for name in ("seed", "initial", "initial_step", "whole_state", "vocabulary_hash"):
+        if name in now and was.get(name, now[name]) != now[name]:
             raise UserError(f"{run_dir} holds a run with {name} {was[name]}, this one has {now[name]}: {remedy}")
     for kind, of in (("corpora", "corpus"), ("references", "the reference behind")):
         for name, fingerprint in now[kind].items():
@@ -79,7 +115,8 @@ def refuse_other_rows(
 def _same(before: Any, after: Any) -> bool:
     """Equal where `before`, maybe written by an earlier version, says something."""
     if isinstance(before, dict) and isinstance(after, dict):
-        return all(_same(value, after.get(name)) for name, value in before.items())
+        # Draw.epochs is a limit and decides no row.
+        return all(_same(value, after.get(name)) for name, value in before.items() if name != "epochs")
     if isinstance(before, list) and isinstance(after, list):
         return len(before) == len(after) and all(map(_same, before, after))
     return before == after
@@ -98,4 +135,21 @@ def branched_from(run_dir: str, step: int, model: ModelConfig, plan: Plan, seed:
     remedy = "give this one the same up to there, or take train.inherit = 'params'"
     refuse_another(old["identity"], config_lib.to_json(identity(model, plan, seed)), run_dir, remedy)
     refuse_other_rows(old["settings"]["phases"], config_lib.to_json(plan.phases), step, run_dir, remedy)
+    if difference := other_rate(run_dir, step, plan):
+        raise UserError(
+            f"{difference}, which the branch would go on from: repeat train.schedule, with lengths in steps where they "
+            "are shares, or give the branch a schedule with a start of its own"
+        )
     return old["settings"]
+
+
+def other_rate(run_dir: str, step: int, plan: Plan) -> str:
+    """How the learning rate that a run had at a step differs from the plan's there, where the plan goes on from it; ''
+    if it does not."""
+    if not plan.goes_on_from_rate(step):
+        return ""
+    had = [row["learning_rate"] for row in read_metrics(run_dir) if row["step"] == step and "learning_rate" in row]
+    now = float(np.asarray(plan.learning_rate(step)))
+    if not had or abs(had[-1] - now) <= 1e-4 * max(had[-1], now):
+        return ""
+    return f"the learning rate of {run_dir} at step {step} was {had[-1]:.4g}, this plan says {now:.4g}"

@@ -22,12 +22,13 @@ from slm_jax.metrics import MetricsWriter, peak_flops, progress
 from slm_jax.models.config import ModelConfig, model_config
 from slm_jax.score.reference import check_rows
 from slm_jax.train import outline, rundir
+from slm_jax.train.lineage import Start, first_choice
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.phases import Phase, keep_ratio
 from slm_jax.train.plan import Plan
 from slm_jax.train.record import Record
-from slm_jax.train.schedules import Schedule
-from slm_jax.train.start import Shape, Start, first_state, last_state, phase_start
+from slm_jax.train.schedules import Schedule, cosine_schedule
+from slm_jax.train.start import Shape, first_state, last_state, phase_start
 from slm_jax.train.state import TrainState
 from slm_jax.train.step import Step, compile_step, make_step
 
@@ -82,8 +83,12 @@ def train(
     # Called here rather than as defaults, so that gin's settings of these dataclasses reach them.
     model, optimizer = model or model_config(), optimizer or OptimizerConfig()
     phases = config_lib.as_list(phases, Phase, "train.phases") or [Phase()]  # pyright: ignore[reportCallIssue] (gin's)
+    if schedule is None and not phases[0].schedule:
+        schedule = cosine_schedule()
     if inherit not in ("params", "state"):
         raise UserError(f"train.inherit {inherit!r} is unknown: known are params, state")
+    if initial is None and (inherit == "state" or initial_step is not None):
+        raise UserError("train.inherit and train.initial_step are about another run: name it with train.initial")
     devices = mesh_lib.make_mesh(mesh)
     plan = Plan(phases, seed, schedule)
     model = _checked_model(model, plan)
@@ -95,8 +100,6 @@ def train(
         "schedule": schedule,
         "optimizer": optimizer,
         "mesh": mesh,
-        "initial_step": initial_step,
-        "inherit": inherit,
         "micro_batches": micro_batches,
         "evaluate_every": evaluate_every,
         "evaluators": list(evaluators),
@@ -105,19 +108,19 @@ def train(
     if dry_run:
         return _show(run_dir, model, plan, devices)
     config_lib.print_unused()
+    start = Start(seed, initial, first_choice(run_dir, initial, initial_step), whole_state=inherit == "state")
 
     with contextlib.ExitStack() as stack:
         busy = f"another process is training in {run_dir}: wait for it, or end it"
         stack.enter_context(processes.lock(Path(run_dir) / "lock", busy))
-        if summary := rundir.claim(run_dir, model, plan, seed, initial, settings):
+        if summary := rundir.claim(run_dir, model, plan, start, settings):
             return summary
         stack.enter_context(jax.set_mesh(devices))
         terminated = stack.enter_context(processes.termination())
-        boundaries = plan.first_steps[1:].tolist()
-        checkpoints = stack.enter_context(Checkpoints(run_dir, keep_checkpoints, milestones=boundaries))
+        milestones = plan.first_steps[0 if plan.phases[0].toward_start else 1 :].tolist()
+        checkpoints = stack.enter_context(Checkpoints(run_dir, keep_checkpoints, milestones))
         shape = Shape(model, make_optimizer(optimizer), devices, ema=optimizer.ema > 0)
-        start = Start(seed, initial, initial_step, whole_state=inherit == "state")
-        state, counters = last_state(checkpoints, shape, plan) or first_state(start, shape, plan, allow_equal_reference)
+        state, counters = last_state(checkpoints, shape) or first_state(start, shape, plan, allow_equal_reference)
         print(rundir.describe(run_dir, model, plan, devices, int(state.step)), flush=True)
         speed = (model.flops_per_token(plan.corpus.row_length), _peak_flops(devices))
         writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir, int(state.step))))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import gin
 import numpy as np
@@ -25,8 +26,8 @@ class Phase:
     keep_ratio: a schedule over the phase in place of Selection.ratio.
     schedule: of the learning rate, from this phase on until a later one brings its own; None goes on with the last.
     reset_optimizer: forget the moments when the phase begins.
-    toward_start: decay toward the parameters that the phase began with, in place of zero: each step moves them by
-      learning rate * toward_start of the distance (L2 against forgetting).
+    toward_start: pull toward the parameters that the phase began with: each step takes learning rate * toward_start off
+      the distance (L2 against forgetting), besides OptimizerConfig.weight_decay, which pulls toward zero.
     """
 
     steps: int | None = None
@@ -49,6 +50,8 @@ class Phase:
             raise UserError(f"Phase.tokens is {self.tokens}: it is above 0")
         if self.toward_start < 0:
             raise UserError(f"Phase.toward_start is {self.toward_start}: it is 0 or above")
+        for name in ("keep_ratio", "schedule"):
+            check_schedule(getattr(self, name), f"Phase.{name}")
         if self.keep_ratio and (self.selection is None or self.selection.threshold is not None):
             raise UserError("Phase.keep_ratio is the share that a Selection keeps: give it one without threshold")
         draws = as_list(self.mixture, Draw, "Phase.mixture") or [Draw()]  # pyright: ignore[reportCallIssue] (gin's)
@@ -86,6 +89,11 @@ class Phase:
         return self.selection.columns() if self.selection else ()
 
 
+def check_schedule(value: Any, name: str) -> None:
+    if not isinstance(value, Schedule | None):
+        raise UserError(f"{name} takes a schedule, such as @cosine_schedule() with brackets; it was given {value!r}")
+
+
 def values(scalar: optax.Schedule, steps: int) -> np.ndarray:
     """What a scalar is at t = 1, ..., steps."""
     return np.asarray(scalar(np.arange(1, steps + 1)) * np.ones(steps))
@@ -104,6 +112,7 @@ def learning_rate(phases: Sequence[Phase], schedule: Schedule | None) -> optax.S
     Raises:
       UserError: a schedule whose parts are longer than the phases that it rules, or one that rules none.
     """
+    check_schedule(schedule, "train.schedule")
     if phases[0].schedule and schedule:
         raise UserError("train.schedule rules no phase, since the first brings its own: take one of them away")
     firsts, owners = first_steps(phases), [i for i, phase in enumerate(phases) if i == 0 or phase.schedule]

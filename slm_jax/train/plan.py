@@ -32,6 +32,8 @@ class Plan:
             raise UserError("the run has no phases: give train.phases at least one Phase")
         paths = dict.fromkeys(draw.corpus for phase in phases for draw in phase.mixture)
         self.corpora = {path: Corpus.open(path) for path in paths}
+        if len({corpus.path for corpus in self.corpora.values()}) < len(paths):
+            raise UserError(f"of {', '.join(paths)} two are the same corpus: write its path in one way")
         self._check_corpora()
         self.phases = tuple(phase.resolved(self.corpus.row_length) for phase in phases)
         self.first_steps = first_steps(self.phases)
@@ -94,6 +96,14 @@ class Plan:
         """The phase that the step (0-based) belongs to."""
         return int(np.searchsorted(self.first_steps, step, side="right")) - 1
 
+    def goes_on_from_rate(self, step: int) -> bool:
+        """Whether what comes after so many steps depends on the learning rate there."""
+        if step >= self.total_steps:
+            return False
+        index = self.phase_index(step)
+        begins = self.phases[index].schedule if step == self.first_steps[index] else None
+        return begins is None or begins.start is None
+
     def shares(self, number: int) -> Float[np.ndarray, "N D"]:
         """The share of each draw of a phase at each of its steps."""
         return _shares(self.phases[number])
@@ -141,6 +151,8 @@ def _weights(draw: Draw, steps: int) -> Float[np.ndarray, " N"]:
     if isinstance(draw.share, Schedule):
         # Rounded, so that no platform's last bit decides which row stands where.
         return np.round(values(over(draw.share, steps, owner=f"Draw.share of {draw.corpus}"), steps), 6)
+    if not isinstance(draw.share, int | float | None):
+        raise UserError(f"Draw.share of {draw.corpus} is {draw.share!r}: it takes a number, None or a @Schedule()")
     return np.full(steps, float(draw.share or 0.0))
 
 
@@ -157,6 +169,10 @@ def _mixtures(phases: Sequence[Phase], sizes: dict[str, int], seed: int) -> list
                 supplies.append(Supply(size, replayed[draw.corpus], min(read[draw.corpus], size) or None))
                 draws.append(dataclasses.replace(draw, order=order))
             else:
+                if orders.get(draw.corpus, draw.order) != draw.order:
+                    raise UserError(
+                        f"corpus {draw.corpus} is read in two orders, which would repeat rows: give its Draws one order"
+                    )
                 supplies.append(Supply(size, read[draw.corpus]))
                 draws.append(draw)
         changing = any(isinstance(draw.share, Schedule) for draw in draws)
@@ -167,7 +183,7 @@ def _mixtures(phases: Sequence[Phase], sizes: dict[str, int], seed: int) -> list
             _check_supply(draw, supply, count)
         for draw, count in zip(draws, taken.tolist(), strict=True):
             (replayed if draw.replay else read)[draw.corpus] += count
-            orders.setdefault(draw.corpus, draw.order)
+            orders[draw.corpus] = draw.order
         mixtures.append(mixture)
     return mixtures
 

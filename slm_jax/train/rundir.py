@@ -23,7 +23,7 @@ RESULT_SETTINGS = ("phases", "schedule", "optimizer")  # a finished run cannot t
 
 
 def claim(
-    run_dir: str, model: ModelConfig, plan: Plan, seed: int, initial: str | None, settings: dict[str, Any]
+    run_dir: str, model: ModelConfig, plan: Plan, start: lineage.Start, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Writes run.json and config.gin, or compares with what the run of that directory is.
 
@@ -37,14 +37,15 @@ def claim(
       UserError: run_dir holds a run of another model, seed, corpus, reference, start or data order, or a finished one
         that was made with other settings.
     """
-    return processes.on_first(lambda: _claim(run_dir, model, plan, seed, initial, settings))
+    return processes.on_first(lambda: _claim(run_dir, model, plan, start, settings))
 
 
 def _claim(
-    run_dir: str, model: ModelConfig, plan: Plan, seed: int, initial: str | None, settings: dict[str, Any]
+    run_dir: str, model: ModelConfig, plan: Plan, start: lineage.Start, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
     path = Path(run_dir) / "run.json"
-    identity = lineage.identity(model, plan, seed) | {"initial": initial}
+    identity = lineage.identity(model, plan, start.seed)
+    identity |= {"initial": start.initial, "initial_step": start.step, "whole_state": start.whole_state}
     new = config_lib.to_json({"identity": identity, "settings": settings | {"model": model}, "starts": []})
     # A start that was refused before its first checkpoint is no run yet.
     if path.exists() and (done := _last_checkpoint(path.parent)) is not None:
@@ -54,8 +55,18 @@ def _claim(
         lineage.refuse_other_rows(old["settings"]["phases"], new["settings"]["phases"], done, run_dir, remedy)
         _refuse_other_average(run_dir, old, new)
         changed = [name for name, value in new["settings"].items() if old["settings"].get(name) != value]
-        if summary := _finished(run_dir, plan, [name for name in changed if name in RESULT_SETTINGS]):
+        result = [name for name in changed if name in RESULT_SETTINGS]
+        if old["settings"]["model"].get("dropout", 0.0) != model.dropout:
+            result.append("model.dropout")
+        if summary := _finished(run_dir, plan, result):
             return summary
+        if done > plan.total_steps:
+            raise UserError(
+                f"{run_dir} is at step {done}, the run now has {plan.total_steps}: ask for at least as many, or "
+                "choose another train.run_dir"
+            )
+        if difference := lineage.other_rate(run_dir, done, plan):
+            print(f"train: {difference}")
         for name in changed:
             print(f"train: {name} was {old['settings'].get(name)}, is {new['settings'][name]} from here on")
         new["starts"] = old["starts"]

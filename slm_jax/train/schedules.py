@@ -5,6 +5,7 @@ Eq 1, Eq 2 and section 7.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import gin
@@ -76,7 +77,10 @@ class Schedule:
         Raises:
           UserError: together they are longer than that.
         """
-        given = [0 if s is None else round(s * total) if s < 1 else round(s) for s in (leg.steps for leg in self.legs)]
+        wanted = [0.0 if s is None else s * total if s < 1 else s for s in (leg.steps for leg in self.legs)]
+        # Ends are rounded rather than lengths, so that shares of a whole make a whole.
+        ends = [math.floor(sum(wanted[: i + 1]) + 0.5) for i in range(len(wanted))]
+        given = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
         rest = total - sum(given)
         if rest < 0:
             raise UserError(

@@ -12,23 +12,9 @@ from slm_jax.errors import UserError
 from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.models.forward import Params
 from slm_jax.score.reference import load_model
-from slm_jax.train.lineage import branched_from
+from slm_jax.train.lineage import Start, branched_from
 from slm_jax.train.plan import Plan
 from slm_jax.train.state import TrainState, init_state, state_shapes
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """Where a run without a checkpoint of its own begins.
-
-    seed: of random parameters. initial: another run, or None. step: which of its checkpoints; None is the last.
-    whole_state: inherit its moments, step and counters too, so that this run goes on with that one.
-    """
-
-    seed: int
-    initial: str | None = None
-    step: int | None = None
-    whole_state: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,23 +30,17 @@ class Shape:
         return state_shapes(self.model, self.optimizer, self.mesh, self.ema)
 
 
-def last_state(checkpoints: Checkpoints, shape: Shape, plan: Plan) -> tuple[TrainState, dict[str, float]] | None:
+def last_state(checkpoints: Checkpoints, shape: Shape) -> tuple[TrainState, dict[str, float]] | None:
     """State and counters of the run's newest readable checkpoint; None before the first.
 
     Raises:
-      UserError: the run is further than its plan goes, or no checkpoint can be read.
+      UserError: no checkpoint can be read.
     """
     restored = checkpoints.restore(shape.of_state().items())
     if restored is None:
         return None
     items, about = restored
-    state = TrainState.of(items)
-    if int(state.step) > plan.total_steps:
-        raise UserError(
-            f"{checkpoints.directory} is at step {int(state.step)}, the run now has {plan.total_steps}: ask for at "
-            "least as many, or choose another train.run_dir"
-        )
-    return state, about["counters"]
+    return TrainState.of(items), about["counters"]
 
 
 def first_state(start: Start, shape: Shape, plan: Plan, allow_equal_reference: bool) -> tuple[TrainState, dict]:
@@ -82,12 +62,12 @@ def phase_start(run_dir: str, start: Start, shape: Shape, plan: Plan, first: int
     """The parameters after the first `first` steps, with which a phase began that is under way: those of the run's
     checkpoint there, or of the run that it goes on with, or the initial ones."""
     for run in (run_dir, start.initial if start.whole_state else None):
-        if run and first:
+        if run:
             try:
                 return restore_params(run, shape.of_state().params, first)
             except UserError:
                 continue
-    if first:
+    if first or start.whole_state:
         raise UserError(
             f"{run_dir} has no checkpoint of step {first}, where the phase with Phase.toward_start began: it cannot "
             "know what to stay near"

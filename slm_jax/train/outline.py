@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from slm_jax.data.mixture import Draw
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
 
@@ -80,12 +81,12 @@ def draw(plan: Plan, path: Path) -> None:
     step = np.unique(np.linspace(0, plan.total_steps - 1, POINTS).astype(int))
     rows = np.concatenate([np.full(phase.num_steps, phase.batch_rows) for phase in plan.phases])
     tokens = np.cumsum(rows) * plan.corpus.row_length / 1e6
-    sources = list(dict.fromkeys(draw_name(d) for phase in plan.phases for d in phase.mixture))
+    sources = list(dict.fromkeys(_name(d) for phase in plan.phases for d in phase.mixture))
     shares = np.zeros((plan.total_steps, len(sources)))
     for number, phase in enumerate(plan.phases):
         mine = slice(plan.first_steps[number], plan.first_steps[number + 1])
-        for i, d in enumerate(phase.mixture):
-            shares[mine, sources.index(draw_name(d))] += plan.shares(number)[:, i]
+        for d, share in zip(phase.mixture, plan.shares(number).T, strict=True):
+            shares[mine, sources.index(_name(d))] += share
     kept = np.concatenate([_keep_ratio(phase) for phase in plan.phases])
 
     figure, (top, middle, bottom) = plt.subplots(3, 1, sharex=True, figsize=(9, 7), layout="constrained")
@@ -111,5 +112,5 @@ def draw(plan: Plan, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_name(draw) -> str:
+def _name(draw: Draw) -> str:
     return f"{draw.corpus} (replay)" if draw.replay else draw.corpus

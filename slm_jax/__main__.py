@@ -14,8 +14,8 @@ from slm_jax.compile.topology import say_there_is_no_tpu
 from slm_jax.data.store import disk_full_is_an_answer
 from slm_jax.errors import UserError
 
-# Stage -> the module that holds the function of that name. All are imported to register their gin names; none of them
-# imports TensorFlow or starts a device by being imported.
+# Stage -> the module that holds the function of that name (`analyze report` is analyze_report). All are imported to
+# register their gin names; none of them imports TensorFlow or starts a device by being imported.
 STAGES = {
     "prepare": "slm_jax.data.prepare",
     "train": "slm_jax.train.loop",
@@ -37,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="`slm-jax STAGE --help` lists the settings of a stage.",
         add_help=False,
     )
-    parser.add_argument("stage", choices=STAGES, nargs="?", help="what to do")
+    stages = ", ".join(STAGES)
+    parser.add_argument(
+        "stage", nargs="*", metavar="STAGE [RUN ...]", help=f"what to do: {stages}; and runs, if several"
+    )
     parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="settings; repeatable")
     parser.add_argument("--gin.NAME=VALUE", dest="_", action="store_true", help="one setting; wins over files")
     parser.add_argument("--NAME=TEXT", dest="_", action="store_true", help="a setting of the stage that is text")
@@ -47,22 +50,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known, rest = parser.parse_known_args(arguments)
     except SystemExit as exit_:
         return int(exit_.code or 0)
-    if known.stage is None:
+    if not known.stage:
         parser.print_help(sys.stdout if known.help else sys.stderr)
         return DONE if known.help else USAGE
+    words = next((number for number in (1, 2) if " ".join(known.stage[:number]) in STAGES), None)
+    if words is None:
+        return _fail(" ".join(known.stage[:2]), f"no such stage: there are {stages}", USAGE)
+    stage, runs = "_".join(known.stage[:words]), known.stage[words:]
     for module in STAGES.values():
         importlib.import_module(module)
     if known.help:
-        print(config.describe(known.stage, STAGES))
+        print(config.describe(stage, [name.replace(" ", "_") for name in STAGES]))
         return DONE
-    bindings = [_binding(known.stage, argument) for argument in rest]
-    if None in bindings:
-        message = f"unknown argument {rest[bindings.index(None)]!r}: settings look like --gin.NAME=VALUE"
-        message += "".join(f", --{name}=TEXT" for name in config.text_settings(known.stage))
-        message += "".join(f", --{name}" for name in config.flags(known.stage))
-        return _fail(known.stage, message, USAGE)
+    bindings = [_binding(stage, argument) for argument in rest]
+    if runs and config.takes_runs(stage):
+        bindings.append(f"{stage}.runs={runs!r}")
+    elif runs or None in bindings:
+        argument = runs[0] if runs else rest[bindings.index(None)]
+        message = f"unknown argument {argument!r}: settings look like --gin.NAME=VALUE"
+        message += "".join(f", --{name}=TEXT" for name in config.text_settings(stage))
+        message += "".join(f", --{name}" for name in config.flags(stage))
+        return _fail(stage, message, USAGE)
     say_there_is_no_tpu()
-    return _run(known.stage, known.gin_file, [binding for binding in bindings if binding is not None])
+    return _run(stage, known.gin_file, [binding for binding in bindings if binding is not None])
 
 
 def _binding(stage: str, argument: str) -> str | None:

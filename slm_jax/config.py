@@ -103,6 +103,11 @@ def flags(stage: str) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.default is False]
 
 
+def takes_runs(stage: str) -> bool:
+    """Whether the stage has a setting `runs`, given as words behind its name: `slm-jax analyze report RUN RUN`."""
+    return "runs" in inspect.signature(gin.get_configurable(stage)).parameters
+
+
 def _default(parameter: inspect.Parameter) -> str:
     if parameter.default is inspect.Parameter.empty:
         return "(required)"

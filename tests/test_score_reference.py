@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import toy
 
+from slm_jax.checkpoint import read_about
 from slm_jax.data.batches import read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreColumn
@@ -20,7 +21,7 @@ from slm_jax.data.store import SHARD_ROWS
 from slm_jax.metrics import read_metrics
 from slm_jax.models import forward
 from slm_jax.score import reference as score_lib
-from slm_jax.score.reference import load_model, score
+from slm_jax.score.reference import load_model, run_vocabulary, score
 from slm_jax.score.selection import Selection
 from slm_jax.score.token_loss import predicted
 
@@ -180,3 +181,10 @@ def test_a_reference_that_is_the_model_itself_is_refused(scored, reference, tmp_
     assert len(read_metrics(tmp_path / "run")) == 2
     toy.train_here(tmp_path / "third", phases, initial=str(reference), initial_step=3)  # another model of that run
     assert len(read_metrics(tmp_path / "third")) == 2
+
+
+def test_a_run_keeps_the_vocabulary_of_its_model(corpus, reference, tmp_path):
+    about = read_about(reference)
+    assert run_vocabulary(str(reference), about["vocabulary_hash"]).content_hash == corpus.vocabulary_hash
+    assert "trained with ffff" in toy.refusal(run_vocabulary, str(reference), "ffff")
+    assert "keeps no vocabulary" in toy.refusal(run_vocabulary, str(tmp_path), about["vocabulary_hash"])

@@ -15,6 +15,7 @@ import toy
 from slm_jax.checkpoint import restore_params
 from slm_jax.mesh import make_mesh
 from slm_jax.metrics import read_metrics
+from slm_jax.score.reference import run_vocabulary
 from slm_jax.score.selection import Selection
 from slm_jax.train.average import average
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -160,6 +161,7 @@ def test_the_moving_average_of_a_run_and_the_mean_of_its_checkpoints(corpus, tmp
     mean = jax.tree.map(lambda a, b: (a + b) / 2, params(run, 2), params(run, 4))
     jax.tree.map(close, params(tmp_path / "mean"), mean)
     toy.train_here(tmp_path / "on", [toy.phase(corpus, steps=1)], initial=str(tmp_path / "mean"))
+    assert run_vocabulary(str(tmp_path / "mean"), corpus.vocabulary_hash).size == corpus.vocab_size
 
     with toy.one_device():
         assert "holds checkpoints already" in toy.refusal(average, str(run), str(tmp_path / "mean"))

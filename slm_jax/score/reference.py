@@ -17,6 +17,7 @@ from slm_jax.checkpoint import params_fingerprint, read_about, restore_params
 from slm_jax.data.batches import Batch, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreColumn, check_column
+from slm_jax.data.vocabularies import DESCRIPTION_FILE, Vocabulary, load_vocabulary
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
@@ -52,6 +53,26 @@ def load_model(run: str, mesh: Mesh, step: int | None = None) -> TrainedModel:
     )
     params = restore_params(run, shapes, about["step"])
     return TrainedModel(params, config, about["vocabulary_hash"], about["step"], params_fingerprint(params))
+
+
+def run_vocabulary(run: str, vocabulary_hash: str) -> Vocabulary:
+    """The vocabulary that a model directory (a train run, an imported model) keeps beside its checkpoints.
+
+    Raises:
+      UserError: it keeps none, as runs of earlier versions, or one that is not its model's.
+    """
+    where = Path(run) / "vocabulary"
+    if not (where / DESCRIPTION_FILE).exists():
+        raise UserError(
+            f"{run} keeps no vocabulary: copy the folder `vocabulary` of the corpus it was trained on there"
+        )
+    vocabulary = load_vocabulary(where)
+    if vocabulary.content_hash != vocabulary_hash:
+        raise UserError(
+            f"{where} has the hash {vocabulary.content_hash[:12]}, the model of {run} was trained with "
+            f"{vocabulary_hash[:12]}: copy its corpus' folder `vocabulary` there"
+        )
+    return vocabulary
 
 
 def check_fits(model: ModelConfig, vocabulary_hash: str, corpus: Corpus, what: str) -> None:

@@ -10,6 +10,7 @@ import jax
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints, read_about, restore_items, restore_params, saved_steps
+from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.models.config import ModelConfig
@@ -51,6 +52,8 @@ def average(
         what = "moving average" if moving else f"mean of steps {', '.join(map(str, steps))}"
         about |= {"average": what, "run": run}
         checkpoints.save(steps[-1], {"params": params}, config_lib.to_json(about))
+    if (Path(run) / "vocabulary").is_dir():  # runs of earlier versions keep none
+        load_vocabulary(Path(run) / "vocabulary").save(Path(output) / "vocabulary")
     print(f"average: {what} of {run} -> {output}")
 
 

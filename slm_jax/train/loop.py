@@ -58,8 +58,8 @@ def train(
     """Trains a model through the phases of a run. Started again with the same command, it continues where it was.
 
     Args:
-      run_dir: where everything is written: config.gin, run.json, metrics.jsonl, tensorboard/, checkpoints/,
-        summary.json at the end.
+      run_dir: where everything is written: config.gin, run.json, vocabulary/, metrics.jsonl, tensorboard/,
+        checkpoints/, summary.json at the end.
       model: architecture; vocab_size None takes the corpus'.
       phases: what to train on, on which tokens, for how many steps; one Phase by default. A finished run given more of
         them, or a longer last one, goes on.

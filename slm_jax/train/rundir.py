@@ -25,7 +25,7 @@ RESULT_SETTINGS = ("phases", "schedule", "optimizer")  # a finished run cannot t
 def claim(
     run_dir: str, model: ModelConfig, plan: Plan, start: lineage.Start, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Writes run.json and config.gin, or compares with what the run of that directory is.
+    """Writes run.json, config.gin and vocabulary/, or compares with what the run of that directory is.
 
     The command line wins: a changed setting is printed and used. What would make it another run is refused. run.json
     keeps one entry per start.
@@ -79,6 +79,7 @@ def _claim(
     new["starts"].append(config_lib.environment() | machine)
     config_lib.write_json(path, new)
     (path.parent / "config.gin").write_text(gin.operative_config_str())
+    plan.corpus.vocabulary().save(path.parent / "vocabulary")
     return None
 
 

@@ -1,4 +1,4 @@
-"""Two processes of four devices each do what one of eight does, in every stage they share; they stop and end together."""
+"""Two processes of four devices each do in every shared stage what one of eight does; they stop and end together."""
 
 import dataclasses
 import json

@@ -62,10 +62,11 @@ def expected(alone):
 def test_tokens_are_those_of_the_uncached_forward(name):
     """Each is the most likely one behind the prompt and the tokens before it, read in one row."""
     model = MODELS[name]
-    made = generator(model, batch_rows=8).continue_ids(PROMPTS, GREEDY)
-    length = max(map(len, PROMPTS)) + GREEDY.max_new_tokens
-    tokens, segments = np.zeros((2, len(PROMPTS), length), np.int32)
-    for row, (prompt, continuation) in enumerate(zip(PROMPTS, made, strict=True)):
+    prompts = [*PROMPTS, PROMPTS[2] + PROMPTS[3]]  # the longest has 42, in a batch of rows of 64
+    made = generator(model, batch_rows=8).continue_ids(prompts, GREEDY)
+    length = max(map(len, prompts)) + GREEDY.max_new_tokens
+    tokens, segments = np.zeros((2, len(prompts), length), np.int32)
+    for row, (prompt, continuation) in enumerate(zip(prompts, made, strict=True)):
         ids = prompt + continuation.tokens
         tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
         assert continuation.ended == ("eos" if ids[-1] == VOCABULARY.eos_id else "length")
@@ -77,7 +78,7 @@ def test_tokens_are_those_of_the_uncached_forward(name):
         return forward.logits(params, model, forward.hidden_states(params, model, *row))
 
     logits = np.asarray(uncached(random_params(model), tokens, positions, segments))
-    for row, (prompt, continuation) in enumerate(zip(PROMPTS, made, strict=True)):
+    for row, (prompt, continuation) in enumerate(zip(prompts, made, strict=True)):
         before = logits[row, len(prompt) - 1 : len(prompt) - 1 + len(continuation.tokens)]
         chosen = np.take_along_axis(before, np.array(continuation.tokens)[:, None], -1)[:, 0]
         # The products of one token and of a row are rounded apart: to 8 bits in bfloat16, where two logits may tie.
@@ -114,6 +115,16 @@ def test_a_mesh_with_all_axes_continues_as_one_device_and_the_cache_stays_where_
         sent = re.findall(r"= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text)
         assert len(sent) > 5 and not [shape for shape in sent if "64" in shape]
         assert "f32[2,2,1,64,8]" in text
+
+
+def test_a_token_is_written_in_place(alone, expected):
+    """A copy of the cache for each token, or even for each layer, would cost more than all the rest."""
+    programs = [program.as_text() for key, program in alone._programs.items() if key[0] is decoding.advance]
+    assert programs
+    for text in programs:  # layers, rows, heads, slots, and features
+        made = re.findall(r"= f32\[2,4,2,\d+,8\]\S* ([\w-]+)\(", text)
+        assert set(made) == {"parameter", "get-tuple-element", "fusion", "scatter"}
+        assert made.count("scatter") == 2  # keys and values
 
 
 def test_few_programs_are_compiled(alone, expected):

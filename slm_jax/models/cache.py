@@ -45,11 +45,21 @@ def write(
 ) -> Cache:
     """The cache with one more token in each row, at its own position."""
 
-    def put(slots: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(slots, new.swapaxes(0, 1)[None], (layer, 0, position, 0))
+    # As `vmap` over the rows would write it, but with the rows where they are: vmap brings them to the front, a copy of
+    # the whole cache for each layer. Indexing with arange(B) writes in place too, and sends the tokens to all devices.
+    each_row = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2),  # G and K of [B, G, K]
+        inserted_window_dims=(0, 3),  # layer and slot, which the indices name
+        scatter_dims_to_operand_dims=(0, 3),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    indices = jnp.stack([jnp.broadcast_to(layer, positions.shape), positions], axis=-1)
 
-    put_all = jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)
-    return place(Cache(put_all(cache.key, key, positions), put_all(cache.value, value, positions)))
+    def put(slots: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.scatter(slots, indices, new[:, 0], each_row, indices_are_sorted=True, unique_indices=True)
+
+    return place(Cache(put(cache.key, key), put(cache.value, value)))
 
 
 def cached_attention(

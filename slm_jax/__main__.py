@@ -22,10 +22,12 @@ STAGES = {
     "score": "slm_jax.score.reference",
     "evaluate": "slm_jax.evaluate.perplexity",
     "average": "slm_jax.train.average",
+    "import": "slm_jax.exchange.importing",
+    "export": "slm_jax.exchange.exporting",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",
 }
-SHARED = ("train", "score", "evaluate")  # what several processes run together
+SHARED = ("train", "score", "evaluate", "import", "export")  # what several processes run together
 DONE, FAILED, USAGE = 0, 1, 2
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
-from slm_jax.checkpoint import Checkpoints
+from slm_jax.checkpoint import save_params
 from slm_jax.data.llama2c_vocabulary import read_tokenizer_bin
 from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
 from slm_jax.errors import UserError
@@ -143,8 +143,8 @@ def _describe(source: str, target: str, weights: Weights, model: ModelConfig, wo
 def _import(target: Path, weights: Weights, model: ModelConfig, words: Vocabulary, devices: Mesh) -> None:
     about = {"model": model, "vocabulary_hash": words.content_hash, "run": str(target)}
     size = sum(file.stat().st_size for file in weights.files())
-    with Checkpoints(target) as checkpoints:
-        with progress(size, 0, "import", "B") as bar:
-            params = load_params(weights, model, devices, bar.update)
-            bar.total = bar.n
-        checkpoints.save(0, {"params": params}, config_lib.to_json(about))
+    with progress(size, 0, "import", "B") as bar:
+        bar.unit_scale = True
+        params = load_params(weights, model, devices, bar.update)
+        bar.total = bar.n
+    save_params(target, 0, params, config_lib.to_json(about))

@@ -106,7 +106,8 @@ def load_params(weights: Weights, model: ModelConfig, mesh: Mesh, done: Callable
         def read(layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
             array = weights.read(path, layer).astype(dtype, copy=False)
             done(array.nbytes)
-            return np.pad(array, [(0, want - has) for want, has in zip(shape, array.shape, strict=True)])
+            missing = [(0, want - has) for want, has in zip(shape, array.shape, strict=True)]
+            return np.pad(array, missing) if array.shape != shape else array
 
         if not path.startswith("layers/"):
             return _put(read(None, leaf.shape), sharding)

@@ -360,12 +360,6 @@ def _seqio_of(vocabulary: Vocabulary) -> "seqio.Vocabulary":
     import seqio
     import tensorflow as tf
 
-    def encoded(text: bytes) -> np.ndarray:
-        return np.array(vocabulary.encode(text.decode("utf-8")), np.int32)
-
-    def decoded(ids: np.ndarray) -> bytes:
-        return vocabulary.decode(ids).encode("utf-8")
-
     class HuggingFace(seqio.Vocabulary):
         bos_id = property(lambda self: vocabulary.bos_id)
         eos_id = property(lambda self: vocabulary.eos_id)
@@ -380,9 +374,12 @@ def _seqio_of(vocabulary: Vocabulary) -> "seqio.Vocabulary":
             return vocabulary.decode(ids)
 
         def _encode_tf(self, s):
-            return tf.ensure_shape(tf.numpy_function(encoded, [s], tf.int32), [None])
+            def ids(s):
+                return np.array(vocabulary.encode(s.numpy().decode("utf-8")), np.int32)
+
+            return tf.ensure_shape(tf.py_function(ids, [s], tf.int32), [None])
 
         def _decode_tf(self, ids):
-            return tf.ensure_shape(tf.numpy_function(decoded, [ids], tf.string), [])
+            return tf.ensure_shape(tf.py_function(lambda ids: vocabulary.decode(ids.numpy()), [ids], tf.string), [])
 
     return HuggingFace()

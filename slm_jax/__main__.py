@@ -23,10 +23,12 @@ STAGES = {
     "evaluate": "slm_jax.evaluate.perplexity",
     "generate": "slm_jax.evaluate.generate",
     "average": "slm_jax.train.average",
+    "import": "slm_jax.exchange.importing",
+    "export": "slm_jax.exchange.exporting",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",
 }
-SHARED = ("train", "score", "evaluate", "generate")  # what several processes run together
+SHARED = ("train", "score", "evaluate", "generate", "import", "export")  # what several processes run together
 DONE, FAILED, USAGE = 0, 1, 2
 
 

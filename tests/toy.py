@@ -100,7 +100,7 @@ def write_documents(
 ) -> Corpus:
     """The corpus that `prepare` makes of records with text and url, in bytes, without what reads files."""
     vocabulary = ByteVocabulary()
-    about = {"field": "", "source": "web", "spans": "[]"}
+    about = {"field": "", "source": "web", "spans": "[]", "loss_spans": ""}
     rows = [{**about, **record, "index": i} for i, record in enumerate(records)]
     (path / "work").mkdir(parents=True)
     write_unit(path / "work", 0, list(with_metadata(rows, metadata, None, Counter())), vocabulary)

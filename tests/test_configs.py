@@ -41,6 +41,7 @@ CORPORA = {
     "rho1/general_1b/starcoder": 30,
     "rho1/general_1b/clean": 1.9,
     "rho1/self_reference/proof_pile_2": 55,
+    "rho1/tora/trajectories": 0.0353,  # 69,000 of about 512 tokens
     "meco/dclm_with_url": 270,
     "meco/dclm_with_full_url": 270,
     "meco/dclm_with_suffix": 270,
@@ -95,6 +96,8 @@ RUN_FILES = {
     "rho1/self_reference/proof_pile_2_intersection": Paper(
         f"{RHO1}, Table 3", TINYLLAMA, 49592, 52, 8e-5, 8e-6, (0.8, 0.8)
     ),
+    "rho1/tora/selective": Paper("microsoft/ToRA", TINYLLAMA, 1617, 0.106, 2e-5, 0.0),
+    "rho1/tora/causal": Paper("microsoft/ToRA", TINYLLAMA, 1617, 0.106, 2e-5, 0.0),
     "rho1/weak_to_strong/causal": Paper(f"{RHO1}, Table 5", LLAMA2, 14306, 15, 2e-5, 2e-6),
     "rho1/weak_to_strong/selective": Paper(f"{RHO1}, Table 5", LLAMA2, 14306, 15, 2e-5, 2e-6, 0.7),
     "meco/600m/standard": Paper(MECO, MECO_600M, 40000, 160, 3e-3, 3e-4),
@@ -330,6 +333,20 @@ def test_self_reference_combines_the_likely_and_the_certain(keeps, shares, plann
             float(setting.split("=")[1]) for setting in together
         )
     assert tuple(part.ratio for part in selection.parts) == shares
+
+
+def test_fine_tuning_has_toras_settings_and_template(planned, stages):
+    """microsoft/ToRA: 3 epochs of 69,000, linear over 3 % and down to 0, no weight decay; loss on solutions only."""
+    run, source = planned("rho1/tora/selective"), stages("rho1/tora/trajectories")["Source"]
+    (draw,) = run.phases[0].mixture
+    rows = FarCorpus(draw.corpus, run.row_length).num_rows
+    assert run.steps * run.phases[0].batch_rows / rows == pytest.approx(3, abs=0.01)
+    warmup = round(0.03 * run.steps)
+    np.testing.assert_allclose(run.rates[: warmup + 1], 2e-5 * np.arange(warmup + 1) / warmup, rtol=1e-4)
+    middle = (warmup + run.steps) // 2
+    assert run.rates[middle] == pytest.approx(1e-5, rel=1e-2)
+    assert source.fields().text == "question" and source.template == "tora"
+    assert stages("rho1/tora/trajectories")["prepare"]["packing"] == "whole"
 
 
 @pytest.mark.parametrize("size", ["600m", "1_6b", "3b", "8b"])

@@ -48,7 +48,9 @@ def tokenize_document(
             as a prompt is that ends there.
     """
     if loss_spans is not None:
-        ids, offsets = _within(text, {border for begin, end, _ in loss_spans for border in (begin, end)}, vocabulary)
+        ids, offsets = encode_within(
+            text, {border for begin, end, _ in loss_spans for border in (begin, end)}, vocabulary
+        )
     elif spans:
         ids, offsets = vocabulary.encode_with_offsets(text)
     else:
@@ -67,8 +69,9 @@ def tokenize_document(
     return DocumentTokens(tokens, loss_mask, noise)
 
 
-def _within(text: str, borders: set[int], vocabulary: Vocabulary) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and offsets of a text none of whose tokens crosses a border: it is cut at those that one would cross."""
+def encode_within(text: str, borders: set[int], vocabulary: Vocabulary) -> tuple[list[int], list[tuple[int, int]]]:
+    """`Vocabulary.encode_with_offsets`, but no token crosses one of the borders, which are numbers of characters: the
+    text is cut at those that one would cross."""
     every, cuts = np.array(sorted(borders), np.int64), set[int]()
     while True:
         ids, offsets = [], []

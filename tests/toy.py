@@ -30,7 +30,7 @@ from slm_jax.data.packing import pack_split
 from slm_jax.data.rows import write_rows
 from slm_jax.data.store import SHARD_ROWS, Store
 from slm_jax.data.units import Documents, write_unit
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.metrics import read_metrics
 from slm_jax.models.config import ModelConfig
@@ -97,10 +97,11 @@ def write_documents(
     row_length: int,
     packing: str = "complete",
     metadata: Metadata | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Corpus:
-    """The corpus that `prepare` makes of records with text and url, in bytes, without what reads files."""
-    vocabulary = ByteVocabulary()
-    about = {"field": "", "source": "web", "spans": "[]"}
+    """The corpus that `prepare` makes of records with text and url, without what reads files; in bytes by default."""
+    vocabulary = vocabulary or ByteVocabulary()
+    about = {"field": "", "source": "web", "spans": "[]", "loss_spans": ""}
     rows = [{**about, **record, "index": i} for i, record in enumerate(records)]
     (path / "work").mkdir(parents=True)
     write_unit(path / "work", 0, list(with_metadata(rows, metadata, None, Counter())), vocabulary)

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 import jax
@@ -14,7 +15,7 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.checkpoint import params_fingerprint, read_about, restore_params
-from slm_jax.data.batches import Batch, read_batch
+from slm_jax.data.batches import Batch, read_ahead, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreColumn, check_column
 from slm_jax.data.vocabularies import DESCRIPTION_FILE, Vocabulary, load_vocabulary
@@ -24,10 +25,13 @@ from slm_jax.metrics import progress
 from slm_jax.models import forward
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.score.other_vocabulary import OtherVocabulary
 from slm_jax.score.token_loss import batch_loss, token_loss_and_entropy
 from slm_jax.score.without_prefix import put_back, remove_prefix
 
 STATISTICS = ("loss", "entropy")
+Ranges = Sequence[tuple[int, int]]  # of rows
+Chunks = Generator[dict[str, np.ndarray], None, None]  # the statistics of each range of rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +79,13 @@ def run_vocabulary(run: str, vocabulary_hash: str) -> Vocabulary:
     return vocabulary
 
 
-def check_fits(model: ModelConfig, vocabulary_hash: str, corpus: Corpus, what: str) -> None:
-    """Refuses a corpus of another vocabulary or with rows longer than the model's."""
+def check_fits(model: ModelConfig, vocabulary_hash: str, corpus: Corpus, what: str, or_else: str = "") -> None:
+    """Refuses a corpus of another vocabulary or with rows longer than the model's; `or_else`: one more remedy."""
     if vocabulary_hash != corpus.vocabulary_hash:
         raise UserError(
             f"{what} was trained with vocabulary {vocabulary_hash[:12]}, corpus {corpus.path} has "
             f"{corpus.vocabulary_hash[:12]}: prepare the corpus with the model's vocabulary (VocabularyConfig.path)"
+            f"{or_else}"
         )
     check_rows(model, corpus, what)
 
@@ -120,6 +125,7 @@ def score(
     batch_rows: int = 16,
     mesh: MeshConfig | None = None,
     without_prefix: bool = False,
+    other_vocabulary: bool = False,
 ) -> None:
     """Scores every token of a corpus with a frozen reference model and adds the result as a column.
 
@@ -137,6 +143,9 @@ def score(
       mesh: how devices share the work.
       without_prefix: for a reference trained on plain documents: it reads the documents of a corpus that carries
         metadata without them. The column says whether the prefix was seen or removed.
+      other_vocabulary: for a reference with another vocabulary than the corpus': it reads the same text in its own
+        tokens, and its losses are mapped onto the corpus' tokens through the bytes that both stand for. The column says
+        so.
     """
     unknown = sorted(set(statistics) - set(STATISTICS))
     if unknown or "loss" not in statistics:
@@ -146,7 +155,12 @@ def score(
     mesh_lib.check_batch(devices, batch_rows, "score")
     config_lib.print_unused()
     model = load_model(reference, devices, step)
-    check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}")
+    mapped = _mapped(model, table, reference, without_prefix) if other_vocabulary else None
+    if mapped is None:
+        or_else = ", or map its losses onto the corpus' tokens with score.other_vocabulary = True"
+        check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}", or_else)
+    elif tuple(statistics) != ("loss",):
+        raise UserError("score.other_vocabulary maps losses: an entropy is of the reference's own tokens, leave it out")
     if without_prefix and table.metadata is None:
         raise UserError(f"score.without_prefix: corpus {corpus} carries no metadata to be removed: leave it out")
     about = {
@@ -158,6 +172,38 @@ def score(
     }
     if table.metadata is not None:
         about["prefix"] = "removed" if without_prefix else "seen"
+    if mapped:
+        about["mapped"] = "from another vocabulary"
+
+    def chunks(pending: Ranges) -> Chunks:
+        with jax.set_mesh(devices):
+            if mapped:
+                yield from _mapped_chunks(table, pending, model, mapped, devices, batch_rows)
+            else:
+                yield from _chunks(table, pending, model, statistics, devices, batch_rows, without_prefix)
+
+    _write(corpus, table, name, statistics, dtype, about, chunks, f"by {reference} (step {model.step})")
+
+
+def _mapped(model: TrainedModel, table: Corpus, reference: str, removed: bool) -> OtherVocabulary | None:
+    """None where the two vocabularies are one."""
+    if model.vocabulary_hash == table.vocabulary_hash:
+        return None
+    theirs = run_vocabulary(reference, model.vocabulary_hash)
+    return OtherVocabulary(table.vocabulary(), theirs, model.config, table.row_length, removed)
+
+
+def _write(
+    corpus: str,
+    table: Corpus,
+    name: str,
+    statistics: Sequence[str],
+    dtype: str,
+    about: dict[str, Any],
+    chunks: Callable[[Ranges], Chunks],
+    origin: str,
+) -> None:
+    """Creates the column, or goes on with it: `chunks` gives what the rows still to be written hold, range by range."""
     check_column(name, dtype)
     where = Path(corpus) / "scores" / name
     with contextlib.ExitStack() as stack:
@@ -173,40 +219,68 @@ def score(
             print(f"score: column {where} is complete already")
             return
         rows_left = sum(stop - start for start, stop in pending)
-        print(f"score: {rows_left} of {table.num_rows} rows of {corpus} by {reference} (step {model.step}) -> {where}")
-        stack.enter_context(jax.set_mesh(devices))
-        _score_rows(table, open_column(), pending, model, devices, batch_rows, without_prefix)
+        print(f"score: {rows_left} of {table.num_rows} rows of {corpus} {origin} -> {where}")
+        column = open_column()
+        values = stack.enter_context(contextlib.closing(chunks(pending)))
+        with progress(rows_left, 0, "score", "row") as bar:
+            for (start, stop), chunk in zip(pending, values, strict=True):
+                if processes.first():
+                    column.write(start, chunk)
+                bar.update(stop - start)
     print(f"score: done, {where}")
 
 
-def _score_rows(
+def _chunks(
     table: Corpus,
-    column: ScoreColumn,
-    pending: Sequence[tuple[int, int]],
+    pending: Ranges,
     model: TrainedModel,
+    statistics: Sequence[str],
     mesh: Mesh,
     batch_rows: int,
     removed: bool,
-) -> None:
-    """Chunk by chunk; all devices share a batch, and the first process writes a chunk whole."""
+) -> Chunks:
+    """All devices share a batch."""
 
     @jax.jit
     def compute(params: Params, batch: Batch, place: jax.Array | None) -> dict[str, jax.Array]:
-        scored = score_batch(params, model.config, batch, column.statistics)
+        scored = score_batch(params, model.config, batch, statistics)
         return scored if place is None else {name: put_back(value, place) for name, value in scored.items()}
 
     mine = mesh_lib.local_rows(mesh, batch_rows)
-    with progress(sum(stop - start for start, stop in pending), 0, "score", "row") as bar:
-        for start, stop in pending:
-            rows = np.arange(start, stop)
-            pieces = []
-            for first in range(0, len(rows), batch_rows):
-                piece = rows[first : first + batch_rows]
-                padded = np.pad(piece, (0, batch_rows - len(piece)), mode="edge")
-                batch = read_batch([table], np.zeros(len(mine), np.int64), padded[mine])
-                read = remove_prefix(batch) if removed else (batch, None)
-                scored = compute(model.params, *mesh_lib.to_devices(mesh, batch_rows, mine, read))
-                pieces.append({name: x[: len(piece)] for name, x in mesh_lib.to_host(scored).items()})
-            if processes.first():
-                column.write(start, {n: np.concatenate([piece[n] for piece in pieces]) for n in pieces[0]})
-            bar.update(stop - start)
+    for start, stop in pending:
+        rows = np.arange(start, stop)
+        pieces = []
+        for first in range(0, len(rows), batch_rows):
+            piece = rows[first : first + batch_rows]
+            padded = np.pad(piece, (0, batch_rows - len(piece)), mode="edge")
+            batch = read_batch([table], np.zeros(len(mine), np.int64), padded[mine])
+            read = remove_prefix(batch) if removed else (batch, None)
+            scored = compute(model.params, *mesh_lib.to_devices(mesh, batch_rows, mine, read))
+            pieces.append({name: x[: len(piece)] for name, x in mesh_lib.to_host(scored).items()})
+        yield {n: np.concatenate([piece[n] for piece in pieces]) for n in pieces[0]}
+
+
+def _mapped_chunks(
+    table: Corpus, pending: Ranges, model: TrainedModel, mapped: OtherVocabulary, mesh: Mesh, batch_rows: int
+) -> Chunks:
+    """Every process translates all rows, one range ahead of the devices, which share a batch of the reference's."""
+    compute = jax.jit(lambda params, batch: score_batch(params, model.config, batch, ("loss",))["loss"])
+    mine = mesh_lib.local_rows(mesh, batch_rows)
+
+    def score_rows(batch: Batch) -> np.ndarray:
+        here = jax.tree.map(lambda x: x[mine], batch)
+        return mesh_lib.to_host(compute(model.params, mesh_lib.to_devices(mesh, batch_rows, mine, here)))
+
+    def translated(number: int):
+        rows = np.arange(*pending[number])
+        batch = read_batch([table], np.zeros(len(rows), np.int64), rows)
+        return batch, mapped.segments(batch)
+
+    unread, tokens = 0, 0
+    with contextlib.closing(read_ahead(translated, 0, len(pending))) as ahead:
+        for batch, segments in ahead:
+            loss = mapped.losses(batch, segments, score_rows, batch_rows)
+            counts = batch.loss_mask & (batch.positions > 0)
+            unread, tokens = unread + int((np.isnan(loss) & counts).sum()), tokens + int(counts.sum())
+            yield {"loss": loss}
+    print(f"score: {unread} of {tokens} tokens are text that the reference's vocabulary has not: they have no loss")

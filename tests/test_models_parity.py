@@ -130,10 +130,10 @@ def _as_ours(model, config, of):
 def test_greedy_continuations_are_those_of_transformers(name):
     """Of prompts of several lengths, which share a batch here and are alone there."""
     kind, fields, settings = FAMILIES[name]
-    config = dataclasses.replace(_our_config(name, kind, fields), vocab_multiple=1)
+    vocabulary, devices = ByteVocabulary(), mesh.make_mesh(devices=jax.devices()[:1])
+    config = dataclasses.replace(_our_config(name, kind, fields), vocab_size=vocabulary.size, vocab_multiple=1)
     model = _their_model(kind, config, settings)
     params = jax.tree.map(jnp.asarray, _as_ours(model, config, lambda parameter: parameter))
-    vocabulary, devices = ByteVocabulary(), mesh.make_mesh(devices=jax.devices()[:1])
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, config.vocab_size, length).tolist() for length in (1, 4, 19, 8)]
     ours = Generator(params, config, vocabulary, devices).continue_ids(prompts, Sampling(max_new_tokens=24))

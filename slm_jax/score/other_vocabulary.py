@@ -5,15 +5,17 @@ also where the segment goes on with a document that was cut. Its losses come bac
 `slm_jax.data.alignment`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from slm_jax.data.alignment import Aligned, Aligner, carried
-from slm_jax.data.batches import Batch, make_batch
+from slm_jax.data.batches import Batch, make_batch, read_ahead, read_batch
+from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import prefix_tokens
 from slm_jax.data.packing import pack_whole
 from slm_jax.data.vocabularies import Vocabulary
@@ -79,6 +81,26 @@ class OtherVocabulary:
             raise UserError(
                 f"the reference embeds {model.vocab_size} ids, its vocabulary has {theirs.size}: import it again"
             )
+
+    def chunks(
+        self, table: Corpus, ranges: Sequence[tuple[int, int]], score: Callable[[Batch], np.ndarray], batch_rows: int
+    ) -> Generator[dict[str, np.ndarray], None, None]:
+        """The losses of ranges of rows; the text of the next is translated while the devices score. `score` as in
+        `losses`. Says at the end how many tokens have none."""
+
+        def translated(number: int) -> tuple[Batch, list[Segment]]:
+            rows = np.arange(*ranges[number])
+            batch = read_batch([table], np.zeros(len(rows), np.int64), rows)
+            return batch, self.segments(batch)
+
+        unread, tokens = 0, 0
+        with contextlib.closing(read_ahead(translated, 0, len(ranges))) as ahead:
+            for batch, segments in ahead:
+                loss = self.losses(batch, segments, score, batch_rows)
+                counts = batch.loss_mask & (batch.positions > 0)
+                unread, tokens = unread + int((np.isnan(loss) & counts).sum()), tokens + int(counts.sum())
+                yield {"loss": loss}
+        print(f"score: {unread:,} of {tokens:,} tokens stand for text that the reference could not read: no loss")
 
     def segments(self, batch: Batch) -> list[Segment]:
         """All segments of rows on the host, each in the reference's tokens."""

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gin
 import jax
@@ -15,7 +15,7 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.checkpoint import params_fingerprint, read_about, restore_params
-from slm_jax.data.batches import Batch, read_ahead, read_batch
+from slm_jax.data.batches import Batch, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreColumn, check_column
 from slm_jax.data.vocabularies import DESCRIPTION_FILE, Vocabulary, load_vocabulary
@@ -25,6 +25,7 @@ from slm_jax.metrics import progress
 from slm_jax.models import forward
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.score.from_file import LogProbs
 from slm_jax.score.other_vocabulary import OtherVocabulary
 from slm_jax.score.token_loss import batch_loss, token_loss_and_entropy
 from slm_jax.score.without_prefix import put_back, remove_prefix
@@ -117,7 +118,7 @@ def score_batch(params: Params, model: ModelConfig, batch: Batch, statistics: Se
 @gin.configurable
 def score(
     corpus: str,
-    reference: str,
+    reference: str | None = None,
     name: str = "reference",
     step: int | None = None,
     statistics: Sequence[str] = ("loss",),
@@ -126,6 +127,8 @@ def score(
     mesh: MeshConfig | None = None,
     without_prefix: bool = False,
     other_vocabulary: bool = False,
+    from_file: str | None = None,
+    max_unaligned: float = 0.01,
 ) -> None:
     """Scores every token of a corpus with a frozen reference model and adds the result as a column.
 
@@ -134,7 +137,7 @@ def score(
 
     Args:
       corpus: corpus directory. Gains `scores/<name>/`.
-      reference: run directory of the reference.
+      reference: run directory of the reference; None for a column from_file.
       name: of the column.
       step: checkpoint of the reference; None is its last.
       statistics: `loss` (nats) and, on request, `entropy` of the reference's next-token distribution (nats).
@@ -146,64 +149,28 @@ def score(
       other_vocabulary: for a reference with another vocabulary than the corpus': it reads the same text in its own
         tokens, and its losses are mapped onto the corpus' tokens through the bytes that both stand for. The column says
         so.
+      from_file: JSON lines (.gz, .zst) or Parquet, or a glob of them, with the log-probs that an API or another engine
+        gave to the tokens of each document; slm_jax/score/from_file.py has their shapes. Checked token by token against
+        the corpus; what does not align has no loss. The column names the files and their hash.
+      max_unaligned: share of the tokens that may be without a loss there.
     """
+    if (reference is None) == (from_file is None):
+        raise UserError(
+            f"score takes reference, a run, or from_file, log-probs; it was given {reference!r} and {from_file!r}"
+        )
     unknown = sorted(set(statistics) - set(STATISTICS))
     if unknown or "loss" not in statistics:
         raise UserError(f"score.statistics {tuple(statistics)}: takes 'loss' and, beside it, 'entropy'")
     table = Corpus.open(corpus)
-    devices = mesh_lib.make_mesh(mesh)
-    mesh_lib.check_batch(devices, batch_rows, "score")
-    config_lib.print_unused()
-    model = load_model(reference, devices, step)
-    mapped = _mapped(model, table, reference, without_prefix) if other_vocabulary else None
-    if mapped is None:
-        or_else = ", or map its losses onto the corpus' tokens with score.other_vocabulary = True"
-        check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}", or_else)
-    elif tuple(statistics) != ("loss",):
-        raise UserError("score.other_vocabulary maps losses: an entropy is of the reference's own tokens, leave it out")
     if without_prefix and table.metadata is None:
         raise UserError(f"score.without_prefix: corpus {corpus} carries no metadata to be removed: leave it out")
-    about = {
-        "run": reference,
-        "step": model.step,
-        "fingerprint": model.fingerprint,
-        "vocabulary_hash": model.vocabulary_hash,
-        "parameters": model.config.parameter_count(),
-    }
+    if reference is None:
+        assert from_file is not None
+        origin = _file(table, from_file, statistics, without_prefix, max_unaligned)
+    else:
+        origin = _model(table, reference, step, statistics, batch_rows, mesh, without_prefix, other_vocabulary)
     if table.metadata is not None:
-        about["prefix"] = "removed" if without_prefix else "seen"
-    if mapped:
-        about["mapped"] = "from another vocabulary"
-
-    def chunks(pending: Ranges) -> Chunks:
-        with jax.set_mesh(devices):
-            if mapped:
-                yield from _mapped_chunks(table, pending, model, mapped, devices, batch_rows)
-            else:
-                yield from _chunks(table, pending, model, statistics, devices, batch_rows, without_prefix)
-
-    _write(corpus, table, name, statistics, dtype, about, chunks, f"by {reference} (step {model.step})")
-
-
-def _mapped(model: TrainedModel, table: Corpus, reference: str, removed: bool) -> OtherVocabulary | None:
-    """None where the two vocabularies are one."""
-    if model.vocabulary_hash == table.vocabulary_hash:
-        return None
-    theirs = run_vocabulary(reference, model.vocabulary_hash)
-    return OtherVocabulary(table.vocabulary(), theirs, model.config, table.row_length, removed)
-
-
-def _write(
-    corpus: str,
-    table: Corpus,
-    name: str,
-    statistics: Sequence[str],
-    dtype: str,
-    about: dict[str, Any],
-    chunks: Callable[[Ranges], Chunks],
-    origin: str,
-) -> None:
-    """Creates the column, or goes on with it: `chunks` gives what the rows still to be written hold, range by range."""
+        origin.about["prefix"] = "removed" if without_prefix else "seen"
     check_column(name, dtype)
     where = Path(corpus) / "scores" / name
     with contextlib.ExitStack() as stack:
@@ -212,22 +179,106 @@ def _write(
             stack.enter_context(processes.lock(where / "lock", busy))
 
         def open_column() -> ScoreColumn:
-            return table.create_score(name, tuple(statistics), dtype, reference=about)
+            return table.create_score(name, tuple(statistics), dtype, reference=origin.about)
 
         pending = processes.on_first(lambda: open_column().pending())
         if not pending:
             print(f"score: column {where} is complete already")
             return
         rows_left = sum(stop - start for start, stop in pending)
-        print(f"score: {rows_left} of {table.num_rows} rows of {corpus} {origin} -> {where}")
-        column = open_column()
-        values = stack.enter_context(contextlib.closing(chunks(pending)))
-        with progress(rows_left, 0, "score", "row") as bar:
-            for (start, stop), chunk in zip(pending, values, strict=True):
-                if processes.first():
-                    column.write(start, chunk)
-                bar.update(stop - start)
+        print(f"score: {rows_left} of {table.num_rows} rows of {corpus} {origin.said} -> {where}")
+        _write(open_column(), pending, stack.enter_context(contextlib.closing(origin.chunks(pending))))
     print(f"score: done, {where}")
+
+
+class Origin(NamedTuple):
+    """Where a column comes from, as its manifest records it and in words; and what ranges of rows of it hold."""
+
+    about: dict[str, Any]
+    said: str
+    chunks: Callable[[Ranges], Chunks]
+
+
+def _write(column: ScoreColumn, pending: Ranges, chunks: Chunks) -> None:
+    with progress(sum(stop - start for start, stop in pending), 0, "score", "row") as bar:
+        for (start, stop), values in zip(pending, chunks, strict=True):
+            if processes.first():
+                column.write(start, values)
+            bar.update(stop - start)
+
+
+def _file(table: Corpus, files: str, statistics: Sequence[str], without_prefix: bool, max_unaligned: float) -> Origin:
+    """The first process alone reads."""
+    if tuple(statistics) != ("loss",):
+        raise UserError("score.from_file has losses alone: leave the entropy out")
+    config_lib.print_unused()
+    found: list[LogProbs] = []
+
+    def read() -> dict[str, Any]:
+        found.append(LogProbs(files, table, without_prefix, max_unaligned))
+        return found[0].about
+
+    about = processes.on_first(read)
+    return Origin(about, f"from {files}", lambda pending: found[0].chunks(pending) if found else _nothing(pending))
+
+
+def _nothing(pending: Ranges) -> Chunks:
+    for _ in pending:
+        yield {}
+
+
+def _model(
+    table: Corpus,
+    reference: str,
+    step: int | None,
+    statistics: Sequence[str],
+    batch_rows: int,
+    mesh: MeshConfig | None,
+    without_prefix: bool,
+    other_vocabulary: bool,
+) -> Origin:
+    devices = mesh_lib.make_mesh(mesh)
+    mesh_lib.check_batch(devices, batch_rows, "score")
+    config_lib.print_unused()
+    model = load_model(reference, devices, step)
+    about = {
+        "run": reference,
+        "step": model.step,
+        "fingerprint": model.fingerprint,
+        "vocabulary_hash": model.vocabulary_hash,
+        "parameters": model.config.parameter_count(),
+    }
+    mapped = None
+    if other_vocabulary and model.vocabulary_hash != table.vocabulary_hash:
+        if tuple(statistics) != ("loss",):
+            raise UserError("score.other_vocabulary maps losses: an entropy is of the reference's own tokens")
+        theirs = run_vocabulary(reference, model.vocabulary_hash)
+        mapped = OtherVocabulary(table.vocabulary(), theirs, model.config, table.row_length, without_prefix)
+        about["mapped"] = "from another vocabulary"
+    else:
+        or_else = ", or map its losses onto the corpus' tokens with score.other_vocabulary = True"
+        check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}", or_else)
+
+    def chunks(pending: Ranges) -> Chunks:
+        with jax.set_mesh(devices):
+            if mapped:
+                yield from mapped.chunks(table, pending, _batch_loss(model, devices, batch_rows), batch_rows)
+            else:
+                yield from _chunks(table, pending, model, statistics, devices, batch_rows, without_prefix)
+
+    return Origin(about, f"by {reference} (step {model.step})", chunks)
+
+
+def _batch_loss(model: TrainedModel, mesh: Mesh, batch_rows: int) -> Callable[[Batch], np.ndarray]:
+    """A batch that every process has whole -> its losses; all devices share it."""
+    compute = jax.jit(lambda params, batch: score_batch(params, model.config, batch, ("loss",))["loss"])
+    mine = mesh_lib.local_rows(mesh, batch_rows)
+
+    def loss(batch: Batch) -> np.ndarray:
+        here = jax.tree.map(lambda x: x[mine], batch)
+        return mesh_lib.to_host(compute(model.params, mesh_lib.to_devices(mesh, batch_rows, mine, here)))
+
+    return loss
 
 
 def _chunks(
@@ -258,29 +309,3 @@ def _chunks(
             scored = compute(model.params, *mesh_lib.to_devices(mesh, batch_rows, mine, read))
             pieces.append({name: x[: len(piece)] for name, x in mesh_lib.to_host(scored).items()})
         yield {n: np.concatenate([piece[n] for piece in pieces]) for n in pieces[0]}
-
-
-def _mapped_chunks(
-    table: Corpus, pending: Ranges, model: TrainedModel, mapped: OtherVocabulary, mesh: Mesh, batch_rows: int
-) -> Chunks:
-    """Every process translates all rows, one range ahead of the devices, which share a batch of the reference's."""
-    compute = jax.jit(lambda params, batch: score_batch(params, model.config, batch, ("loss",))["loss"])
-    mine = mesh_lib.local_rows(mesh, batch_rows)
-
-    def score_rows(batch: Batch) -> np.ndarray:
-        here = jax.tree.map(lambda x: x[mine], batch)
-        return mesh_lib.to_host(compute(model.params, mesh_lib.to_devices(mesh, batch_rows, mine, here)))
-
-    def translated(number: int):
-        rows = np.arange(*pending[number])
-        batch = read_batch([table], np.zeros(len(rows), np.int64), rows)
-        return batch, mapped.segments(batch)
-
-    unread, tokens = 0, 0
-    with contextlib.closing(read_ahead(translated, 0, len(pending))) as ahead:
-        for batch, segments in ahead:
-            loss = mapped.losses(batch, segments, score_rows, batch_rows)
-            counts = batch.loss_mask & (batch.positions > 0)
-            unread, tokens = unread + int((np.isnan(loss) & counts).sum()), tokens + int(counts.sum())
-            yield {"loss": loss}
-    print(f"score: {unread} of {tokens} tokens are text that the reference's vocabulary has not: they have no loss")

@@ -24,8 +24,9 @@ STAGES = {
     "average": "slm_jax.train.average",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",
+    "analyze dynamics": "slm_jax.analyze.dynamics",
 }
-SHARED = ("train", "score", "evaluate")  # what several processes run together
+SHARED = ("train", "score", "evaluate", "analyze_dynamics")  # what several processes run together
 DONE, FAILED, USAGE = 0, 1, 2
 
 

@@ -25,8 +25,17 @@ STAGES = {
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",
     "analyze dynamics": "slm_jax.analyze.dynamics",
+    "analyze selection": "slm_jax.analyze.selection",
+    "analyze tokenizers": "slm_jax.analyze.tokenizers",
 }
-SHARED = ("train", "score", "evaluate", "analyze_dynamics")  # what several processes run together
+SHARED = (
+    "train",
+    "score",
+    "evaluate",
+    "analyze_dynamics",
+    "analyze_selection",
+    "analyze_tokenizers",
+)  # what several processes run together
 DONE, FAILED, USAGE = 0, 1, 2
 
 

@@ -5,17 +5,17 @@ told to score what is missing; nothing is trained.
 """
 
 import fnmatch
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
 from slm_jax import processes
+from slm_jax.analyze.runs import read_run
 from slm_jax.checkpoint import saved_steps
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
@@ -98,17 +98,6 @@ def _first_model(run: str) -> tuple[str, int] | None:
             "leave step 0 out by naming the steps"
         ) from error
     return identity["initial"], identity["initial_step"]
-
-
-def read_run(run: str) -> dict[str, Any]:
-    """run.json of a run directory; {} for a model directory without one."""
-    path = Path(run) / "run.json"
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged (not JSON): restore it, or start the run again") from error
 
 
 def score_columns(corpus: Corpus, run: str, steps: Sequence[int] | None, score_missing: bool) -> list[str]:

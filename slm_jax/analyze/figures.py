@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -44,7 +45,7 @@ def drawn(folder: Path, name: str, panels: int = 1, width: float = 5.4, height: 
         yield axes
         for ending, metadata in (("png", {}), ("svg", {"Date": None})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=ending, dpi=DOTS_PER_INCH, metadata=metadata)
+            figure.savefig(buffer, format=ending, dpi=DOTS_PER_INCH, metadata=metadata, bbox_inches="tight")
             _write(folder / f"{name}.{ending}", buffer.getvalue())
 
 
@@ -96,8 +97,11 @@ def bars(axes: Axes, labels: Sequence[str], values: Sequence[float], mean: float
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=INK, alpha=0.12)
     for place, value in enumerate(values):
-        text = f" {value:.2f}" if np.isfinite(value) else " none"
-        axes.text(value if np.isfinite(value) else 0, place, text, va="center", fontsize=9)
+        text = f"{value:.2f}" if np.isfinite(value) else "none"
+        box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+        axes.text(
+            value + 0.01 if np.isfinite(value) else 0.01, place, text, va="center", fontsize=9, bbox=box, zorder=4
+        )
     if mean is not None:
         axes.axvline(mean, color=INK, linewidth=0.9, linestyle=(0, (2, 3)))
     axes.margins(x=0.15)
@@ -156,3 +160,14 @@ def stacked(
     axes.grid(visible=False)
     axes.set_xlim(0, 1)
     axes.legend(frameon=False, fontsize=9, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1.0))
+
+
+def log_if_wide(axes: Axes) -> None:
+    """A logarithmic upright axis, with plain numbers, where the curves go over more than a decade."""
+    values = np.concatenate([np.asarray(curve.get_ydata(), float) for curve in axes.lines])
+    if values.min() <= 0 or values.max() < 10 * values.min():
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())

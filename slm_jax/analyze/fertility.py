@@ -1,5 +1,6 @@
 """How many tokens a vocabulary needs for a text, and how many bits a model needs for its bytes."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -40,24 +41,23 @@ def fertility(
     Returns:
       (source, name of the vocabulary) -> counts.
     """
-    counts: dict[tuple[str, str], list[int]] = {}
+    counts: dict[tuple[str, str], Fertility] = {}
     seen: dict[tuple[str, str], set[int]] = {}
     for source, text in texts:
-        about = (1, len(text.encode("utf-8")), len(text.split()))
+        num_bytes, words = len(text.encode("utf-8")), len(text.split())
         for name, vocabulary in vocabularies.items():
-            ids = vocabulary.encode(text)
-            total = counts.setdefault((source, name), [0, 0, 0, 0])
-            for place, value in enumerate((*about, len(ids))):
-                total[place] += value
-            seen.setdefault((source, name), set()).update(ids)
-    return {key: Fertility(*total, len(seen[key])) for key, total in counts.items()}
+            ids, key = vocabulary.encode(text), (source, name)
+            seen.setdefault(key, set()).update(ids)
+            one = Fertility(1, num_bytes, words, len(ids), len(seen[key]))
+            counts[key] = added([counts[key], one]) if key in counts else one
+    return counts
 
 
 def added(parts: Iterable[Fertility]) -> Fertility:
-    """The counts of several sources together; `ids` are at least those of the largest part."""
-    parts = list(parts)
-    sums = [sum(part[place] for part in parts) for place in range(4)]
-    return Fertility(*sums, max((part.ids for part in parts), default=0))
+    """The counts of several texts together; `ids` are those of the part that has most."""
+    columns = list(zip(*parts, strict=True))
+    documents, num_bytes, words, tokens = (sum(column) for column in columns[:4])
+    return Fertility(documents, num_bytes, words, tokens, max(columns[4]))
 
 
 def texts_of(corpus: Corpus) -> Iterator[tuple[str, str]]:
@@ -86,7 +86,7 @@ def texts_of(corpus: Corpus) -> Iterator[tuple[str, str]]:
 def _runs(segments: Integer[np.ndarray, "L"]) -> list[tuple[int, int]]:
     """[begin, end) of each segment of a row."""
     edges = np.flatnonzero(np.diff(segments, prepend=0, append=0))
-    return [(int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False) if segments[a] > 0]
+    return [(int(a), int(b)) for a, b in itertools.pairwise(edges) if segments[a] > 0]
 
 
 def bits_per_byte(

@@ -1,4 +1,4 @@
-"""Stage `analyze tokenizers`: vocabularies compared on the same text, by the tokens they need and the bits models need."""
+"""Stage `analyze tokenizers`: vocabularies compared on the same text, by the tokens and the bits that it takes."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,8 +58,8 @@ def analyze_tokenizers(
     texts = config_lib.as_list(sources, Source, "analyze_tokenizers.sources")
     if not known or not (texts or opened):
         raise UserError(
-            "analyze_tokenizers: name vocabularies to compare and texts to compare them on: analyze_tokenizers.corpora, "
-            "or analyze_tokenizers.vocabularies and analyze_tokenizers.sources"
+            "analyze_tokenizers: there is nothing to compare: name analyze_tokenizers.corpora, or "
+            "analyze_tokenizers.vocabularies and analyze_tokenizers.sources"
         )
     for source in texts:
         source.check()
@@ -99,8 +99,8 @@ def _check_same_text(corpora: Mapping[str, Corpus]) -> None:
         if contents[first] != contents[other]:
             one, two = len(contents[first]), len(contents[other])
             raise UserError(
-                f"corpora {corpora[first].path} ({one:,} documents) and {corpora[other].path} ({two:,}) do not hold the "
-                "same text: prepare both from the same sources with the same seed"
+                f"corpora {corpora[first].path} ({one:,} documents) and {corpora[other].path} ({two:,}) do not hold "
+                "the same text: prepare both from the same sources with the same seed"
             )
     hashes = {corpus.vocabulary_hash: name for name, corpus in corpora.items()}
     if len(hashes) < len(corpora):
@@ -223,8 +223,8 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
         _draw(folder, "bits_per_byte", entries, labels, "bits per byte", "value")
         parts += ["## Bits per byte\n", tables.markdown(headings, rows), "![bits per byte](bits_per_byte.png)\n"]
         parts += [
-            "Loss per token does not compare between vocabularies, bits per byte does. Not covered are the first tokens "
-            "of pieces that continue a document in the next row: no model predicts them.\n"
+            "Loss per token does not compare between vocabularies, bits per byte does. Not covered are the first "
+            "tokens of pieces that continue a document in the next row: no model predicts them.\n"
         ]
     tables.write_text(folder / "summary.md", "\n".join(parts))
     config_lib.write_json(folder / "tokenizers.json", record)

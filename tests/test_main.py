@@ -67,15 +67,16 @@ def test_unknown_stage(run):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_lists_every_setting_of_a_stage(stage, run):
-    code, output, _ = run(stage, "--help")
+    code, output, _ = run(*stage.split(), "--help")
     assert code == 0
     for module in STAGES.values():
         importlib.import_module(module)
     names = config.surface()
-    for configurable in (stage, "Phase", "Source"):
+    function = stage.replace(" ", "_")
+    for configurable in (function, "Phase", "Source"):
         for name, default in names[configurable].items():
             assert f"\n  {configurable}.{name} = {default}\n" in output + "\n"
-    assert names[stage]
+    assert names[function]
 
 
 @pytest.mark.parametrize(

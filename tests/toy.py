@@ -91,6 +91,13 @@ def write_corpus(
     return writer.finish(pyarrow.table({"id": ["a:0"]}), list(sources), {"settings": {}})
 
 
+def write_score(corpus: Corpus, name: str, loss: np.ndarray, step: int = 0, dtype: str = "float32", **more) -> None:
+    """A finished column of losses [rows, L] that no model made; `more`: other statistics."""
+    about = {"run": "none", "step": step, "fingerprint": f"model of {name}"}
+    column = corpus.create_score(name, ("loss", *more), dtype, reference=about)
+    column.write(0, {"loss": loss, **more})
+
+
 def write_documents(
     path: Path,
     records: Sequence[Mapping[str, str]],

@@ -47,11 +47,10 @@ def fit_log(loss: Float[np.ndarray, "P"], result: Float[np.ndarray, "P"]) -> Log
         start = np.array([0.0, np.exp(y).mean()])
     slope, middle = optimize.least_squares(line, start, xtol=1e-14, ftol=1e-14, gtol=1e-14).x
     residual = line(np.array([slope, middle]))
-    spread = float(np.sum(y**2))
     return LogFit(
         a=float(np.exp(level) * slope / scale),
         c=float(np.exp(level) * (middle - slope * mean / scale)),
         error=float(np.sqrt(np.mean(residual**2))),
-        r_squared=1 - float(np.sum(residual**2)) / spread if spread > 0 else None,
+        r_squared=1 - float(np.sum(residual**2)) / float(np.sum(y**2)) if np.ptp(result) > 0 else None,
         points=len(loss),
     )

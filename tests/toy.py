@@ -30,7 +30,7 @@ from slm_jax.data.packing import pack_split
 from slm_jax.data.rows import write_rows
 from slm_jax.data.store import SHARD_ROWS, Store
 from slm_jax.data.units import Documents, write_unit
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.metrics import read_metrics
 from slm_jax.models.config import ModelConfig
@@ -104,14 +104,16 @@ def write_documents(
     row_length: int,
     packing: str = "complete",
     metadata: Metadata | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Corpus:
-    """The corpus that `prepare` makes of records with text and url, in bytes, without what reads files."""
-    vocabulary = ByteVocabulary()
+    """The corpus that `prepare` makes of records with text and url, in bytes by default, without what reads files."""
+    vocabulary = vocabulary or ByteVocabulary()
     about = {"field": "", "source": "web", "spans": "[]"}
     rows = [{**about, **record, "index": i} for i, record in enumerate(records)]
     (path / "work").mkdir(parents=True)
     write_unit(path / "work", 0, list(with_metadata(rows, metadata, None, Counter())), vocabulary)
-    settings = {"sources": [{"name": "web"}], "seed": 0, "row_length": row_length, "packing": packing}
+    names = dict.fromkeys(row["source"] for row in rows)
+    settings = {"sources": [{"name": name} for name in names], "seed": 0, "row_length": row_length, "packing": packing}
     settings |= {"metadata": dataclasses.asdict(metadata)} if metadata else {}
     counts = {"skipped": Counter(), "without": Counter()}
     return write_rows(Store(path), Documents(path / "work", 1), vocabulary, settings, counts)

@@ -27,8 +27,14 @@ STAGES = {
     "export": "slm_jax.exchange.exporting",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",
+    "analyze dynamics": "slm_jax.analyze.dynamics",
+    "analyze selection": "slm_jax.analyze.selection",
+    "analyze tokenizers": "slm_jax.analyze.tokenizers",
 }
-SHARED = ("train", "score", "evaluate", "generate", "import", "export")  # what several processes run together
+SHARED = (  # what several processes run together
+    *("train", "score", "evaluate", "generate", "import", "export"),
+    *("analyze_dynamics", "analyze_selection", "analyze_tokenizers"),
+)
 DONE, FAILED, USAGE = 0, 1, 2
 
 

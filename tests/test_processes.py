@@ -1,4 +1,4 @@
-"""Two processes of four devices each do what one of eight does, in all stages they share; they stop and end together."""
+"""Two processes of four devices each do what one of eight does, in all stages they share; they end together."""
 
 import dataclasses
 import json

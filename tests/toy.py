@@ -91,6 +91,13 @@ def write_corpus(
     return writer.finish(pyarrow.table({"id": ["a:0"]}), list(sources), {"settings": {}})
 
 
+def write_score(corpus: Corpus, name: str, loss: np.ndarray, step: int = 0, dtype: str = "float32", **more) -> None:
+    """A finished column of losses [rows, L] that no model made; `more`: other statistics."""
+    about = {"run": "none", "step": step, "fingerprint": f"model of {name}"}
+    column = corpus.create_score(name, ("loss", *more), dtype, reference=about)
+    column.write(0, {"loss": loss, **more})
+
+
 def write_documents(
     path: Path,
     records: Sequence[Mapping[str, str]],
@@ -105,7 +112,8 @@ def write_documents(
     rows = [{**about, **record, "index": i} for i, record in enumerate(records)]
     (path / "work").mkdir(parents=True)
     write_unit(path / "work", 0, list(with_metadata(rows, metadata, None, Counter())), vocabulary)
-    settings = {"sources": [{"name": "web"}], "seed": 0, "row_length": row_length, "packing": packing}
+    names = dict.fromkeys(row["source"] for row in rows)
+    settings = {"sources": [{"name": name} for name in names], "seed": 0, "row_length": row_length, "packing": packing}
     settings |= {"metadata": dataclasses.asdict(metadata)} if metadata else {}
     counts = {"skipped": Counter(), "without": Counter()}
     return write_rows(Store(path), Documents(path / "work", 1), vocabulary, settings, counts)

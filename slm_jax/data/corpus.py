@@ -20,7 +20,7 @@ import pyarrow.parquet
 from jaxtyping import Integer
 
 from slm_jax.data.preprocess import token_dtype
-from slm_jax.data.scores import ScoreColumn, create_score, open_score
+from slm_jax.data.scores import ScoreColumn, create_score, open_score, score_names
 from slm_jax.data.store import SHARD_ROWS, Store
 from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
 from slm_jax.errors import UserError
@@ -134,6 +134,10 @@ class Corpus:
             {name: x[place : place + size] for name, x in read.items()}
             for place, size in zip(at, end - begin, strict=True)
         ]
+
+    def score_names(self) -> list[str]:
+        """Names of the score columns, finished or not, sorted."""
+        return score_names(self._store)
 
     def score(self, name: str) -> ScoreColumn:
         """The finished score column `name`, made for exactly this content.

@@ -23,6 +23,7 @@ STAGES = {
     "evaluate": "slm_jax.evaluate.perplexity",
     "average": "slm_jax.train.average",
     "demo": "slm_jax.demo.pipeline",
+    "analyze inspect": "slm_jax.analyze.inspector",
     "compile": "slm_jax.compile.stage",
 }
 SHARED = ("train", "score", "evaluate")  # what several processes run together

@@ -77,7 +77,9 @@ def analyze_inspect(
     """
     if not runs and not columns:
         raise UserError("nothing to look at: name runs behind `analyze inspect`, or score columns as columns = ('a',)")
-    config_lib.at_least(0, first_row=first_row, predictions=predictions)
+    config_lib.at_least(0, **{"analyze_inspect.first_row": first_row, "analyze_inspect.predictions": predictions})
+    if rows is not None:
+        config_lib.at_least(1, **{"analyze_inspect.rows": rows})
     table = Corpus.open(corpus)
     runs = list(dict.fromkeys(os.path.normpath(run) for run in runs))
     losses_kept = {run: _kept(run, kept, table) for run in runs} if kept else {}
@@ -90,12 +92,13 @@ def analyze_inspect(
     about = f"{len(wanted)} rows of {corpus} ({int((block['segment_ids'] > 0).sum()):,} tokens)"
     print(f"inspect: {about}, {', '.join([*runs, *columns])} -> {output}")
 
-    measured = _from_columns(table, wanted, columns)
-    how = Computed(devices, batch_rows, min(predictions, table.vocab_size))
+    how, measured = Computed(devices, batch_rows, min(predictions, table.vocab_size)), {}
     with jax.set_mesh(devices):
         for run in runs:
             here = {step: x[wanted] for step, x in losses_kept.get(run, {}).items()}
-            measured.setdefault(run, []).extend(_of_run(run, table, block, here, steps, how))
+            measured[run] = list(_of_run(run, table, block, here, steps, how))
+    for model, column in _from_columns(table, wanted, columns):
+        measured.setdefault(model, []).append(column)
     shown = _with_selection(measured, block, table.read(wanted, _score_names(table, chosen)), chosen)
     page = inspector_page(Rows.of(table, corpus, wanted, block, shown.reference, chosen), shown.models)
     processes.on_first(lambda: write_text(output, page))
@@ -107,8 +110,8 @@ def _rows(table: Corpus, first: int, number: int | None, kept: dict[str, dict[in
     there = min([table.num_rows, *(len(x) for steps in kept.values() for x in steps.values())])
     number = min(number or (there if kept else ROWS), there - first)
     if number < 1:
-        what = "were kept" if kept else f"has corpus {table.path}"
-        raise UserError(f"analyze_inspect.first_row is {first}, and {there} rows {what}: take a smaller one")
+        what = "the runs kept" if kept else f"corpus {table.path} has"
+        raise UserError(f"analyze_inspect.first_row is {first}, and {what} {there} rows: take a smaller one")
     return np.arange(first, first + number)
 
 
@@ -152,15 +155,14 @@ def _score_names(table: Corpus, selection: Selection | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _from_columns(table: Corpus, rows: np.ndarray, names: Sequence[str]) -> dict[str, list[Column]]:
-    """Model -> its losses. A column belongs to the run and step that its manifest names, else it stands alone."""
-    models: dict[str, list[Column]] = {}
+def _from_columns(table: Corpus, rows: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, Column]]:
+    """(model, losses) of score columns. A column belongs to the run and step that its manifest names; one that names
+    none is a model of its own."""
     for name in names:
         about = table.score(name).reference
         values = table.read(rows, [f"scores/{name}/loss"])[f"scores/{name}/loss"].astype(np.float32)
         column = Column(int(about.get("step") or 0), f"score column {name}", values)
-        models.setdefault(os.path.normpath(about.get("run") or name), []).append(column)
-    return models
+        yield os.path.normpath(about.get("run") or name), column
 
 
 def _of_run(

@@ -1,6 +1,7 @@
 """Documents, losses and predictions as the page of the inspector: compact arrays, and a script that draws them."""
 
 import base64
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -82,7 +83,9 @@ class Rows(NamedTuple):
 def _in_words(selection: Selection) -> str:
     amount = f"{selection.ratio:.4g}" if selection.threshold is None else f"above {selection.threshold:g}"
     what = f"Selection: score {selection.score}, ratio {amount}, scope {selection.scope}."
-    scope = " The rows of this page are the batch: in training, others stood in it." if selection.scope == "batch" else ""
+    scope = (
+        " The rows of this page are the batch: in training, others stood in it." if selection.scope == "batch" else ""
+    )
     return what + scope
 
 
@@ -158,7 +161,7 @@ def _segments(segment_ids: Int[np.ndarray, "N L"]) -> Iterator[tuple[int, int, i
     """(row, start, stop) of every segment; padding is none."""
     for row, ids in enumerate(segment_ids):
         edges = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             if ids[start] > 0:
                 yield row, start, stop
 

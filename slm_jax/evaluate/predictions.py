@@ -81,4 +81,3 @@ def _likeliest(
     found = jax.lax.map(likeliest, parts)
     ids, probabilities = (x.swapaxes(0, 1).reshape(batch_rows, -1, top)[:, :length] for x in found)
     return ids, probabilities
-

@@ -24,6 +24,7 @@ STAGES = {
     "average": "slm_jax.train.average",
     "demo": "slm_jax.demo.pipeline",
     "analyze inspect": "slm_jax.analyze.inspector",
+    "analyze report": "slm_jax.analyze.compare",
     "compile": "slm_jax.compile.stage",
 }
 SHARED = ("train", "score", "evaluate")  # what several processes run together

@@ -27,7 +27,8 @@ def render(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    script = "\n" + "\n".join(environment.get_template(name).render().strip() for name in scripts) + "\n"
+    parts = ['"use strict";', *(environment.get_template(name).render().strip() for name in scripts), ""]
+    script = "\n".join(parts) if scripts else ""
     return environment.get_template(template).render(script=Markup(script), policy=_policy(script), **values)
 
 
@@ -36,7 +37,7 @@ def _policy(script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
     allowed = {
         "default-src": "'none'",
-        "script-src": f"'sha256-{digest}'",
+        "script-src": f"'sha256-{digest}'" if script else "'none'",
         "style-src": "'unsafe-inline'",
         "img-src": "data:",
         "base-uri": "'none'",

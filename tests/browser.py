@@ -2,7 +2,8 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,9 @@ def chromium(profile: Path) -> Iterator[Any]:
 def complaints(browser: Any) -> list[str]:
     """What stands in the console since it was last asked."""
     return [entry["message"] for entry in browser.get_log("browser")]
+
+
+def until(there: Callable[[], bool]) -> None:
+    """Waits for what a page does in its own time."""
+    while not there():
+        time.sleep(0.01)

@@ -213,7 +213,8 @@ def test_text_never_runs_and_nothing_comes_from_elsewhere(made):
     assert "innerHTML" not in script and "insertAdjacentHTML" not in script and "document.write" not in script
     shown = page.replace(data, "")
     assert set(re.findall(r"https?://[\w./]+", shown)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
-    assert not re.search(r"<(link|img|iframe|object|a)\b|@import|url\(", shown)
+    assert not re.search(r"<(link|img|iframe|object)\b|@import|url\(", shown)
+    assert set(re.findall(r'(?:href|src)="([^"]*)"', shown)) == {"#documents", "#aside"}
 
 
 @pytest.mark.parametrize(

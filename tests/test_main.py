@@ -67,8 +67,9 @@ def test_unknown_stage(run):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_lists_every_setting_of_a_stage(stage, run):
-    code, output, _ = run(stage, "--help")
+    code, output, _ = run(*stage.split(), "--help")
     assert code == 0
+    stage = stage.replace(" ", "_")
     for module in STAGES.values():
         importlib.import_module(module)
     names = config.surface()

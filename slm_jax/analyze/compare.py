@@ -39,10 +39,7 @@ def analyze_report(runs: Sequence[str] = (), output: str = "report") -> None:
     config_lib.print_unused()
     read = [read_run(run) for run in dict.fromkeys(runs)]
     groups = group_seeds(read)
-    names = ", ".join(
-        f"{group.name} ({len(group.runs)} seeds)" * (len(group.runs) > 1) or group.name for group in groups
-    )
-    print(f"report: {names} -> {output}/report.html")
+    print(f"report: {', '.join(group.label for group in groups)} -> {output}/report.html")
     drawn = list(_drawings(groups))
     tables = _tables(groups, read)
     for table in tables:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from slm_jax.analyze.page import render, script_json
 from slm_jax.data.corpus import Corpus
-from slm_jax.data.token_text import character_spans
+from slm_jax.data.token_text import TokenText
 from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.evaluate.predictions import Predictions
 from slm_jax.score.selection import Selection
@@ -134,10 +134,10 @@ def _documents(rows: Rows) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray
     found: list[dict[str, Any]] = []
     places: list[np.ndarray] = []
     spans: list[np.ndarray] = []
-    first = 0
+    first, reader = 0, TokenText(rows.vocabulary)
     for row, start, stop in _segments(rows.segment_ids):
         ids = rows.tokens[row, start:stop].tolist()
-        text, characters = character_spans(rows.vocabulary, ids)
+        text, characters = reader.spans(ids)
         units = np.cumsum([0, *(2 if ord(character) > 0xFFFF else 1 for character in text)])
         about = rows.documents.get((int(rows.numbers[row]), start))
         found.append(
@@ -194,7 +194,9 @@ class _Pieces:
 
     def numbers(self, ids: np.ndarray) -> np.ndarray:
         unique, places = np.unique(ids, return_inverse=True)
-        return np.array([self._number(token) for token in unique.tolist()], np.uint32)[places.reshape(ids.shape)]
+        numbers = np.array([self._number(token) for token in unique.tolist()], np.uint32)
+        small = np.uint16 if len(self.texts) <= 1 << 16 else np.uint32
+        return numbers.astype(small)[places.reshape(ids.shape)]
 
     def _number(self, token: int) -> int:
         if token not in self._known:

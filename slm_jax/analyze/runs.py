@@ -178,8 +178,8 @@ def _place(run: Run) -> str:
     return re.sub(r"(?:^|(?<=/))seed\d+/", "", os.path.normpath(run.path))
 
 
-def _without_reference(selection: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return selection and {name: value for name, value in selection.items() if name != "reference"}
+def _without_reference(selection: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (selection or {}).items() if name != "reference"}
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

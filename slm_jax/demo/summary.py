@@ -11,8 +11,7 @@ import numpy as np
 from slm_jax import config
 from slm_jax.analyze.report import write_report
 from slm_jax.data.corpus import Corpus
-from slm_jax.data.token_text import token_texts
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.token_text import TokenText
 from slm_jax.evaluate.flops import run_flops
 from slm_jax.metrics import read_metrics
 
@@ -136,7 +135,7 @@ def _passages(run_dir: Path, corpus: Corpus) -> list[dict[str, Any]]:
     valid = np.isfinite(excess[0])
     floor = np.quantile(excess[:, valid], 1 - selection["ratio"], axis=1)
     selected = np.mean(excess >= floor[:, None, None], axis=0)
-    table, vocabulary = corpus.documents().to_pylist(), corpus.vocabulary()
+    table, reader = corpus.documents().to_pylist(), TokenText(corpus.vocabulary())
     documents = {(about["row"], about["start"]): about for about in table}
     passages = []
     for row in rows.tolist():
@@ -147,7 +146,7 @@ def _passages(run_dir: Path, corpus: Corpus) -> list[dict[str, Any]]:
                 continue  # the end of a document that began in another row
             tokens = _tokens(
                 corpus,
-                vocabulary,
+                reader,
                 {name: column[row][places] for name, column in columns.items()},
                 losses[-1][row][places],
                 reference[row][places],
@@ -160,9 +159,9 @@ def _passages(run_dir: Path, corpus: Corpus) -> list[dict[str, Any]]:
     return _varied(passages)
 
 
-def _tokens(corpus, vocabulary: Vocabulary, columns, loss, reference, selected, valid) -> list[dict[str, Any]]:
+def _tokens(corpus, reader: TokenText, columns, loss, reference, selected, valid) -> list[dict[str, Any]]:
     has_noise = any(name.endswith("/noise") for name in corpus.source_names)
-    texts = token_texts(vocabulary, columns["tokens"].tolist())
+    texts = reader.texts(columns["tokens"].tolist())
     return [
         {
             "text": texts[i],

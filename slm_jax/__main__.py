@@ -27,7 +27,7 @@ STAGES = {
     "analyze report": "slm_jax.analyze.compare",
     "compile": "slm_jax.compile.stage",
 }
-SHARED = ("train", "score", "evaluate")  # what several processes run together
+SHARED = ("train", "score", "evaluate", "analyze_inspect")  # what several processes run together
 DONE, FAILED, USAGE = 0, 1, 2
 
 
@@ -58,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = next((number for number in (1, 2) if " ".join(known.stage[:number]) in STAGES), None)
     if words is None:
         return _fail(" ".join(known.stage[:2]), f"no such stage: there are {stages}", USAGE)
-    stage, runs = "_".join(known.stage[:words]), known.stage[words:]
+    # argparse takes an argument with a space in it for a word, even one that begins with --.
+    stage, runs = "_".join(known.stage[:words]), [word for word in known.stage[words:] if not word.startswith("--")]
+    settings = {*rest, *known.stage} - {*known.stage[:words], *runs}
+    rest = [argument for argument in (sys.argv[1:] if arguments is None else arguments) if argument in settings]
     for module in STAGES.values():
         importlib.import_module(module)
     if known.help:

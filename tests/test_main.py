@@ -74,6 +74,7 @@ def test_unknown_stage(run):
 def test_help_lists_every_setting_of_a_stage(stage, run):
     code, output, _ = run(*stage.split(), "--help")
     assert code == 0
+    stage = stage.replace(" ", "_")
     for module in STAGES.values():
         importlib.import_module(module)
     names = config.surface()
@@ -119,6 +120,17 @@ def test_mistakes_are_one_line(arguments, code, messages, run, tmp_path):
         assert message in error
     assert got == code
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_are_words_and_settings_may_hold_spaces(run):
+    """In any order; the later of two settings wins."""
+    settings = ["--gin.analyze_report.output='a b'", "--output=c d"]
+    code, _, error = run("analyze", "report", settings[0], "no run", "other", settings[1])
+    assert code == 1 and "no run is no train run" in error
+    code, _, error = run("demo", "--gin.demo.overrides=['a = 1']", "--gin.demo.recipe='one'", "--recipe=the other")
+    assert code == 1 and "no recipe 'the other'" in error
+    code, _, error = run("demo", "a run")
+    assert code == 2 and "unknown argument 'a run'" in error
 
 
 @pytest.mark.parametrize(

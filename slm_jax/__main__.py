@@ -21,11 +21,12 @@ STAGES = {
     "train": "slm_jax.train.loop",
     "score": "slm_jax.score.reference",
     "evaluate": "slm_jax.evaluate.perplexity",
+    "solve": "slm_jax.evaluate.math.solve",
     "average": "slm_jax.train.average",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",
 }
-SHARED = ("train", "score", "evaluate")  # what several processes run together
+SHARED = ("train", "score", "evaluate", "solve")  # what several processes run together
 DONE, FAILED, USAGE = 0, 1, 2
 
 

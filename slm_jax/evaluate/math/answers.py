@@ -9,6 +9,7 @@ import re
 LONGEST = 400  # characters of an answer; what is longer is none
 
 _FINAL = re.compile(r"final answer is \$(.*?)\$\. I hope", re.DOTALL)
+_MARKS = re.compile(r"<<[^<>\n]*>>")
 _NUMBER = re.compile(r"-?\d*\.?\d+")
 _CHOICE = re.compile(r"(?i:answer|choice) is:?\s*\$?\(?([A-Eb-e]|a(?!\s+[a-z]))\b")
 
@@ -31,7 +32,9 @@ _SAME = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\leq":
 _SAME |= {r"\leqslant": r"\le", r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\lbrace": r"\{", r"\rbrace": r"\}"}
 _SAME |= {r"\infin": r"\infty", r"\colon": ":", r"\lbrack": "[", r"\rbrack": "]", r"\neq": r"\ne", r"\ast": r"\cdot"}
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_NAMED = re.compile(r"^\s*(?:\\[a-z]+|[a-zA-Z](?:_\{?\w\}?|\([a-zA-Z]\))?|[A-Za-z]{2})\s*(?:=|\\in(?![a-zA-Z]))(?=[^=]*$)")
+_NAMED = re.compile(
+    r"^\s*(?:\\[a-z]+|[a-zA-Z](?:_\{?\w\}?|\([a-zA-Z]\))?|[A-Za-z]{2})\s*(?:=|\\in(?![a-zA-Z]))(?=[^=]*$)"
+)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _MIXED = re.compile(r"(?<![\d./])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d./])")
 _UNIT = re.compile(r"(?<=[\d)} ])([a-zA-Z][a-zA-Z./ ]+)(?:\^ *\{?\d\}?)?$")
@@ -51,8 +54,10 @@ def extract(output: str) -> str:
     """The answer as the text writes it; '' where there is none.
 
     Looked for in this order: "final answer is $ANSWER$. I hope"; the last \\boxed{ANSWER}; what follows the last
-    "he answer is"; what follows the last "final answer is"; the last number.
+    "he answer is"; what follows the last "final answer is"; the last number. The calculator's marks of GSM8K,
+    <<2+3=5>>, are no part of the text.
     """
+    output = _MARKS.sub("", output)
     if found := _FINAL.findall(output):
         return _trim(found[0])
     if (boxed := last_boxed(output)) is not None:

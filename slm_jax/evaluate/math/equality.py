@@ -15,7 +15,7 @@ LONGEST_SYMBOLIC = 150  # characters of an expression that the parser is asked a
 MOST_PARTS = 40  # of a list that is compared
 DEEPEST = 6  # lists in lists
 
-_NUMBER = re.compile(r"(-?)(\d{1,300})(\.\d{1,300})?(?:(?:\\times|\\cdot|[*])10\^\{?(-?\d{1,3})\}?|[eE]([-+]?\d{1,3}))?")
+_NUMBER = re.compile(r"(-?)(\d{1,300})(\.\d{1,300})?(?:(?:\\times|\\cdot)10\^\{?(-?\d{1,3})\}?|[eE]([-+]?\d{1,3}))?")
 _FRACTION = re.compile(r"(-?)(\d{1,300})?\\frac\{(-?)(\d{1,300})\}\{(\d{1,300})\}")
 _MATRIX = re.compile(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", re.DOTALL)
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>]")
@@ -26,9 +26,8 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 
 class Verdict(NamedTuple):
-    """correct: by the rules of docs/math_evaluation.md. published: by those that published numbers were made with, where
-    whole numbers and fractions, too, may be a ten thousandth off, and every number 100 times too large or too small.
-    """
+    """correct: by the rules of docs/math_evaluation.md. published: by those that published numbers were made with,
+    where whole numbers and fractions, too, may be a ten thousandth off, and all 100 times too large or too small."""
 
     correct: bool
     published: bool
@@ -96,17 +95,16 @@ class Grader:
         both = [(parts(text, "="), relations(text)) for text in (one, other)]
         if all(len(sides) == 2 for sides, _ in both):
             differences = [f"{left}-({right})" for (left, right), _ in both]
-            return self._same_expressions(*differences) or self._same_expressions(f"-({differences[0]})", differences[1])
+            turned = f"-({differences[0]})"
+            return any(self._same_expressions(first, differences[1]) for first in (differences[0], turned))
         if any(len(sides) > 1 for sides, _ in both):
-            last = [sides[-1] for sides, _ in both]
+            last, other_last = (sides[-1] for sides, _ in both)
             numeric = [len(sides) == 1 or not re.search(r"[a-zA-Z]", sides[0]) for sides, _ in both]
-            return all(numeric) and self.equal(*last, rules, depth)
+            return all(numeric) and self.equal(last, other_last, rules, depth)
         if not any(signs for _, (_, signs) in both):
             return None
         (sides, signs), (others, other_signs) = (found for _, found in both)
-        return signs == other_signs and all(
-            self.equal(a, b, rules, depth) for a, b in zip(sides, others, strict=True)
-        )
+        return signs == other_signs and all(self.equal(a, b, rules, depth) for a, b in zip(sides, others, strict=True))
 
     def _brackets(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
         """Tuples and intervals: the same brackets, and the parts in order."""
@@ -126,8 +124,8 @@ class Grader:
         cells = [[row.split("&") for row in re.sub(r"\\\\$", "", found[1]).split("\\\\")] for found in both if found]
         if [len(row) for row in cells[0]] != [len(row) for row in cells[1]]:
             return False
-        pairs = zip(sum(cells[0], []), sum(cells[1], []), strict=True)
-        return all(self.equal(normalise(a), normalise(b), rules, depth) for a, b in pairs)
+        flat = [[normalise(cell) for row in rows for cell in row] for rows in cells]
+        return all(self.equal(a, b, rules, depth) for a, b in zip(*flat, strict=True))
 
     def _unordered(self, both: list[list[str]], rules: Rules, depth: int) -> bool:
         ones, others = both
@@ -238,7 +236,9 @@ def without_parentheses(text: str) -> str:
 
 def relations(text: str) -> tuple[list[str], list[str]]:
     """Sides and signs of a chain of inequalities, turned so that the first sign is < or \\le."""
-    sides, signs, begin = [], [], 0
+    sides: list[str] = []
+    signs: list[str] = []
+    begin = 0
     for found in _RELATION.finditer(text):
         sides.append(text[begin : found.start()].strip())
         signs.append(found[0])

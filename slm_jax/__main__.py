@@ -21,7 +21,10 @@ STAGES = {
     "train": "slm_jax.train.loop",
     "score": "slm_jax.score.reference",
     "evaluate": "slm_jax.evaluate.perplexity",
-    "generate": "slm_jax.evaluate.generate",
+SHARED = (  # what several processes run together
+    *("train", "score", "evaluate", "solve", "generate", "import", "export"),
+    *("analyze_dynamics", "analyze_selection", "analyze_tokenizers", "analyze_inspect"),
+)
     "average": "slm_jax.train.average",
     "import": "slm_jax.exchange.importing",
     "export": "slm_jax.exchange.exporting",
@@ -34,7 +37,7 @@ STAGES = {
     "analyze tokenizers": "slm_jax.analyze.tokenizers",
 }
 SHARED = (  # what several processes run together
-    *("train", "score", "evaluate", "generate", "import", "export"),
+    *("train", "score", "evaluate", "solve", "generate", "import", "export"),
     *("analyze_dynamics", "analyze_selection", "analyze_tokenizers", "analyze_inspect"),
 )
 DONE, FAILED, USAGE = 0, 1, 2

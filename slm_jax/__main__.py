@@ -20,7 +20,7 @@ STAGES = {
     "prepare": "slm_jax.data.prepare",
     "train": "slm_jax.train.loop",
     "score": "slm_jax.score.reference",
-    "evaluate": "slm_jax.evaluate.perplexity",
+    "evaluate": "slm_jax.evaluate.stage",
     "average": "slm_jax.train.average",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",

@@ -174,7 +174,7 @@ class Generator:
     ) -> tuple[Rows, Integer[np.ndarray, "B T"], float]:
         """Rows, their new tokens, and the seconds it took without compilation."""
         leaves, tree = jax.tree.flatten(arguments)
-        shapes = tuple((np.shape(leaf), np.dtype(leaf)) for leaf in leaves)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         key = (program, tuple(sorted(settings.items())), tree, shapes)
         with jax.set_mesh(self.mesh):
             start = time.perf_counter()

@@ -14,8 +14,9 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.packing import PACKINGS
 from slm_jax.data.vocabularies import ByteVocabulary
-from slm_jax.evaluate.perplexity import HeldOut, evaluate
+from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.evaluate.prefix import conditioned, document_prefixes, repack, row_width, segments_of
+from slm_jax.evaluate.stage import evaluate
 from slm_jax.metrics import read_metrics
 from slm_jax.score.reference import TrainedModel, load_model
 

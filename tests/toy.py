@@ -160,9 +160,7 @@ def settings(**named: Any) -> list[str]:
 
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["slm_jax.__main__", "slm_jax.train.loop", "slm_jax.evaluate.perplexity", "tensorboardX"]
-)
+_processes.set_forkserver_preload(["slm_jax.__main__", "slm_jax.train.loop", "slm_jax.evaluate.stage", "tensorboardX"])
 
 
 class Command:

@@ -80,6 +80,21 @@ def run_vocabulary(run: str, vocabulary_hash: str) -> Vocabulary:
     return vocabulary
 
 
+def fitting_vocabulary(path: str, vocabulary_hash: str, what: str) -> Vocabulary:
+    """The vocabulary at `path` (a corpus, a model directory, a saved one), for `what` measures a model.
+
+    Raises:
+      UserError: it is not the one that the model was trained with.
+    """
+    vocabulary = load_vocabulary(path)
+    if vocabulary.content_hash != vocabulary_hash:
+        raise UserError(
+            f"{what}: vocabulary {path} has the hash {vocabulary.content_hash[:12]}, the model was trained with "
+            f"{vocabulary_hash[:12]}: name a corpus that it was trained on"
+        )
+    return vocabulary
+
+
 def check_fits(model: ModelConfig, vocabulary_hash: str, corpus: Corpus, what: str, or_else: str = "") -> None:
     """Refuses a corpus of another vocabulary or with rows longer than the model's; `or_else`: one more remedy."""
     if vocabulary_hash != corpus.vocabulary_hash:

@@ -9,7 +9,6 @@ import numpy as np
 
 from slm_jax.errors import UserError
 from slm_jax.metrics import read_metrics
-from slm_jax.score.selection import Selection
 
 
 class RunRecord(NamedTuple):
@@ -63,11 +62,6 @@ def read_records(runs: Sequence[str]) -> list[RunRecord]:
     if len(set(names)) < len(names):
         raise UserError(f"two runs are called {max(names, key=names.count)!r}: give their folders different names")
     return records
-
-
-def selection_of(phase: dict[str, Any]) -> Selection:
-    """The Selection of a phase that was read as JSON."""
-    return Selection(**phase["selection"])
 
 
 def _json(path: Path) -> dict[str, Any]:

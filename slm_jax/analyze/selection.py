@@ -12,13 +12,13 @@ import gin
 from slm_jax import config as config_lib
 from slm_jax import processes
 from slm_jax.analyze.columns import Losses, Rows, read_losses, read_rows, score_columns
-from slm_jax.analyze.records import RunRecord, read_records, selection_of
+from slm_jax.analyze.records import RunRecord, read_records
 from slm_jax.analyze.selection_figures import draw, summary
 from slm_jax.analyze.selection_runs import of_runs
 from slm_jax.analyze.selection_tokens import Choices, of_tokens, read_classes
 from slm_jax.analyze.simple_tables import plain, write_text
 from slm_jax.errors import UserError
-from slm_jax.score.selection import SCORES, Selection
+from slm_jax.score.selection import SCORES, Selection, selection_of
 
 FALLBACK_ROWS = 16  # of a batch, where no run tells
 
@@ -78,7 +78,7 @@ def analyze_selection(
     def analyze() -> dict[str, Any]:
         if corpus is not None:
             classes = read_classes(dynamics, read) if dynamics else None
-            names = tuple(dict.fromkeys([choices.selection.reference, *references]))
+            names = tuple(dict.fromkeys([*choices.selection.references, *references]))
             results = {name: record["runs"][name]["downstream"] for name in losses}
             curves = {name: (about["steps"], about["values"]) for name, about in results.items()}
             record["tokens"] = of_tokens(read, losses, choices, curves, classes, scores, names if references else ())
@@ -123,5 +123,11 @@ def _losses(
 def _choices(records: Sequence[RunRecord], selection: Selection | None, batch_rows: int | None, seed: int) -> Choices:
     phases = [phase for record in records if (phase := record.selective_phase())]
     if selection is None:
-        selection = selection_of(phases[0]) if phases else Selection()
+        chosen = selection_of(phases[0]["selection"]) if phases else Selection()
+        if not isinstance(chosen, Selection):
+            raise UserError(
+                "the first run that selects combines several selections: name one of them with "
+                "analyze_selection.selection"
+            )
+        selection = chosen
     return Choices(selection, batch_rows or (phases[0]["batch_rows"] if phases else FALLBACK_ROWS), seed)

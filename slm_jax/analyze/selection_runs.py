@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from slm_jax.analyze.fit import LogFit, fit_log
-from slm_jax.analyze.records import RunRecord, selection_of
+from slm_jax.analyze.records import RunRecord
 from slm_jax.errors import UserError
+from slm_jax.score.selection import Selection, selection_of
 
 ALL = "all tokens"  # what a run that does not select trains on
 POINTS = 400  # of a curve that is recorded
@@ -37,7 +38,7 @@ def of_runs(records: Sequence[RunRecord], downstream: str) -> dict[str, Any]:
 
 def _run(record: RunRecord, steps: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     phase = record.selective_phase()
-    selection = selection_of(phase) if phase else None
+    selection = selection_of(phase["selection"]) if phase else None
     seen, trained = record.counted("tokens_seen"), record.counted("tokens_trained")
     training = {name: running(record, name) for name in ("selected_loss", "unselected_loss", "loss")}
     fits = {}
@@ -50,14 +51,24 @@ def _run(record: RunRecord, steps: np.ndarray, values: np.ndarray) -> dict[str, 
         "tokens_seen": seen,
         "tokens_trained": trained,
         "kept": trained / seen if trained is not None and seen else None,
-        "score": selection.score if selection else None,
-        "ratio": 1.0 if selection is None else selection.ratio if selection.threshold is None else None,
+        "score": " and ".join(part.score for part in selection.parts) if selection else None,
+        "ratio": _ratio(phase),
         "downstream": {"steps": steps, "values": values},
         "last_downstream": values[-1] if len(values) else None,
         "training": {name: {"steps": at, "values": smooth} for name, (at, smooth) in training.items()},
         "fits": fits,
         "selected_by_source": _by_source(record),
     }
+
+
+def _ratio(phase: dict[str, Any] | None) -> float | None:
+    """The share that a run keeps; None where it is not one number."""
+    if phase is None:
+        return 1.0
+    selection = selection_of(phase["selection"])
+    if not isinstance(selection, Selection) or selection.threshold is not None or phase.get("keep_ratio"):
+        return None
+    return selection.ratio
 
 
 def running(record: RunRecord, metric: str) -> tuple[np.ndarray, np.ndarray]:

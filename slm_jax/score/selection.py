@@ -7,8 +7,8 @@ selections both keep, or either of them.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gin
 import jax
@@ -133,8 +133,23 @@ class Combined:
     def gradient(self) -> str:
         return self.parts[0].gradient
 
+    @property
+    def ratio(self) -> float:
+        """The largest share that can come out."""
+        ratios = [part.ratio for part in self.parts]
+        return min(ratios) if self.keeps == "intersection" else min(1.0, sum(ratios))
+
     def columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(column for part in self.parts for column in part.columns()))
+
+
+def selection_of(fields: Mapping[str, Any] | None) -> Selection | Combined | None:
+    """What a phase in a run.json selects by; None for all tokens."""
+    if fields is None:
+        return None
+    if "parts" in fields:
+        return Combined([Selection(**part) for part in fields["parts"]], fields["keeps"])
+    return Selection(**fields)
 
 
 def looks_ahead(selection: Selection | Combined) -> bool:

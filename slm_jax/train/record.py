@@ -7,7 +7,7 @@ import numpy as np
 
 from slm_jax.errors import UserError
 from slm_jax.metrics import MetricsWriter, mean
-from slm_jax.score.selection import Selection
+from slm_jax.score.selection import Combined, Selection
 
 
 class Record:
@@ -42,7 +42,7 @@ class Record:
         """Time runs from here: what happened since the last step (evaluation, a checkpoint) is not training."""
         self._last_time = time.perf_counter()
 
-    def add(self, step: int, phase: int, selection: Selection | None, sums: dict[str, Any]) -> None:
+    def add(self, step: int, phase: int, selection: Selection | Combined | None, sums: dict[str, Any]) -> None:
         """Takes the sums of the step that made `step` finished steps; waits for the device until they are there.
         `phase` is its number, `selection` what it trains on.
 
@@ -62,7 +62,9 @@ class Record:
         if step % self.log_every == 0:
             self.writer.write(step, self.last_row)
 
-    def _row(self, phase: int, selection: Selection | None, sums: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _row(
+        self, phase: int, selection: Selection | Combined | None, sums: dict[str, Any], seconds: float
+    ) -> dict[str, Any]:
         valid, trained = sums["valid_tokens"], sums["trained_tokens"]
         row = {"phase": phase, "loss": mean(sums["loss_sum"], valid)}
         if selection:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import toy
+from test_processes import finish, start
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.vocabularies import ByteVocabulary, load_vocabulary
@@ -162,6 +163,17 @@ def test_a_killed_import_leaves_no_model_and_the_same_command_makes_one(exported
     code, output = toy.Command(tmp_path / "log", *arguments).finish()
     assert code == 0, output
     same(load(tmp_path / "imported"), load(reference))
+
+
+@pytest.mark.slow
+def test_two_processes_import_and_export_as_one(exported, tmp_path):
+    mesh = toy.settings(MeshConfig=dataclasses.asdict(AXES))
+    for stage, source, target in (("import", exported, "imported"), ("export", tmp_path / "imported", "again")):
+        arguments = [stage, f"--source={source}", f"--target={tmp_path / target}", f"--gin.{stage}.mesh=@MeshConfig()"]
+        codes, output, other = finish(start(tmp_path, *arguments, *mesh))
+        assert codes == [0, 0], output
+        assert f"{stage}: done" in output and f"{stage}:" not in other
+    assert (tmp_path / "again" / SINGLE).read_bytes() == (exported / SINGLE).read_bytes()
 
 
 def test_a_broken_off_export_is_not_there(reference, exported, tmp_path, monkeypatch):

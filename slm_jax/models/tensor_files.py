@@ -58,16 +58,20 @@ def open_tensors(directory: Path) -> dict[str, Entry]:
     return entries
 
 
-def read_tensor(entry: Entry) -> np.ndarray:
-    """The tensor, in its own dtype.
+def dtype_of(entry: Entry) -> np.dtype:
+    """In which type a tensor is kept.
 
     Raises:
       UserError: it is quantized or of whole numbers.
     """
     if entry.dtype not in DTYPES:
         raise UserError(f"{entry.file} holds {entry.dtype}: weights are read as {', '.join(DTYPES)}, not quantized")
-    dtype, count = DTYPES[entry.dtype], math.prod(entry.shape)
-    return np.fromfile(entry.file, dtype, count, offset=entry.begin).reshape(entry.shape)
+    return DTYPES[entry.dtype]
+
+
+def read_tensor(entry: Entry) -> np.ndarray:
+    """The tensor, in the type in which it is kept; UserError as `dtype_of`."""
+    return np.fromfile(entry.file, dtype_of(entry), math.prod(entry.shape), offset=entry.begin).reshape(entry.shape)
 
 
 def write_tensors(

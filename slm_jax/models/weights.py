@@ -19,7 +19,7 @@ from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params, param_shapes
 from slm_jax.models.huggingface import BUFFERS, Tensor, tensors, to_ours
 from slm_jax.models.huggingface_config import read_config
-from slm_jax.models.tensor_files import DTYPES, Entry, open_tensors, read_tensor, some
+from slm_jax.models.tensor_files import Entry, dtype_of, open_tensors, read_tensor, some
 
 
 @runtime_checkable
@@ -59,8 +59,8 @@ class HuggingFaceWeights:
         return sorted({entry.file for entry in self._entries.values()})
 
     def dtype(self, path: str) -> np.dtype:
-        found = {self._entries[tensor.name].dtype for (ours, _), tensor in self._of.items() if ours == path}
-        return DTYPES[found.pop()] if len(found) == 1 else np.dtype(np.float32)
+        found = {dtype_of(self._entries[tensor.name]) for (ours, _), tensor in self._of.items() if ours == path}
+        return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
         tensor = self._of[path, layer]
@@ -152,6 +152,7 @@ def _checked(there: dict[str, Entry], expected: list[Tensor], model: ModelConfig
     if left:
         raise UserError(f"{directory} holds tensors of which this model has none: {some(left)}")
     for tensor in expected:
+        dtype_of(there[tensor.name])
         if there[tensor.name].shape != tensor.shape:
             raise UserError(
                 f"{directory}: {tensor.name} has shape {there[tensor.name].shape}, config.json makes it {tensor.shape}"

@@ -21,12 +21,13 @@ STAGES = {
     "train": "slm_jax.train.loop",
     "score": "slm_jax.score.reference",
     "evaluate": "slm_jax.evaluate.perplexity",
+    "generate": "slm_jax.evaluate.generate",
     "solve": "slm_jax.evaluate.math.solve",
     "average": "slm_jax.train.average",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",
 }
-SHARED = ("train", "score", "evaluate", "solve")  # what several processes run together
+SHARED = ("train", "score", "evaluate", "generate", "solve")  # what several processes run together
 DONE, FAILED, USAGE = 0, 1, 2
 
 

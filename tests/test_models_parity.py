@@ -11,6 +11,8 @@ import pytest
 
 from slm_jax import mesh
 from slm_jax.data.batches import make_batch
+from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.models import forward
 from slm_jax.models.config import ModelConfig, RopeScaling
 from slm_jax.score.token_loss import batch_loss
@@ -150,6 +152,25 @@ def _as_ours(tensors, config, table):
     params = jax.tree_util.tree_map_with_path(leaf, forward.param_shapes(config))
     assert not left, f"nothing of ours is {sorted(left)}"
     return params
+
+
+@pytest.mark.parametrize("name", ["llama 3", "mistral", "gpt neox"])
+def test_greedy_continuations_are_those_of_transformers(name):
+    """Of prompts of several lengths, which share a batch here and are alone there."""
+    kind, fields, settings = FAMILIES[name]
+    config = _our_config(name, kind, fields)
+    model, table = _their_model(kind, config, settings), GPT_NEOX if kind == "GPTNeoX" else LLAMA
+    params = _as_ours(_tensors(model, config, lambda parameter: parameter), config, table)
+    vocabulary, devices = ByteVocabulary(), mesh.make_mesh(devices=jax.devices()[:1])
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, config.vocab_size, length).tolist() for length in (1, 4, 19, 8)]
+    ours = Generator(params, config, vocabulary, devices).continue_ids(prompts, Sampling(max_new_tokens=24))
+    for prompt, continuation in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": vocabulary.eos_id, "pad_token_id": 0}
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert continuation.tokens == theirs[0, len(prompt) :].tolist()
+    assert len({token for continuation in ours for token in continuation.tokens}) > 5
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from slm_jax import mesh
 from slm_jax.evaluate.sampling import Sampling, choose, row_keys
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     tokens: Int[Array, "B"]
     positions: Int[Array, "B"]
     done: Bool[Array, "B"]
-    places: Int[Array, "B"]  # in the list of all prompts
+    places: Integer[Array, "B"]  # in the list of all prompts
     number: Int[Array, ""]  # how many tokens each row has made
 
 
@@ -60,7 +60,7 @@ def begin(
     params: Params,
     tokens: Int[Array, "B L"],
     lengths: Int[Array, "B"],
-    places: Int[Array, "B"],
+    places: Integer[Array, "B"],
     drawing: Drawing,
     *,
     choice: Choice,
@@ -106,7 +106,7 @@ def advance(
 def _next(
     params: Params,
     hidden: Float[Array, "B D"],
-    places: Int[Array, "B"],
+    places: Integer[Array, "B"],
     number: Int[Array, ""],
     drawing: Drawing,
     choice: Choice,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import gin
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from slm_jax import config as config_lib
 from slm_jax.errors import UserError
@@ -56,7 +56,7 @@ class Sampling:
         object.__setattr__(self, "stop", tuple(self.stop))  # gin gives a list
 
 
-def row_keys(seed: Int[Array, ""], places: Int[Array, "B"], number: Int[Array, ""]) -> jax.Array:
+def row_keys(seed: Integer[Array, ""], places: Integer[Array, "B"], number: Int[Array, ""]) -> jax.Array:
     """The key of each row's new token of this number: of seed and place alone, whatever rows are beside it."""
     key = jax.random.key(seed)
     return jax.vmap(lambda place: jax.random.fold_in(jax.random.fold_in(key, place), number))(places)

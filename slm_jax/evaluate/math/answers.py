@@ -15,11 +15,11 @@ _CHOICE = re.compile(r"(?i:answer|choice) is:?\s*\$?\(?([A-Eb-e]|a(?!\s+[a-z]))\
 
 _SIGNS = str.maketrans(
     {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "}
-    | {"√": r"\sqrt ", "∪": r"\cup ", "°": "", "′": "'", "\u00a0": " ", "\u202f": " "}
+    | {"√": r"\sqrt ", "∪": r"\cup ", "°": "", "′": "'", "\u00a0": " ", "\u202f": " ", "\0": "", "\1": ""}
 )
 _ROW_END = "\x00"  # stands for \\, which ends the row of a matrix, while single backslashes are looked at
 _SPACING = re.compile(
-    r"\\[!,;:> ()\[\]]|\\q?quad(?![a-zA-Z])|~|\$"
+    r"\\!\s*|\\[,;:> ()\[\]]|\\q?quad(?![a-zA-Z])|~|\$"
     r"|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])"
 )
 _TEXT = re.compile(
@@ -41,6 +41,7 @@ _UNIT = re.compile(r"(?<=[\d)} ])([a-zA-Z][a-zA-Z./ ]+)(?:\^ *\{?\d\}?)?$")
 _NO_UNITS = frozenset("pi and or sqrt sin cos tan cot sec csc log ln exp inf infinity mod am pm a.m p.m".split())
 _TAKES_ARGUMENTS = re.compile(r"\\(?:frac|sqrt)(?![a-zA-Z])")
 _ARGUMENT = re.compile(r"\s*(\\(?!frac|sqrt)[a-zA-Z]+|[0-9a-zA-Z])")
+_SHORT_UNITS = frozenset("cm mm km kg mg ml ft lb lbs mi oz yd hr hrs min sec mph kmh cl dl dm gm rs sq cu".split())
 _WORD_NUMBERS = {
     word: str(number)
     for number, word in enumerate(
@@ -116,24 +117,29 @@ def _trim(answer: str) -> str:
     return answer.lstrip(":").rstrip("/.").strip()
 
 
-def normalise(answer: str) -> str:
+def normalise(answer: str, thousands: bool = True) -> str:
     """One form for the many ways of writing an answer: no spaces, units, text, percent or degree signs, \\frac{a}{b}
     for every fraction of whole numbers, whole numbers without .0 and commas, names of numbers as digits.
 
-    '' for what is longer than `LONGEST`.
+    thousands: 45,135 is a number; otherwise it is two. '' for what is longer than `LONGEST`.
     """
     if len(answer) > LONGEST:
         return ""
+    if re.fullmatch(r"-?\d+", answer):
+        return answer
     text = answer.translate(_SIGNS).strip().replace("\\\\", _ROW_END).replace("{,}", ",").replace("\\$", "")
-    text = _SPACING.sub(lambda found: "" if found[0] == "\\!" else " ", text).replace("\\%", "").replace("%", "")
+    text = (
+        _SPACING.sub(lambda found: "" if found[0].startswith("\\!") else " ", text).replace("\\%", "").replace("%", "")
+    )
+    if thousands and not re.search(r"[(\[]|\\\{", text):
+        text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
     text = _without_text(_DEGREES.sub("", text))
     text = _MATRIX.sub(lambda found: f"\\{found[1]}{{pmatrix}}", text)
     text = _COMMAND.sub(lambda found: _SAME.get(found[0], found[0]), text).strip().rstrip(".,;")
     text = re.sub(r"\.(?=\s*$)", "", text)
+    text = re.sub(r"(?<=\S)\s*\\approx(?![a-zA-Z]).*", "", text, flags=re.DOTALL)
     text = _without_unit(re.sub(r"^(?:\\approx(?![a-zA-Z])|[€£¥]) *", "", _NAMED.sub("", text).strip()))
     text = _WORD_NUMBERS.get(text.lower(), text)
-    if not re.search(r"[(\[{]", text):
-        text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
     text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
     text = re.sub(r"(?<![\d.])(\d+)\.0+(?![\d.])", r"\1", text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
@@ -178,7 +184,9 @@ def _without_unit(text: str) -> str:
     if not found or not re.search(r"[\d)}] *$", text[: found.start()]):
         return text
     words = [word.strip(".").lower() for word in re.split(r"[ /]+", found[1])]
-    return text if len(words[0]) < 2 or not _NO_UNITS.isdisjoint(words) else text[: found.start()].rstrip()
+    shortest = 3 if text[found.start() - 1] == " " else 4  # 3xy and 3 xy are products
+    is_unit = len(words[0]) >= shortest or words[0] in _SHORT_UNITS
+    return text[: found.start()].rstrip() if is_unit and _NO_UNITS.isdisjoint(words) else text
 
 
 def _from_plain(text: str) -> str:

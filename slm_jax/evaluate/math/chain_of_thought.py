@@ -54,8 +54,8 @@ class Judge:
         return not question.choice and self._grader.grade(answer, other, question.percent).correct
 
 
-def judged(question: Question, prompt: Prompt | None, attempts: Sequence[Attempt], judge: Judge, last: bool) -> Row:
-    """The row of a question: all that its verdict came from. last: of its set."""
+def judged(question: Question, prompt: Prompt | None, attempts: Sequence[Attempt], judge: Judge) -> Row:
+    """The row of a question: all that its verdict came from."""
     samples: list[dict[str, Any]] = []
     for attempt in attempts:
         answer = judge.answer(question, attempt.text)
@@ -73,7 +73,7 @@ def judged(question: Question, prompt: Prompt | None, attempts: Sequence[Attempt
     if len(samples) != 1:
         answer = judge.majority(question, [sample["answer"] for sample in samples])
         row["majority"] = {"answer": answer, "correct": bool(answer) and judge.verdict(question, answer).correct}
-    return row | ({"last": True} if last else {})
+    return row
 
 
 def ask(
@@ -93,15 +93,17 @@ def ask(
         attempts: answers prompts.
         samples: attempts at each question.
         batch: questions that are asked together.
-        done: questions, of whole batches, that have been asked before.
+        done: questions that have been asked before. A batch of which some were asked is asked again, as chance gives
+            an answer by its place in the batch, and those are left out of what is yielded.
         seed: of all; each batch has one of its own, which depends on nothing but this and its place.
     """
-    for first in range(done, len(questions), batch):
+    for first in range(done // batch * batch, len(questions), batch):
         here = questions[first : first + batch]
         prompts = [prompt_of(question) for question in here]
         texts = [prompt.text for prompt in prompts if prompt is not None for _ in range(samples)]
         found = iter(attempts(texts, (seed * 1_000_003 + first) % 2**31) if texts else [])
-        yield [
+        answered = [
             (question, prompt, [next(found) for _ in range(samples)] if prompt is not None else [])
             for question, prompt in zip(here, prompts, strict=True)
         ]
+        yield answered[max(0, done - first) :]

@@ -14,14 +14,17 @@ from slm_jax.evaluate.math.symbolic import TOLERANCE, Symbolic
 LONGEST_SYMBOLIC = 150  # characters of an expression that the parser is asked about
 MOST_PARTS = 40  # of a list that is compared
 DEEPEST = 6  # lists in lists
+MOST_LOST = 2  # comparisons that run out of time, before an answer is taken for wrong
 
 _NUMBER = re.compile(r"(-?)(\d{1,300})(\.\d{1,300})?(?:(?:\\times|\\cdot)10\^\{?(-?\d{1,3})\}?|[eE]([-+]?\d{1,3}))?")
 _FRACTION = re.compile(r"(-?)(\d{1,300})?\\frac\{(-?)(\d{1,300})\}\{(\d{1,300})\}")
 _MATRIX = re.compile(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", re.DOTALL)
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>]")
 _FLIPPED = {">": "<", r"\ge": r"\le"}
-_NUMERAL = re.compile(r"[0-9A-Z]+_\d+")  # in a base
+_NUMERAL = re.compile(r"-?[0-9A-Z]+_\d+")  # in a base
 _WORD = re.compile(r"[A-Za-z][a-z]{3,}[A-Za-z]*|[A-Za-z]+\d+")
+_LETTERS = frozenset("abcdfghjklmnopqrstuvwxyzABCDFGHIJKLMNOPQRSTUVWXYZ")
+_CANCELLING = r"\\(?:sin|cos|tan|cot|sec|csc|log|ln|sum|int)|/|frac|-"  # may remove a variable
 _OPEN, _CLOSE = "([{", ")]}"
 
 
@@ -46,6 +49,7 @@ class Grader:
 
     def __init__(self, symbolic: Symbolic | None = None):
         self.symbolic = symbolic or Symbolic()
+        self._lost_before = 0
 
     def close(self) -> None:
         self.symbolic.close()
@@ -55,9 +59,11 @@ class Grader:
 
         percent: the question asks for percent, so that 0.5 is 50; a percent sign in one of the two says the same.
         """
-        one, other = normalise(answer), normalise(gold)
+        other = normalise(gold)
+        one = normalise(answer, thousands="," not in other)
         if not one or not other:
             return Verdict(False, False)
+        self._lost_before = self.symbolic.lost
         percent = percent or "%" in answer or "%" in gold
         correct = self.equal(one, other, Rules(exact=True, percent=percent))
         return Verdict(correct, correct or self.equal(one, other, Rules(exact=False, percent=True)))
@@ -141,6 +147,10 @@ class Grader:
 
     def _same_expressions(self, one: str, other: str, approximately: bool = False) -> bool:
         if max(len(one), len(other)) > LONGEST_SYMBOLIC or not all(_readable(text) for text in (one, other)):
+            return False
+        if _variables(one) != _variables(other) and not re.search(_CANCELLING, one + other):
+            return False
+        if self.symbolic.lost - self._lost_before >= MOST_LOST:
             return False
         return self.symbolic.same(_for_parser(one), _for_parser(other), approximately)
 
@@ -253,6 +263,11 @@ def relations(text: str) -> tuple[list[str], list[str]]:
 def _readable(text: str) -> bool:
     """Not empty, with brackets that close, and with a digit, a command or a letter for a variable in it."""
     return bool(re.search(r"[0-9a-zA-Z]", text)) and balanced(text) and not re.search(r"[^\x20-\x7e]", text)
+
+
+def _variables(text: str) -> frozenset[str]:
+    """Letters that stand for themselves, without i and e."""
+    return _LETTERS & set(re.sub(r"\\[a-zA-Z]+", "", text))
 
 
 def _for_parser(text: str) -> str:

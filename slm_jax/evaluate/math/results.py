@@ -1,72 +1,13 @@
-"""What was asked and answered, one JSON line a question, kept while the work goes on; and what it sums up to."""
+"""What the answers to a set sum up to."""
 
-import json
 import math
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-
-from slm_jax import config as config_lib
-from slm_jax.errors import UserError
 
 NORMAL_95 = 1.959964  # quantile of the normal distribution that 95 % lie within, on both sides
 
 Row = dict[str, Any]
-
-
-class Results:
-    """The folder of one set: `about.json` says what its answers depend on, `results.jsonl` holds them.
-
-    Rows come in batches that were answered together, and a batch that was not finished is asked again whole: what
-    chance gives an answer depends on its place in the batch.
-
-    Args:
-        folder: of the set.
-        about: what the answers depend on; plain JSON values.
-        batch: questions that are answered together.
-
-    Raises:
-        UserError: the folder holds answers that depend on something else.
-    """
-
-    def __init__(self, folder: str | Path, about: Mapping[str, Any], batch: int):
-        self._folder, self._batch = Path(folder), batch
-        now: dict[str, Any] = json.loads(json.dumps(config_lib.to_json(dict(about))))
-        path = self._folder / "about.json"
-        there = json.loads(path.read_text()) if path.exists() else now
-        if other := sorted(name for name in now | there if now.get(name) != there.get(name)):
-            name = other[0]
-            raise UserError(
-                f"{folder} holds answers with {name} = {there.get(name)!r}, now it is {now.get(name)!r}: choose "
-                "another solve.output, or delete the folder"
-            )
-        config_lib.write_json(path, now)
-
-    def rows(self) -> list[Row]:
-        """The rows of all finished batches; what a kill cut is removed from the file."""
-        path = self._folder / "results.jsonl"
-        found: list[Row] = []
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        for line in lines:
-            try:
-                found.append(json.loads(line if line.endswith(b"\n") else b""))
-            except ValueError:
-                break
-        complete = bool(found) and found[-1].get("last", False)
-        kept = found if complete else found[: len(found) // self._batch * self._batch]
-        if len(kept) < len(lines):
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(b"".join(lines[: len(kept)]))
-            os.replace(partial, path)
-        return kept
-
-    def append(self, rows: Sequence[Row]) -> None:
-        with (self._folder / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def wilson(right: float, count: int) -> tuple[float, float]:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ import jax
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
+from slm_jax.data import readers
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Generator
+from slm_jax.evaluate.lines import Lines
 from slm_jax.evaluate.math import prompts as prompts_lib
 from slm_jax.evaluate.math.chain_of_thought import Attempt, Judge, ask, judged
 from slm_jax.evaluate.math.equality import Grader
+from slm_jax.evaluate.math.examples import Example
 from slm_jax.evaluate.math.prompts import Prompt
 from slm_jax.evaluate.math.questions import SETS, Question, find_file, read_questions
-from slm_jax.evaluate.math.results import Results, Row, summarise
+from slm_jax.evaluate.math.results import Row, summarise
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.tool_use import STOP as TOOL_STOP
 from slm_jax.evaluate.math.tool_use import attempts_with_tools, tool_prompt
@@ -32,6 +36,7 @@ from slm_jax.metrics import progress
 from slm_jax.score.reference import load_model, run_vocabulary
 
 BATCHES = 4  # of the generator, in what is asked together: it sorts prompts by length
+FIRST_IDS = 16  # recorded of the first prompt: whether BOS stands there decides what is answered
 GRADERS = ("sympy", "latex2sympy2_extended")  # packages
 
 
@@ -54,13 +59,19 @@ class _Asking:
     def fits(self, text: str) -> bool:
         return len(self.generator.encode(text)) <= self.room()
 
-    def prompts(self, name: str) -> Callable[[Question], Prompt | None]:
+    def examples_of(self, name: str) -> tuple[Example, ...]:
+        """What is shown before a question of the set."""
+        if self.rounds is not None:
+            return ()
+        path = self.examples.get(name)
+        known = prompts_lib.STYLES[SETS[name].style].examples
+        return (prompts_lib.read_examples(path) if path else known)[: self.shots]
+
+    def prompts(self, name: str, examples: Sequence[Example]) -> Callable[[Question], Prompt | None]:
         """What makes a prompt of a question of the set."""
         if self.rounds is not None:
             return lambda question: prompt if self.fits((prompt := tool_prompt(question.text)).text) else None
         style = prompts_lib.STYLES[SETS[name].style]
-        path = self.examples.get(name)
-        examples = (prompts_lib.read_examples(path) if path else style.examples)[: self.shots]
         return lambda question: prompts_lib.fitting(
             style, examples, question.text, lambda text: len(self.generator.encode(text)), self.room()
         )
@@ -100,7 +111,7 @@ def solve(
 ) -> dict[str, Any]:
     """Accuracy of a model on question sets of mathematics, by its generated answers.
 
-    Killed and started again, it asks what has not been asked.
+    Killed and started again, it asks what has not been asked; answers of other settings are replaced.
 
     Args:
       run: model directory.
@@ -142,11 +153,11 @@ def solve(
         print(f"solve: {new} new tokens instead of {max_new_tokens}: the model reads {model.config.max_length}")
     about = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "max_new_tokens": new}
     about |= {"temperature": temperature, "top_p": top_p, "seed": seed, "samples": samples, "stop": stop}
-    about |= {"rounds": asking.rounds, "sandbox": sandbox if tools else None, "together": BATCHES * batch_rows}
+    about |= {"rounds": asking.rounds, "sandbox": sandbox if tools else None, "batch_rows": batch_rows}
     results = {}
     with jax.set_mesh(devices):
         for name in sets:
-            results[name] = _solve_set(name, asked[name], asking, where / name, about)
+            results[name] = _solve_set(name, asked[name], asking, where, about)
     record = {**about, "files": files, "graders": _versions(), "results": results}
     processes.on_first(lambda: config_lib.write_json(where / "summary.json", record))
     print(f"solve: done, {where}/summary.json")
@@ -183,38 +194,34 @@ def _solve_set(
     name: str, questions: Sequence[Question], asking: _Asking, folder: Path, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Asks what is left of a set; every process computes, the first judges and writes."""
-    prompt_of = asking.prompts(name)
+    examples = asking.examples_of(name)
+    prompt_of = asking.prompts(name, examples)
     first = prompt_of(questions[0])
-    ids = asking.generator.encode(first.text) if first else []
-    texts = hashlib.blake2b("\0".join(question.text + question.gold for question in questions).encode(), digest_size=8)
-    about = {**about, "set": name, "questions": len(questions), "texts": texts.hexdigest(), "first_ids": ids[:16]}
-    about |= {"first_prompt": first.text if first else None}
-    together = max(1, about["together"] // asking.samples)
-    opened: list[Results] = []
-
-    def open_results() -> list[Row]:
-        opened.append(Results(folder, about, together))
-        return opened[0].rows()
-
-    rows = processes.on_first(open_results)
-    with contextlib.closing(Grader()) as grader, progress(len(questions), len(rows), name, "question") as bar:
+    ids = asking.generator.encode(first.text)[:FIRST_IDS] if first else []
+    about = {**about, "set": name, "questions": len(questions), "texts": _hash(questions), "examples": _hash(examples)}
+    about |= {"first_prompt": first.text if first else None, "first_ids": ids}
+    file = Lines(str(folder / f"{name}.jsonl"), about, len(questions))
+    together = max(1, BATCHES * asking.generator.batch_rows // asking.samples)
+    with contextlib.closing(Grader()) as grader, progress(len(questions), file.done, name, "question") as bar:
         judge = Judge(grader)
-        seed = asking.sampling.seed
-        for answered in ask(questions, prompt_of, asking.attempts, asking.samples, together, len(rows), seed):
-            if processes.first():
-                new = [
-                    judged(question, prompt, attempts, judge, question.number == len(questions) - 1)
-                    for question, prompt, attempts in answered
-                ]
-                opened[0].append(new)
-                rows += new
+        rounds = ask(questions, prompt_of, asking.attempts, asking.samples, together, file.done, asking.sampling.seed)
+        for answered in rounds:
+            file.append([judged(*one, judge) if processes.first() else {} for one in answered])
             bar.update(len(answered))
-        summary = processes.on_first(lambda: {"first_ids": ids[:16], **summarise(rows)})
-        summary["not_compared"] = grader.symbolic.lost
+        lost = grader.symbolic.lost
+    summary = processes.on_first(lambda: {"first_ids": ids, **summarise(_rows(file.path)), "not_compared": lost})
     low, high = summary["interval"]
     print(f"  {name}: {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}) of {summary['questions']}", end="")
     print(f", majority {summary['majority']['accuracy']:.3f}" if "majority" in summary else "")
     return summary
+
+
+def _hash(texts: Sequence[Question] | Sequence[Example]) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def _rows(path: Path) -> list[Row]:
+    return [record.fields or {} for record in readers.records(str(path), ())]
 
 
 def _versions() -> dict[str, str]:

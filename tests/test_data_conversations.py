@@ -181,6 +181,8 @@ def test_fields_of_other_names(tmp_path):
             "a turn has 'role' 'tool': known are system, user",
         ),
         ("messages", {"messages": [{"from": "human", "value": "x"}]}, "a turn has 'role' None"),
+        ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "a turn has 'role' ['user']"),
+        ("messages", {"messages": "[" * 100_000}, "not a list of turns"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, "a turn has 'content' None: it is a text"),
         ("messages", {"text": "hello"}, "no field 'messages' (schema 'messages'; fields there: text)"),
         ("prompt_response", {"prompt": "x", "response": ["y"]}, "fields 'prompt' and 'response' are not both strings"),

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,19 @@ def test_the_same_again_says_so_and_anything_else_is_refused(corpus, files, caps
     ]:
         settings = {"sources": sources(files), "vocabulary": VocabularyConfig(size=400), "row_length": 64}
         assert message in refusal(prepare, corpus.path, **{**settings, **changed})
+
+
+def test_a_corpus_of_an_earlier_version_lacks_settings_that_are_off(corpus, files, tmp_path, capsys):
+    """Its sources say nothing of a template: made the same way, it is there already; else what changed is named."""
+    old = shutil.copytree(corpus.path, tmp_path / "old")
+    manifest = json.loads((old / "manifest.json").read_text())
+    for source in manifest["settings"]["sources"]:
+        del source["template"], source["response_field"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    prepare(old, sources(files), VocabularyConfig(size=400), row_length=64)
+    assert "is there already" in capsys.readouterr().out
+    refused = refusal(prepare, old, sources(files), VocabularyConfig(size=400), row_length=32)
+    assert "(row_length was 64, now 32)" in refused
 
 
 def test_seed_packing_and_a_given_vocabulary(corpus, files, tmp_path):

@@ -178,8 +178,13 @@ def test_a_run_by_an_intersection(corpus_copy, tmp_path, capsys):
     plan = Plan(phases, 0)
     assert plan.references() == {f"{corpus_copy.path}/scores/self/{s}": "abc" for s in ("loss", "entropy")}
     toy.train(str(tmp_path / "run"), toy.MODEL, phases, toy.SCHEDULE, micro_batches=2)
-    assert "70% by reference and 70% by entropy, per batch" in capsys.readouterr().out
-    outline.draw(plan, tmp_path / "plan.png")
+    assert "70% by reference and 70% by entropy (40% to 70% of all), per batch" in capsys.readouterr().out
+    either = Combined([*both.parts, Selection("loss", threshold=1.0)], "union")
+    unions = Plan([*phases, toy.phase(corpus_copy, steps=2, selection=either)], 0)
+    said = "70% by reference or 70% by entropy or above 1 by loss (70% to 100% of all), per batch"
+    assert said in outline.table(unions)
+    outline.draw(unions, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     for step, row in enumerate(read_metrics(tmp_path / "run")):
         batch = plan.batch(step)
         valid = batch.loss_mask & (batch.positions > 0)

@@ -188,7 +188,7 @@ def test_what_does_not_align_is_counted_named_and_left_without_loss(bytes_corpus
     )  # no EOS
     records[5]["logprobs"][2] = -math.inf
     records[6]["id"] = "web:1000"
-    records[7] = {"error": "too long"}
+    records[7] = {"custom_id": [], "error": "too long"}
     file = write(tmp_path / "lp.jsonl", records[:-1])
     refused = toy.refusal(at, bytes_corpus, from_file=file, name="few")
     sizes = [len(ids) for _, ids, _ in answers]
@@ -258,6 +258,8 @@ def test_scored_without_the_prefix(tmp_path):
         ({"prompt_logprobs": [None, {"5": {"logprob": None}}, {"6": {"logprob": "x"}}]}, "'x' is no log-prob"),
         ({"logprobs": {"token_logprobs": [-1.0]}}, "log-probs without token ids"),
         ({"response": {"body": {"error": "x"}}}, "no log-probs (fields there: error)"),
+        ({"tokens": ["a", None], "token_logprobs": [None, -1.0]}, "tokens that are no text"),
+        ({"logprobs": "[" * 100_000}, "no log-probs"),
         ({"choices": []}, "no log-probs (fields there: choices)"),
     ],
 )

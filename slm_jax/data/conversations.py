@@ -76,13 +76,13 @@ def turns_of(value: Any, names: Sequence[str]) -> list[Turn]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
     role, content = names
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise BadRecord(f"not a list of turns with {role!r} and {content!r}")
     for turn in value:
-        if turn.get(role) not in ROLES:
+        if turn.get(role) not in list(ROLES):  # a list, since what is there may be anything
             raise BadRecord(f"a turn has {role!r} {turn.get(role)!r}: known are {', '.join(ROLES)}")
         if not isinstance(turn.get(content), str):
             raise BadRecord(f"a turn has {content!r} {turn.get(content)!r}: it is a text")

@@ -128,7 +128,7 @@ class LogProbs:
     def _number(self, fields: dict[str, Any]) -> int:
         given = {name: fields[name] for name in ID_FIELDS if fields.get(name) is not None}
         for name, value in given.items():
-            if name != "index" and value in self._numbers:
+            if name != "index" and isinstance(value, str) and value in self._numbers:
                 return self._numbers[value]
             if name == "index" and isinstance(value, int) and 0 <= value < len(self._documents):
                 return value
@@ -224,6 +224,8 @@ def answer_of(fields: dict[str, Any]) -> Answer:
         raise BadRecord("log-probs without token ids: nothing says that these are the tokens of the corpus")
     if isinstance(told, list) and len(told) != len(answer.logprobs):
         raise BadRecord(f"{len(told)} tokens and {len(answer.logprobs)} log-probs")
+    if answer.texts is not None and not all(isinstance(text, str) for text in answer.texts):
+        raise BadRecord("tokens that are no text")
     for entry in answer.logprobs:
         for value in entry.values() if isinstance(entry, dict) else (entry,):
             if value is not None and (not isinstance(value, int | float) or value > ROUNDING):
@@ -236,7 +238,7 @@ def _read(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return value
 

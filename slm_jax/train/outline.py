@@ -41,7 +41,8 @@ def _objective(phase: Phase) -> str:
     if isinstance(phase.selection, Combined):
         each = [_choice(part, np.array([part.ratio])) for part in phase.selection.parts]
         together = {"intersection": " and ", "union": " or "}[phase.selection.keeps].join(each)
-        parts = [f"{together}, per {phase.selection.parts[0].scope}"]
+        low, high = (bound[0] for bound in _bounds(phase))
+        parts = [f"{together} ({low:.0%} to {high:.0%} of all), per {phase.selection.parts[0].scope}"]
     elif phase.selection:
         parts = [f"{_choice(phase.selection, _keep_ratio(phase))}, per {phase.selection.scope}"]
     if phase.reset_optimizer:
@@ -60,13 +61,27 @@ def _choice(selection: Selection, ratio: np.ndarray) -> str:
 
 def _keep_ratio(phase: Phase) -> np.ndarray:
     """Share of the valid tokens that trains at each step of the phase; NaN where only the scores tell."""
-    if phase.selection is None:
-        return np.ones(phase.num_steps)
-    if isinstance(phase.selection, Combined) or phase.selection.threshold is not None:
-        return np.full(phase.num_steps, np.nan)
-    if phase.keep_ratio is None:
-        return np.full(phase.num_steps, phase.selection.ratio)
-    return phase.ratios()
+    low, high = _bounds(phase)
+    return np.where(low == high, high, np.nan)
+
+
+def _bounds(phase: Phase) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the most of the valid tokens that can train at each step, as shares."""
+    low, high = 1.0, 1.0
+    if isinstance(phase.selection, Combined):
+        ratios = [part.ratio if part.threshold is None else None for part in phase.selection.parts]
+        least, most = [ratio or 0.0 for ratio in ratios], [ratio or 1.0 for ratio in ratios]
+        if phase.selection.keeps == "intersection":
+            low, high = max(0.0, sum(least) - (len(least) - 1)), min(most)
+        else:
+            low, high = max(least), min(1.0, sum(most))
+    elif phase.selection and phase.selection.threshold is not None:
+        low, high = 0.0, 1.0
+    elif phase.selection and phase.keep_ratio:
+        return phase.ratios(), phase.ratios()
+    elif phase.selection:
+        low = high = phase.selection.ratio
+    return np.full(phase.num_steps, low), np.full(phase.num_steps, high)
 
 
 def _mixture(plan: Plan, number: int) -> str:
@@ -97,6 +112,7 @@ def draw(plan: Plan, path: Path) -> None:
         for d, share in zip(phase.mixture, plan.shares(number).T, strict=True):
             shares[mine, sources.index(_name(d))] += share
     kept = np.concatenate([_keep_ratio(phase) for phase in plan.phases])
+    low, high = (np.concatenate(bound) for bound in zip(*map(_bounds, plan.phases), strict=True))
 
     figure, (top, middle, bottom) = plt.subplots(3, 1, sharex=True, figsize=(9, 7), layout="constrained")
     top.plot(tokens[step], np.asarray(plan.learning_rate(step + 1)) * np.ones(len(step)), color="C0")
@@ -106,6 +122,7 @@ def draw(plan: Plan, path: Path) -> None:
     middle.set(ylabel="share of the rows", ylim=(0, 1))
     middle.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
     bottom.plot(tokens[step], kept[step], color="C3", drawstyle="steps-pre")
+    bottom.fill_between(tokens[step], low[step], high[step], color="C3", alpha=0.2, linewidth=0, step="pre")
     bottom.set(ylabel="share that trains", ylim=(0, 1.05), xlabel="million tokens")
     for axes in (top, middle, bottom):
         axes.margins(x=0)

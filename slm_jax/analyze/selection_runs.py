@@ -51,13 +51,21 @@ def _run(record: RunRecord, steps: np.ndarray, values: np.ndarray) -> dict[str, 
         "tokens_trained": trained,
         "kept": trained / seen if trained is not None and seen else None,
         "score": selection.score if selection else None,
-        "ratio": 1.0 if selection is None else selection.ratio if selection.threshold is None else None,
+        "ratio": _ratio(phase),
         "downstream": {"steps": steps, "values": values},
         "last_downstream": values[-1] if len(values) else None,
         "training": {name: {"steps": at, "values": smooth} for name, (at, smooth) in training.items()},
         "fits": fits,
         "selected_by_source": _by_source(record),
     }
+
+
+def _ratio(phase: dict[str, Any] | None) -> float | None:
+    """The share that a run keeps; None where it is not one number."""
+    if phase is None:
+        return 1.0
+    selection = selection_of(phase)
+    return selection.ratio if selection.threshold is None and phase.get("keep_ratio") is None else None
 
 
 def running(record: RunRecord, metric: str) -> tuple[np.ndarray, np.ndarray]:

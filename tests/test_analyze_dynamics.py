@@ -13,7 +13,7 @@ import toy
 
 from slm_jax.analyze.columns import read_rows
 from slm_jax.analyze.dynamics import analyze_dynamics
-from slm_jax.analyze.text import context, one_line, shown, token_texts
+from slm_jax.analyze.text import context, one_line, segments, shown, token_texts, varied
 from slm_jax.analyze.trajectories import CLASSES
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
@@ -248,3 +248,20 @@ def test_a_model_counts_once_and_a_column_without_numbers_is_no_class(held, tmp_
     toy.write_score(corpus, "other-30", np.full((24, 48), np.nan, np.float32), 30)
     line = toy.refusal(analyze_dynamics, corpus.path, columns="causal-0,other-30", output=str(tmp_path / "out"))
     assert "no token of" in line and "finite loss" in line
+
+
+def test_documents_are_shown_in_turn_from_the_sources(tmp_path):
+    """With their addresses; short ones only where long ones do not suffice; only those of the rows that were read."""
+    texts = [("a", "long " * 8), ("b", "also long " * 6), ("a", "short"), ("a", "another long one " * 3)]
+    records = [{"text": text, "url": f"https://{i}.org", "source": name} for i, (name, text) in enumerate(texts)]
+    corpus = toy.write_documents(tmp_path / "corpus", records, 64, "split")
+    rows = read_rows(corpus.path, None)
+    found = segments(rows)
+    assert sum(segment.length for segment in found) == (rows.segment_ids > 0).sum()
+    begun = {segment.url: segment.source for segment in found if segment.url}
+    assert begun == {record["url"]: record["source"] for record in records}
+    first, second, *_ = shown_first = varied(found, 9, least_tokens=20)
+    assert {first.source, second.source} == {"a", "b"} and len(shown_first) == len(found)
+    lengths = [segment.length for segment in shown_first if segment.source == "a"]
+    assert [length >= 20 for length in lengths] == sorted((length >= 20 for length in lengths), reverse=True)
+    assert {segment.row for segment in segments(read_rows(corpus.path, 1))} == {0}

@@ -33,15 +33,14 @@ def crawl(reference, tmp_path_factory) -> Corpus:
 
 
 @pytest.fixture(scope="module")
-def runs(crawl, corpus, tmp_path_factory) -> dict[str, Path]:
-    """A selective and a causal run with checkpoints 0, 2 and 4."""
-    here = tmp_path_factory.mktemp("runs")
+def runs(crawl, corpus, reference, tmp_path_factory) -> dict[str, Path]:
+    """A selective run with checkpoints 0, 2 and 4, and the reference's own, a causal one with 3 and 6."""
     settings = {"evaluators": [HeldOut("target", corpus.path, rows=8, batch_rows=8)], "evaluate_every": 1}
     settings |= {"checkpoint_every": 2, "keep_checkpoints": 5}
     selective = toy.phase(crawl, steps=4, batch_rows=BATCH, selection=Selection(ratio=0.5))
-    toy.train_here(here / "selective", [selective], **settings)
-    toy.train_here(here / "causal", [toy.phase(crawl, steps=4, batch_rows=BATCH)], **settings)
-    return {name: here / name for name in ("selective", "causal")}
+    run = tmp_path_factory.mktemp("runs") / "selective"
+    toy.train_here(run, [selective], **settings)
+    return {"selective": run, "run": reference}
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +67,19 @@ def losses(corpus: Corpus, name: str) -> np.ndarray:
 
 def test_metrics_are_those_of_training(found, runs):
     record, _ = found
-    for name, run in runs.items():
-        rows, about = read_metrics(run), record["runs"][name]
-        results = [row["target/loss"] for row in rows if "target/loss" in row]
-        assert about["downstream"]["values"] == pytest.approx(results) and about["downstream"]["steps"] == list(
-            range(5)
-        )
-        assert about["last_downstream"] == results[-1] and about["steps"] == 4
-        assert about["kept"] == pytest.approx(0.5 if name == "selective" else 1.0, abs=0.01)
+    rows, about = read_metrics(runs["selective"]), record["runs"]["selective"]
+    results = [row["target/loss"] for row in rows if "target/loss" in row]
+    assert about["downstream"]["values"] == pytest.approx(results) and about["downstream"]["steps"] == list(range(5))
+    assert about["last_downstream"] == results[-1] and about["steps"] == 4
+    assert about["kept"] == pytest.approx(0.5, abs=0.01) and record["runs"]["run"]["kept"] == 1.0
     curve = record["runs"]["selective"]["training"]["selected_loss"]
     logged = [row["selected_loss"] for row in read_metrics(runs["selective"]) if row.get("selected_loss")]
     assert curve["values"] == pytest.approx(logged) and curve["steps"] == [1, 2, 3, 4]
-    assert record["runs"]["causal"]["training"]["selected_loss"]["values"] == []
+    causal = record["runs"]["run"]
+    assert causal["training"]["selected_loss"]["values"] == causal["downstream"]["values"] == []
     shares = record["runs"]["selective"]["selected_by_source"]
     assert set(shares) == set(SOURCES) and all(0 <= share <= 1 for share in shares.values())
-    assert [(entry["score"], entry["ratio"]) for entry in record["ratio_sweep"]] == [
-        ("all tokens", 1.0),
-        ("excess", 0.5),
-    ]
+    assert [(entry["score"], entry["ratio"]) for entry in record["ratio_sweep"]] == [("excess", 0.5)]
 
 
 def test_each_checkpoint_selects_as_training_would(found, crawl):
@@ -112,9 +106,9 @@ def test_each_checkpoint_selects_as_training_would(found, crawl):
             assert tokens["loss_of_unselected"][of][under] == pytest.approx(loss[~sets[of]].mean(), rel=1e-6)
             both, either = (sets[of] & sets[under]).sum(), (sets[of] | sets[under]).sum()
             assert tokens["overlap"]["checkpoints"]["jaccard"][of][under] == pytest.approx(both / either)
-    causal = losses(crawl, "causal-4").astype(np.float64)
-    assert tokens["fixed_tokens"]["causal"]["selected"][-1] == pytest.approx(causal[sets[-1]].mean(), rel=1e-6)
-    assert tokens["fixed_tokens"]["causal"]["unselected"][-1] == pytest.approx(causal[~sets[-1]].mean(), rel=1e-6)
+    causal = losses(crawl, "run-6").astype(np.float64)
+    assert tokens["fixed_tokens"]["run"]["selected"][-1] == pytest.approx(causal[sets[-1]].mean(), rel=1e-6)
+    assert tokens["fixed_tokens"]["run"]["unselected"][-1] == pytest.approx(causal[~sets[-1]].mean(), rel=1e-6)
     sources = rows.source_ids[rows.valid]
     for number, name in enumerate(SOURCES):
         assert tokens["share_by_source"][name][-1] == pytest.approx(sets[-1][sources == number].mean())
@@ -159,7 +153,7 @@ def test_what_is_written(found):
     assert json.loads((folder / "selection.json").read_text()) == record
     summary = (folder / "summary.md").read_text()
     drawn = set(re.findall(r"!\[[^]]*\]\((\w+)\.png\)", summary))
-    assert drawn == {"training", "fixed_tokens", "perplexity", "fit", "ratio_sweep", "shares", "overlap"}
+    assert drawn == {"training", "fixed_tokens", "perplexity", "fit", "shares", "overlap"}
     assert drawn == {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.svg")}
     for heading in ("Share selected by frequency", "Noise that is left out", "Overlap between references"):
         assert f"\n## {heading}" in summary

@@ -88,7 +88,9 @@ def write_corpus(
     writer = CorpusWriter(Store(path), rows, row_length, vocabulary)
     for begin in range(0, rows, SHARD_ROWS):
         writer.write({name: column[begin : min(begin + SHARD_ROWS, rows)] for name, column in columns.items()})
-    return writer.finish(pyarrow.table({"id": ["a:0"]}), list(sources), {"settings": {}})
+    return writer.finish(
+        pyarrow.table({"id": ["a:0"], "row": [0], "start": [0], "url": [""]}), list(sources), {"settings": {}}
+    )
 
 
 def write_score(corpus: Corpus, name: str, loss: np.ndarray, step: int = 0, dtype: str = "float32", **more) -> None:

@@ -43,6 +43,8 @@ def drawn(folder: Path, name: str, panels: int = 1, width: float = 5.4, height: 
             each.grid(axis="y", color=INK, alpha=0.12)
             each.set_axisbelow(True)
         yield axes
+        figure.draw_without_rendering()  # the layout, once for both files
+        figure.set_layout_engine("none")
         for ending, metadata in (("png", {}), ("svg", {"Date": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=ending, dpi=DOTS_PER_INCH, metadata=metadata, bbox_inches="tight")

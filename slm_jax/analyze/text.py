@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
+import pyarrow
 
 from slm_jax.analyze.columns import Rows
 from slm_jax.data.vocabularies import Vocabulary
@@ -60,8 +61,9 @@ def readable(vocabulary: Vocabulary, token: int) -> str:
 def segments(rows: Rows) -> list[Segment]:
     """All documents and pieces in the rows, in their order."""
     found, names = segments_of(rows.segment_ids), rows.table.source_names
-    documents = rows.table.documents().to_pylist()
-    urls = {(about.get("row"), about.get("start")): about.get("url") or "" for about in documents}
+    documents = rows.table.documents().select(["row", "start", "url"])
+    documents = documents.filter(pyarrow.array(np.asarray(documents["row"]) < len(rows.valid))).to_pylist()
+    urls = {(about["row"], about["start"]): about["url"] or "" for about in documents}
     return [
         Segment(row, start, length, names[rows.source_ids[row, start]], urls.get((row, start), ""))
         for row, start, length in zip(*(x.tolist() for x in found), strict=True)
@@ -69,11 +71,10 @@ def segments(rows: Rows) -> list[Segment]:
 
 
 def varied(found: Sequence[Segment], count: int, least_tokens: int = 16) -> list[Segment]:
-    """Up to `count` segments that are long enough to read, in turn from the sources."""
+    """Up to `count` segments, in turn from the sources; those that are long enough to read first."""
     by_source: dict[str, list[Segment]] = {}
-    for segment in found:
-        if segment.length >= least_tokens:
-            by_source.setdefault(segment.source, []).append(segment)
+    for segment in sorted(found, key=lambda segment: segment.length < least_tokens):
+        by_source.setdefault(segment.source, []).append(segment)
     turns = max((len(group) for group in by_source.values()), default=0)
     return [group[turn] for turn in range(turns) for group in by_source.values() if turn < len(group)][:count]
 

@@ -20,14 +20,24 @@ STAGES = {
     "prepare": "slm_jax.data.prepare",
     "train": "slm_jax.train.loop",
     "score": "slm_jax.score.reference",
-    "evaluate": "slm_jax.evaluate.perplexity",
+    "evaluate": "slm_jax.evaluate.stage",
+    "solve": "slm_jax.evaluate.math.solve",
+    "generate": "slm_jax.evaluate.generate",
     "average": "slm_jax.train.average",
-    "demo": "slm_jax.demo.pipeline",
+    "import": "slm_jax.exchange.importing",
+    "export": "slm_jax.exchange.exporting",
     "analyze inspect": "slm_jax.analyze.inspector",
     "analyze report": "slm_jax.analyze.compare",
+    "analyze dynamics": "slm_jax.analyze.dynamics",
+    "analyze selection": "slm_jax.analyze.selection",
+    "analyze tokenizers": "slm_jax.analyze.tokenizers",
+    "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",
 }
-SHARED = ("train", "score", "evaluate", "analyze_inspect")  # what several processes run together
+SHARED = (  # what several processes run together
+    *("train", "score", "evaluate", "solve", "generate", "import", "export"),
+    *("analyze_inspect", "analyze_dynamics", "analyze_selection", "analyze_tokenizers"),
+)
 DONE, FAILED, USAGE = 0, 1, 2
 
 

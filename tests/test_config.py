@@ -62,7 +62,7 @@ def test_recipes_name_what_exists(path, monkeypatch, tmp_path, caplog):
     first, *_ = path.read_text().splitlines()
     assert first.startswith("# ")
     if path.name != "common.gin":
-        stage = first.removeprefix("# slm-jax ").split()[0]
+        stage = first.removeprefix("# slm-jax ").split(" --")[0]
         assert stage in STAGES and first.endswith(f"--gin_file={path.relative_to(RECIPES.parent)}")
 
 

@@ -4,29 +4,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from slm_jax.analyze.runs import Run, short_names
+from slm_jax.score.selection import Selection, selection_of
 
 
 def objective(phase: Mapping[str, Any]) -> str:
     """Which tokens train: `60 % by excess of reference, per batch`."""
-    chosen = phase["selection"]
+    chosen = selection_of(phase["selection"])
     if chosen is None:
         parts = ["all tokens"]
     else:
-        amount = f"{100 * chosen['ratio']:.4g} %"
-        if chosen.get("threshold") is not None:
-            amount = f"above {chosen['threshold']:g}"
-        elif phase.get("keep_ratio"):
-            amount = f"up to {amount}, {schedule(phase['keep_ratio'])}"
-        parts = [f"{amount} by {chosen['score']}, per {chosen['scope']}"]
-        if chosen["score"] not in ("loss", "random"):
-            parts.append(f"column {chosen['reference']}")
-        if chosen.get("gradient", "exact") != "exact":
-            parts.append(f"{chosen['gradient']} gradient")
+        both = " and " if isinstance(chosen, Selection) or chosen.keeps == "intersection" else " or "
+        parts = [both.join(_chosen(part, phase) for part in chosen.parts)]
+        if chosen.gradient != "exact":
+            parts.append(f"{chosen.gradient} gradient")
     if phase.get("reset_optimizer"):
         parts.append("moments forgotten")
     if phase.get("toward_start"):
         parts.append(f"pulled back by {phase['toward_start']:g}")
     return ", ".join(parts)
+
+
+def _chosen(selection: Selection, phase: Mapping[str, Any]) -> str:
+    amount = f"{100 * selection.ratio:.4g} %"
+    if selection.threshold is not None:
+        amount = f"above {selection.threshold:g}"
+    elif phase.get("keep_ratio"):
+        amount = f"up to {amount}, {schedule(phase['keep_ratio'])}"
+    column = f", column {', '.join(selection.references)}" if selection.columns() else ""
+    return f"{amount} by {selection.score}, per {selection.scope}{column}"
 
 
 def mixture(phase: Mapping[str, Any]) -> str:

@@ -153,8 +153,9 @@ def _score_names(table: Corpus, selection: Selection | None) -> list[str]:
         return []
     names = list(selection.columns())
     with contextlib.suppress(UserError):  # a selection by own loss needs no reference
-        table.score(selection.reference)
-        names.append(f"scores/{selection.reference}/loss")
+        for name in selection.references:
+            table.score(name)
+            names.append(f"scores/{name}/loss")
     return list(dict.fromkeys(names))
 
 
@@ -207,7 +208,7 @@ def _with_selection(
 ) -> Shown:
     """Adds what would be selected at each checkpoint; losses become NaN where a token has none."""
     has_loss = np.asarray(predicted(block["segment_ids"].astype(np.int32)))
-    reference = scores.get(f"scores/{selection.reference}/loss") if selection else None
+    reference = scores.get(f"scores/{selection.references[0]}/loss") if selection else None
     if reference is not None:
         reference = np.where(has_loss, reference.astype(np.float32), np.float32(np.nan))
     models = []

@@ -179,7 +179,8 @@ def _place(run: Run) -> str:
 
 
 def _without_reference(selection: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (selection or {}).items() if name != "reference"}
+    parts = [_without_reference(part) for part in (selection or {}).get("parts", ())]
+    return {name: value for name, value in (selection or {}).items() if name != "reference"} | {"parts": parts}
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
 from slm_jax.models.config import ModelConfig
-from slm_jax.score.selection import Selection
+from slm_jax.score.selection import looks_ahead, selection_of
 
 
 class Flops(NamedTuple):
@@ -63,10 +63,9 @@ def _phase(settings: Mapping[str, Any], phase: Mapping[str, Any], steps: int) ->
     and where tokens compete across micro-batches, a forward pass more decides."""
     model = ModelConfig.from_json(settings["model"])
     length = _row_length(phase)
-    selection = Selection(**phase["selection"]) if phase["selection"] else None
+    selection = selection_of(phase["selection"])
     backward = selection.ratio if selection and selection.gradient == "filtered" else 1.0
-    looks_ahead = selection and selection.threshold is None and selection.scope in ("batch", "device")
-    forward = 2 if looks_ahead and settings.get("micro_batches", 1) > 1 else 1
+    forward = 2 if selection and looks_ahead(selection) and settings.get("micro_batches", 1) > 1 else 1
     return model.flops_per_token(length) * length * phase["batch_rows"] * steps * (forward + 2 * backward) / 3
 
 
@@ -79,9 +78,8 @@ def _scored(settings: Mapping[str, Any], steps: int | None) -> tuple[int, list[t
     once, with the length of the rows that they read."""
     read, corpora, references = 0, {}, {}
     for phase, done in _phases(settings, steps):
-        names = (
-            {column.split("/")[1] for column in Selection(**phase["selection"]).columns()} if phase["selection"] else ()
-        )
+        selection = selection_of(phase["selection"])
+        names = {column.split("/")[1] for column in selection.columns()} if selection else ()
         if not names:
             continue
         read += phase["batch_rows"] * done

@@ -13,8 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
-from slm_jax.models import attention_at
+from slm_jax.models import attention_at, cache
 from slm_jax.models.attention import chosen_backend
+from slm_jax.models.cache import Cache
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.layers import NORMS, dropout, rotary_angles
 from slm_jax.models.rows import Rows
@@ -153,6 +154,64 @@ def hidden_states(
         dropout_key, embed_key = jax.random.split(dropout_key)
         x = dropout(x, config.dropout, embed_key)
     return final_norm(params, config, layers(params, config, x, positions, segment_ids, dropout_key))
+
+
+def prefill(
+    params: Params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"], slots: int
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Reads prompts, padded on the right, and keeps what later tokens read of them.
+
+    Args:
+        params: parameters.
+        config: of the model.
+        tokens: ids; behind the first `lengths` of a row, anything.
+        lengths: tokens of each row, at least 1.
+        slots: how many tokens a row of the cache holds, prompt and new ones; at least L.
+
+    Returns:
+        The normed last hidden state of each row's last token, and the cache.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    angles = rotary_angles(positions, config)
+    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+
+    def block(x: jax.Array, layer: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return _block(layer, config).and_keys_values(mesh.constrain(x, mesh.BATCH), angles, segment_ids)
+
+    x, keys_values = jax.lax.scan(block, embed(params, config, tokens), params["layers"])
+    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
+    return final_norm(params, config, last)[:, 0], cache.of_prompts(*keys_values, slots)
+
+
+def decode(
+    params: Params, config: ModelConfig, tokens: Int[Array, "B"], positions: Int[Array, "B"], known: Cache
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Reads one more token of each row, at its position; those before it are in the cache.
+
+    Returns:
+        The normed last hidden state of each token, and the cache with these tokens in it.
+    """
+    angles = rotary_angles(positions[:, None], config)
+
+    # Carried, not scanned over: the scan would copy every layer's part of it for the sake of one token.
+    def block(carry: tuple[jax.Array, Cache], numbered: tuple[jax.Array, Params]) -> tuple[Any, None]:
+        (x, known), (number, layer) = carry, numbered
+        return _block(layer, config).over_cache(mesh.constrain(x, mesh.BATCH), angles, known, number, positions), None
+
+    numbers = jnp.arange(config.num_layers)
+    (x, known), _ = jax.lax.scan(block, (embed(params, config, tokens[:, None]), known), (numbers, params["layers"]))
+    return final_norm(params, config, x)[:, 0], known
+
+
+def in_compute_dtype(params: Params, config: ModelConfig) -> Params:
+    """The parameters with their matrices in the dtype that products take them in, which changes no result: a new token
+    reads each of them whole, and needs no more bytes of it. Norms and biases are added in float32 and stay."""
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        is_matrix = mesh.path_name(path).endswith(("/kernel", "/embedding"))
+        return leaf.astype(config.compute_dtype) if is_matrix else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from slm_jax import mesh
 from slm_jax.models.attention import attention
 from slm_jax.models.attention_at import attention_at
+from slm_jax.models.cache import Cache, cached_attention, write
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.layers import NORMS, Projection, dropout, rotate
 from slm_jax.models.rows import Rows
@@ -50,8 +51,27 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"], segment_ids: Int[Array, "B L"]
     ) -> Float[Array, "B L D"]:
+        return self.and_keys_values(x, angles, segment_ids)[0]
+
+    def and_keys_values(
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"], segment_ids: Int[Array, "B L"]
+    ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]]:
+        """The output, and what later tokens read of these."""
         query, (key, value) = self.queries(x, angles), self.keys_values(x, angles)
-        return self.out(attention(query, key, value, segment_ids, window=self.window, backend=self.backend))
+        attended = attention(query, key, value, segment_ids, window=self.window, backend=self.backend)
+        return self.out(attended), (key, value)
+
+    def over_cache(
+        self,
+        x: Float[Array, "B 1 D"],
+        angles: Float[Array, "B 1 R2"],
+        cache: Cache,
+        layer: Int[Array, ""],
+        positions: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B 1 D"], Cache]:
+        """The output at one more token of each row, and the cache with that token in it."""
+        cache = write(cache, layer, *self.keys_values(x, angles), positions)
+        return self.out(cached_attention(self.queries(x, angles), cache, layer, positions, self.window)), cache
 
     def at_rows(
         self,
@@ -122,6 +142,25 @@ class Block(nnx.Module):
         self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"]
     ) -> tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]:
         return self.attention.keys_values(self.attention_norm(x), angles)
+
+    def and_keys_values(
+        self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"], segment_ids: Int[Array, "B L"]
+    ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]]:
+        """The block's output, and the keys and values that later tokens read of these."""
+        attended, keys_values = self.attention.and_keys_values(self.attention_norm(x), angles, segment_ids)
+        return self._join(x, attended), keys_values
+
+    def over_cache(
+        self,
+        x: Float[Array, "B 1 D"],
+        angles: Float[Array, "B 1 R2"],
+        cache: Cache,
+        layer: Int[Array, ""],
+        positions: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B 1 D"], Cache]:
+        """The block's output at one more token of each row, and the cache with that token in it."""
+        attended, cache = self.attention.over_cache(self.attention_norm(x), angles, cache, layer, positions)
+        return self._join(x, attended), cache
 
     def at_rows(
         self,

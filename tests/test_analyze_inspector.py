@@ -223,7 +223,7 @@ def test_text_never_runs_and_nothing_comes_from_elsewhere(made):
         ({"runs": []}, "nothing to look at: name runs behind `analyze inspect`"),
         ({"columns": ["lost"]}, "has no score 'lost' (it has early, late, reference)"),
         ({"kept": "nothing"}, "has no evaluator 'nothing' that keeps tokens (it has trace): see HeldOut.keep_tokens"),
-        ({"steps": [4]}, "has no checkpoint of step 4: it has 3, 6"),
+        ({"steps": [4]}, "has nothing of step 4: it has 3, 6"),
         ({"first_row": 100}, "analyze_inspect.first_row is 100, and corpus"),
         ({"batch_rows": 3}, "analyze_inspect: a batch of 3 rows does not split"),
         ({"selection": Selection(reference="lost")}, "has no score 'lost'"),

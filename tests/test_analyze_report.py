@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm_jax.analyze.curves import Line, curve_svg
+from slm_jax.analyze.curves import Line, curve_svg, drawing
 from slm_jax.analyze.report import write_report
 
 
@@ -243,3 +243,21 @@ def test_curves_take_numpy_and_mark_labels():
     svg = curve_svg("Loss & <steps>", [Line("a <b>", np.arange(5), np.arange(5.0), 0)], reached=2.0, smooth=True)
     assert svg.startswith('<svg role="img" aria-label="Loss &amp; &lt;steps&gt;"')
     assert "a &lt;b&gt;" in svg and "currentColor" in svg and "http" not in svg
+
+
+def test_many_lines_are_named_in_a_legend():
+    """Their names are all there, and told apart from those that begin with what Matplotlib leaves out."""
+    lines = [Line(f"_run {i} $x$", range(5), np.arange(5.0) + i, i) for i in range(14)]
+    drawn = drawing("many", lines)
+    assert drawn is not None
+    for svg in (drawn.inline, drawn.svg):
+        assert all(f"run {i} $x$" in svg for i in range(14))
+    assert drawn.svg.startswith("<?xml") and drawn.png.startswith(b"\x89PNG") and drawing("none", []) is None
+
+
+def test_a_band_stands_around_a_line():
+    low, high = [1.0, 2.0, 3.0], [2.0, 3.0, 4.0]
+    plain = curve_svg("a", [Line("a", range(3), [1.5, 2.5, 3.5], 0)])
+    assert "FillBetween" not in plain and "FillBetween" in curve_svg(
+        "a", [Line("a", range(3), [1.5, 2.5, 3.5], 0, low, high)]
+    )

@@ -91,7 +91,9 @@ def _svg(figure: Figure, **settings: Any) -> str:
 
 
 def _figure(lines: Sequence[Line], named: tuple[str, str], reached: float | None, smooth: bool, ink: str) -> Figure:
-    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+    columns = max(1, min(3, 70 // (8 + max(len(line.label) for line in lines))))  # so that names find room
+    below = 0.17 * -(-len(lines) // columns) if len(lines) > MOST_LABELS else 0.0
+    figure = Figure(figsize=(4.8, 3.6 + below), layout="constrained")
     axes = figure.add_subplot()
     ends = [_draw(axes, line, smooth) for line in lines]
     if reached is not None:
@@ -106,7 +108,6 @@ def _figure(lines: Sequence[Line], named: tuple[str, str], reached: float | None
     if len(lines) <= MOST_LABELS:
         _label_ends(axes, ends, ink)
     else:
-        columns = min(3, -(-len(lines) // 4))
         legend = figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False, labelcolor=ink)
         for text in legend.get_texts():
             text.set_parse_math(False)

@@ -84,9 +84,12 @@ def analyze_inspect(
     runs = list(dict.fromkeys(os.path.normpath(run) for run in runs))
     losses_kept = {run: _kept(run, kept, table) for run in runs} if kept else {}
     wanted = _rows(table, first_row, rows, losses_kept)
+    places = {run: _steps(run, losses_kept.get(run, {}), steps) for run in runs}
+    chosen = _selection(table, selection)
+    scores = table.read(wanted, _score_names(table, chosen))
+    read = list(_from_columns(table, wanted, columns))
     devices = mesh_lib.make_mesh(mesh)
     mesh_lib.check_batch(devices, batch_rows, "analyze_inspect")
-    chosen = _selection(table, selection)
     config_lib.print_unused()
     block = table.read(wanted)
     about = f"{len(wanted)} rows of {corpus} ({int((block['segment_ids'] > 0).sum()):,} tokens)"
@@ -94,12 +97,12 @@ def analyze_inspect(
 
     how, measured = Computed(devices, batch_rows, min(predictions, table.vocab_size)), {}
     with jax.set_mesh(devices):
-        for run in runs:
+        for run, steps_of_run in places.items():
             here = {step: x[wanted] for step, x in losses_kept.get(run, {}).items()}
-            measured[run] = list(_of_run(run, table, block, here, steps, how))
-    for model, column in _from_columns(table, wanted, columns):
+            measured[run] = [_column(run, step, here, table, block, how) for step in steps_of_run]
+    for model, column in read:
         measured.setdefault(model, []).append(column)
-    shown = _with_selection(measured, block, table.read(wanted, _score_names(table, chosen)), chosen)
+    shown = _with_selection(measured, block, scores, chosen)
     page = inspector_page(Rows.of(table, corpus, wanted, block, shown.reference, chosen), shown.models)
     processes.on_first(lambda: write_text(output, page))
     print(f"inspect: done; open {output} ({len(page) / 1e6:.1f} MB)")
@@ -166,24 +169,30 @@ def _from_columns(table: Corpus, rows: np.ndarray, names: Sequence[str]) -> Iter
         yield os.path.normpath(about.get("run") or name), column
 
 
-def _of_run(
+def _steps(run: str, kept: dict[int, np.ndarray], wanted: Sequence[int]) -> list[int]:
+    """The steps of a run to be shown: those wanted, or all it has checkpoints or kept losses of."""
+    there = {*saved_steps(run), *kept}
+    if unknown := sorted(set(wanted) - there):
+        known = ", ".join(map(str, sorted(there)))
+        raise UserError(f"analyze_inspect.steps: {run} has nothing of step {unknown[0]}: it has {known}")
+    return sorted(wanted or there)
+
+
+def _column(
     run: str,
+    step: int,
+    kept: dict[int, np.ndarray],
     table: Corpus,
     block: dict[str, np.ndarray],
-    kept: dict[int, np.ndarray],
-    steps: Sequence[int],
     how: Computed,
-) -> Iterator[Column]:
-    """The losses of a run at its checkpoints, computed, and at steps that have none, as the run kept them."""
-    saved = saved_steps(run)
-    for step in sorted(steps or {*saved, *kept}):
-        if step in kept and step not in saved:
-            yield Column(step, "kept by the run while it trained", kept[step].astype(np.float32))
-            continue
-        model = load_model(run, how.mesh, step)
-        check_fits(model.config, model.vocabulary_hash, table, f"model {run}")
-        found = predict_rows(model, block["tokens"], block["segment_ids"], how.mesh, how.batch_rows, how.top)
-        yield Column(step, "computed from the checkpoint", found.loss, found)
+) -> Column:
+    """The losses of a run at one step: computed where it has a checkpoint, else as it kept them."""
+    if step in kept and step not in saved_steps(run):
+        return Column(step, "kept by the run while it trained", kept[step].astype(np.float32))
+    model = load_model(run, how.mesh, step)
+    check_fits(model.config, model.vocabulary_hash, table, f"model {run}")
+    found = predict_rows(model, block["tokens"], block["segment_ids"], how.mesh, how.batch_rows, how.top)
+    return Column(step, "computed from the checkpoint", found.loss, found)
 
 
 class Shown(NamedTuple):

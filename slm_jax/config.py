@@ -164,10 +164,10 @@ def to_json(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def environment() -> dict[str, Any]:
+def environment(more_packages: Sequence[str] = ()) -> dict[str, Any]:
     """Versions, commit, command and machine: what someone needs to know to repeat a run."""
     versions = {}
-    for package in RECORDED_PACKAGES:
+    for package in (*RECORDED_PACKAGES, *more_packages):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -188,8 +188,17 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes JSON so that a reader never sees half a file."""
-    path = Path(path)
+    _write_whole(Path(path), json.dumps(to_json(value), indent=2) + "\n")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
+    """Writes rows as lines of JSON so that a reader never sees half a file."""
+    _write_whole(Path(path), "".join(json.dumps(to_json(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(to_json(value), indent=2) + "\n")
+    # What UTF-8 cannot hold (half a surrogate pair) becomes an escape, as JSON writes it.
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)

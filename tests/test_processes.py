@@ -1,7 +1,9 @@
-"""Two processes of four devices each do in every shared stage what one of eight does; they stop and end together."""
+"""Two processes of four devices each do what one of eight does, in all stages they share; they end together."""
 
+import base64
 import dataclasses
 import json
+import re
 import signal
 import socket
 from pathlib import Path
@@ -282,3 +284,21 @@ def test_two_processes_generate_as_one(reference, tmp_path):
     assert "generate: see" in output and "generate:" not in other
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
     assert '"ended": "stop"' in (tmp_path / "two.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_inspect_as_one(reference, shell, tmp_path):
+    records = [{"text": f"{i} hens and 12 ducks", "url": ""} for i in range(20)]
+    corpus = toy.write_documents(tmp_path / "corpus", records, 32)
+    arguments = ["analyze", "inspect", str(reference), f"--corpus={corpus.path}", "--gin.Selection.score='loss'"]
+    codes, output, _ = finish(start(tmp_path, *arguments, f"--output={tmp_path}/two.html"))
+    assert codes == [0, 0], output
+    assert shell(*arguments, f"--output={tmp_path}/one.html", folder=tmp_path)[0] == 0
+    two, one = ((tmp_path / f"{name}.html").read_text() for name in ("two", "one"))
+    places = [match.span(1) for match in re.finditer(r'"loss":\{"type":"Float32","data":"([^"]*)"', one)]
+    assert len(places) == 2  # checkpoints 3 and 6
+    for place in places:
+        losses = [np.frombuffer(base64.b64decode(page[slice(*place)]), np.float32) for page in (one, two)]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
+    head = places[0][0]
+    assert one[:head] == two[:head]

@@ -1,8 +1,8 @@
-"""Loss and bits per byte on held-out rows: an evaluator for the training loop, and the stage `evaluate`."""
+"""Loss and bits per byte on held-out rows: an evaluator for the training loop."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gin
@@ -13,20 +13,19 @@ from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
-from slm_jax import processes
 from slm_jax.data.batches import make_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.errors import UserError
 from slm_jax.evaluate.prefix import Repacked, conditioned
-from slm_jax.mesh import MeshConfig
-from slm_jax.metrics import mean, progress
+from slm_jax.metrics import mean
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
-from slm_jax.score.reference import check_fits, load_model
+from slm_jax.score.reference import check_fits
 from slm_jax.score.token_loss import batch_loss, predicted
 
-# Called on parameters, yields (name, value): a number, or an array that the loop stores as a file.
+# Called on parameters, yields (name, value): a number; an array, which the loop stores as a file; or a list of JSON
+# values, which it stores as lines.
 Measure = Callable[[Params], Iterator[tuple[str, Any]]]
 
 
@@ -84,11 +83,19 @@ class HeldOut:
             if len(table.source_names) > 1:
                 for i, source in enumerate(table.source_names):
                     mine = valid & (batch["source_ids"] == i)
-                    yield f"{self.name}/loss/{source}", mean(losses[mine].sum(dtype=np.float64), mine.sum())
+                    total, num_bytes = losses[mine].sum(dtype=np.float64), token_bytes[batch["tokens"][mine]].sum()
+                    yield f"{self.name}/loss/{source}", mean(total, mine.sum())
+                    yield f"{self.name}/bits_per_byte/{source}", mean(total / math.log(2), num_bytes)
             if self.keep_tokens:
                 yield f"{self.name}/tokens", np.where(valid, losses, np.nan).astype(np.float32)
 
         return run
+
+    def about(self, model: ModelConfig, vocabulary_hash: str) -> dict[str, Any]:
+        """What is measured on, down to the first ids: whether BOS stands there decides a perplexity."""
+        table = Corpus.open(self.corpus)
+        first = table.read(np.zeros(1, np.int64), ["tokens"])["tokens"][0, :8].tolist()
+        return {"fingerprint": table.fingerprint, "rows": table.num_rows, "first_ids": first}
 
     def about_prefix(self, model: ModelConfig) -> dict[str, Any] | None:
         """What stood behind the BOS: text and ids of the first document's prefix, and how many different ones."""
@@ -120,57 +127,3 @@ def _losses(
         on_devices = mesh_lib.to_devices(mesh, batch_rows, mine, batch)
         losses.append(mesh_lib.to_host(compute(params, on_devices)))
     return np.concatenate(losses)[: len(tokens)]
-
-
-def _identity(path: str) -> dict[str, Any]:
-    """What was measured on, down to the first ids: whether BOS stands there decides a perplexity."""
-    table = Corpus.open(path)
-    first = table.read(np.zeros(1, np.int64), ["tokens"])["tokens"][0, :8].tolist()
-    return {"fingerprint": table.fingerprint, "rows": table.num_rows, "first_ids": first}
-
-
-@gin.configurable
-def evaluate(
-    run: str,
-    evaluators: Sequence[HeldOut] = (),
-    output: str | None = None,
-    step: int | None = None,
-    mesh: MeshConfig | None = None,
-) -> dict[str, Any]:
-    """Loss per token (nats) and bits per byte of a checkpoint on held-out corpora.
-
-    Args:
-      run: run directory of the model.
-      evaluators: what to measure; one HeldOut by default.
-      output: JSON file for the result; default `<run>/evaluate/<step>.json`.
-      step: checkpoint; None is the last.
-      mesh: how devices share the work.
-    """
-    evaluators = config_lib.as_list(evaluators, HeldOut, "evaluate.evaluators") or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
-    names = [evaluator.name for evaluator in evaluators]
-    if len(set(names)) < len(names):
-        raise UserError(f"evaluate.evaluators: two are called {max(names, key=names.count)!r}; give each its own name")
-    devices = mesh_lib.make_mesh(mesh)
-    config_lib.print_unused()
-    model = load_model(run, devices, step)
-    output = output or f"{run}/evaluate/{model.step}.json"
-    print(f"evaluate: step {model.step} of {run} on {', '.join(e.corpus for e in evaluators)} -> {output}")
-    results: dict[str, Any] = {}
-    with jax.set_mesh(devices), progress(len(evaluators), 0, "evaluate", "corpus") as bar:
-        for evaluator in evaluators:
-            measured = evaluator.bind(model.config, model.vocabulary_hash, devices)(model.params)
-            results |= {name: value for name, value in measured if not isinstance(value, np.ndarray)}
-            bar.update()
-    record = {
-        "run": run,
-        "step": model.step,
-        "fingerprint": model.fingerprint,
-        "evaluators": list(evaluators),
-        "corpora": {e.corpus: _identity(e.corpus) for e in evaluators},
-        "prefixes": {e.name: about for e in evaluators if (about := e.about_prefix(model.config))},
-        "results": results,
-    }
-    processes.on_first(lambda: config_lib.write_json(output, record))
-    for name, value in results.items():
-        print(f"  {name}: {value:.4f}" if value is not None else f"  {name}: no token has a loss")
-    return record

@@ -116,6 +116,30 @@ def token_loss_and_entropy(
     return loss, entropy
 
 
+def target_loss_and_greedy(
+    hidden: Float[Array, "B L D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B L"],
+    wanted: Bool[Array, "B L"],
+    vocab_size: int | None = None,
+) -> tuple[Float[Array, "B L"], Bool[Array, "B L"]]:
+    """Loss of each target in nats, and whether it is the most likely token; 0 and False where not wanted.
+
+    Unlike elsewhere in this module a target stands beside the hidden state that predicts it: so the last token of a
+    text can be measured that the model itself does not read. Of equal logits the first is the most likely one. Not
+    differentiable.
+    """
+
+    def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        greedy = jnp.argmax(logits, axis=-1) == y
+        return jax.nn.logsumexp(logits, axis=-1) - _at(y, logits), greedy.astype(jnp.float32)
+
+    h, y, asked = (mesh.by_shard(x) for x in (hidden, targets, wanted))
+    both = _forward(h, head, y, asked, vocab_size or head.shape[1], statistics, 2)
+    loss, greedy = (mesh.to_rows(x, targets.shape[1]) for x in both)
+    return loss, greedy > 0
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _losses(h: jax.Array, head: jax.Array, y: jax.Array, wanted: jax.Array, vocab_size: int) -> jax.Array:
     def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array]:

@@ -1,0 +1,244 @@
+"""lm-evaluation-harness (lm_eval) asking our models: tasks of its zoo, and of the user's own files.
+
+lm_eval brings the questions, few-shot examples and metrics; evaluate/answers.py the answers. It is imported inside
+functions, so that nothing else needs it.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from slm_jax import config as config_lib
+from slm_jax.errors import UserError
+from slm_jax.evaluate.answers import Answers
+from slm_jax.evaluate.multiple_choice import Scored
+from slm_jax.evaluate.sampling import Sampling
+from slm_jax.evaluate.suites import Form
+
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+BOOTSTRAP = 1000  # resamples for the standard error of metrics that are no mean
+SAMPLING_SEED = 0  # of the questions drawn where a suite takes a part of them
+MAX_NEW_TOKENS = 256  # lm_eval's own, where a task says nothing
+
+# What stands before and behind a message of each role, and what an answer begins with.
+CHAT_TEMPLATES: dict[str, tuple[dict[str, tuple[str, str]], str]] = {
+    # ToRA's (arXiv 2309.17452)
+    "tora": (
+        {"system": ("", "\n"), "user": ("<|user|>\n", "\n"), "assistant": ("<|assistant|>\n", "\n")},
+        "<|assistant|>\n",
+    ),
+}
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Harness:
+    """How tasks of lm-evaluation-harness are asked.
+
+    limit: questions of each task, from the first; None for all. shots: examples before each question; None as the task
+    or the suite says. batch_tokens: tokens of a batch of log-likelihoods. batch_rows: texts generated together.
+    chat: template of the messages; None for none. hosts: task -> the host that is right for it, beside those of MeCo's
+    ten tasks. unrelated: the host that has nothing to do with any.
+    """
+
+    limit: int | None = None
+    shots: int | None = None
+    batch_tokens: int = 16384
+    batch_rows: int = 16
+    chat: str | None = None
+    hosts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unrelated: str = "boards.4chan.org"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            config_lib.at_least(1, **{"Harness.limit": self.limit})
+        if self.shots is not None:
+            config_lib.at_least(0, **{"Harness.shots": self.shots})
+        if self.chat is not None and self.chat not in CHAT_TEMPLATES:
+            raise UserError(f"Harness.chat {self.chat!r} is unknown: known are None, {', '.join(CHAT_TEMPLATES)}")
+
+
+class Zoo:
+    """lm_eval's tasks by name, with those of a folder of the user's own.
+
+    run_model_code: whether tasks may run what the model wrote.
+
+    Raises:
+      UserError: lm_eval is not installed; no such folder.
+    """
+
+    def __init__(self, include_path: str | None, offline: bool, run_model_code: bool):
+        self.run_model_code = run_model_code
+        if offline:
+            os.environ.update(dict.fromkeys(OFFLINE, "1"))  # read when lm_eval's libraries are first imported
+        if run_model_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # JAX must not be forked
+        try:
+            from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UserError("evaluate.tasks needs lm-evaluation-harness: pip install lm_eval") from error
+        if include_path is not None and not Path(include_path).is_dir():
+            raise UserError(f"evaluate.include_path {include_path} is no folder: name the one with your tasks' YAML")
+        self._folder, self._include = include_path, TaskManager
+        self._manager = TaskManager(include_path=include_path, include_defaults=False)
+        self._with_defaults = False
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuses names that are no task, group or tag. lm_eval's own are looked up only where they are needed: there
+        are many."""
+        if not set(names) <= set(self._manager.all_tasks) and not self._with_defaults:
+            self._manager = self._include(include_path=self._folder, include_defaults=True)
+            self._with_defaults = True
+        for name in names:
+            if name not in self._manager.all_tasks:
+                nearest = difflib.get_close_matches(name, self._manager.all_tasks, 1)
+                raise UserError(
+                    f"evaluate.tasks: no task {name!r}"
+                    + (f": did you mean {nearest[0]!r}? " if nearest else ": ")
+                    + "Your own are found in --include_path"
+                )
+
+    def load(self, form: Form) -> dict[str, Any]:
+        """Name -> task of lm_eval, and its groups, with the form's changes.
+
+        Raises:
+          UserError: its data cannot be had; it runs what the model wrote, and may not.
+        """
+        spec: Any = form.task
+        if form.changes:
+            spec = {"group": f"{form.task}_{form.label}", "task": [{"task": form.task, **form.changes}]}
+        try:
+            loaded = {**self._manager.load([spec])}
+        except (OSError, ImportError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            offline = " (offline was asked for)" if os.environ.get(OFFLINE[0]) == "1" else ""
+            raise UserError(
+                f"task {form.task} cannot be loaded{offline}: {reason}; tasks of lm_eval's zoo download their data, "
+                "tasks on files of your own are found in --include_path"
+            ) from error
+        if not self.run_model_code and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+            raise UserError(
+                f"task {form.task} runs what the model wrote, without a sandbox: --run_model_code if this machine may"
+            )
+        return loaded
+
+
+def ask(answers: Answers, loaded: dict[str, Any], form: Form, harness: Harness) -> dict[str, Any]:
+    """What lm_eval's simple_evaluate returns for what `Zoo.load` has loaded."""
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+
+    found = simple_evaluate(
+        model=lm_eval_model(answers, harness.chat),
+        tasks=[loaded["groups"].get(name) or loaded["tasks"][name] for name in outermost(loaded)],
+        num_fewshot=form.shots if harness.shots is None else harness.shots,
+        samples=_chosen(loaded["tasks"], form.sampled, harness.limit),
+        bootstrap_iters=BOOTSTRAP,
+        apply_chat_template=harness.chat is not None,
+        confirm_run_unsafe_code=True,  # `Zoo.load` has asked
+    )
+    return json.loads(json.dumps(found, default=_plain))
+
+
+def outermost(loaded: dict[str, Any]) -> list[str]:
+    """Names of the groups and tasks that are in no other group."""
+    inside = {name for names in loaded["group_map"].values() for name in names}
+    return [name for name in (*loaded["groups"], *loaded["tasks"]) if name not in inside]
+
+
+def scored(task: Any, sample: Mapping[str, Any]) -> Scored | None:
+    """A logged sample of a multiple-choice task as likelihoods; None where not exactly one choice is right."""
+    choices, doc = task.doc_to_choice(sample["doc"]), sample["doc"]
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if isinstance(gold, str) and gold in choices:
+        gold = choices.index(gold)
+    if not isinstance(gold, int) or not 0 <= gold < len(choices) or len(choices) < 2:
+        return None
+    totals = [float(total) for total, _ in sample["filtered_resps"]]
+    return Scored(totals[: len(choices)], [len(choice) for choice in choices], gold)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, as lm_eval writes it."""
+    from lm_eval.utils import handle_non_serializable  # pyright: ignore[reportMissingImports]
+
+    return handle_non_serializable(value)
+
+
+def _chosen(tasks: Mapping[str, Any], sampled: int | None, limit: int | None) -> dict[str, list[int]] | None:
+    """Numbers of the questions of each task: the first, or drawn; None for all."""
+    if sampled is None and limit is None:
+        return None
+    chosen = {}
+    for name, task in tasks.items():
+        numbers = list(range(len(task.eval_docs)))
+        if sampled is not None and len(numbers) > sampled:
+            numbers = sorted(random.Random(SAMPLING_SEED).sample(numbers, sampled))
+        chosen[name] = numbers[:limit]
+    return chosen
+
+
+def lm_eval_model(answers: Answers, chat: str | None = None) -> Any:
+    """The model as lm_eval wants it: a subclass of its `LM`."""
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+
+    class Ours(LM):
+        @property
+        def tokenizer_name(self) -> str:
+            return f"{answers.vocabulary.content_hash}/{chat}"
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            return answers.loglikelihoods(_arguments(requests))
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            return answers.rolling([text for (text,) in _arguments(requests)])
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            normalized = [(text, normalize_gen_kwargs(each, MAX_NEW_TOKENS)) for text, each in _arguments(requests)]
+            return answers.generate([(text, sampling_of({**settings})) for text, settings in normalized])
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return chat_text(chat or "", chat_history, add_generation_prompt)
+
+    return Ours()
+
+
+def _arguments(requests: Sequence[Any]) -> list[Any]:
+    return [request.args for request in requests]
+
+
+def sampling_of(settings: dict[str, Any]) -> Sampling:
+    """A task's generation_kwargs, as lm_eval normalizes them.
+
+    Raises:
+      UserError: a setting that is not known here.
+    """
+    known = {"until", "do_sample", "temperature", "max_gen_toks", "top_k", "top_p", "num_beams"}
+    unknown = sorted(set(settings) - known)
+    if unknown or settings.get("num_beams", 1) != 1:
+        raise UserError(
+            f"a task generates with {', '.join(unknown) or 'num_beams'}, which is not known here: known are "
+            f"{', '.join(sorted(known - {'num_beams'}))}; change generation_kwargs in a copy of its YAML"
+        )
+    temperature = float(settings.get("temperature") or 0.0)
+    drawn = {name: settings[name] for name in ("top_k", "top_p") if temperature and settings.get(name)}
+    stop = tuple(text for text in settings["until"] if text)
+    return Sampling(settings["max_gen_toks"], temperature, stop=stop, **drawn)
+
+
+def chat_text(template: str, messages: Sequence[Mapping[str, str]], answer_next: bool) -> str:
+    """Messages of a chat as one text; with what an answer begins with, where one comes next."""
+    roles, answer = CHAT_TEMPLATES[template]
+    around = [(roles[message["role"]], message["content"]) for message in messages]
+    text = "".join(before + content + behind for (before, behind), content in around)
+    if answer_next:
+        return text + answer
+    return text.removesuffix(around[-1][0][1])  # an answer that is begun, and goes on

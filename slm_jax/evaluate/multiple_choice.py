@@ -1,0 +1,170 @@
+"""Multiple choice by log-likelihood: what the answers' likelihoods say, and an evaluator for the training loop.
+
+Small models answer near chance. The margin between the right and the best wrong answer and the loss of the right one
+move long before the accuracy does.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import gin
+import numpy as np
+from jax.sharding import Mesh
+
+from slm_jax import config as config_lib
+from slm_jax.data.readers import records, resolve
+from slm_jax.errors import UserError
+from slm_jax.evaluate.likelihood import Likelihoods, Pair, encode_pair, head_ids
+from slm_jax.evaluate.perplexity import Measure
+from slm_jax.models.config import ModelConfig
+from slm_jax.models.forward import Params
+from slm_jax.score.reference import fitting_vocabulary
+
+
+class Scored(NamedTuple):
+    """One question: log p of each choice in nats, the choices' characters, and which is right."""
+
+    totals: Sequence[float]
+    characters: Sequence[int]
+    gold: int
+
+
+class Estimate(NamedTuple):
+    """A mean over questions and its standard error; the error is None for a single question."""
+
+    mean: float
+    stderr: float | None
+
+
+def measures(questions: Sequence[Scored]) -> dict[str, Estimate]:
+    """Means over questions, raw and with log-likelihoods divided by the characters of their choice:
+
+    `accuracy`: share whose right choice is the most likely one, the first of equals; `margin`: log p of the right
+    choice minus that of the best wrong one, nats; `gold_loss`: -log p of the right one, nats.
+    """
+    found: dict[str, list[float]] = {}
+    for totals, characters, gold in questions:
+        each = np.asarray(totals, np.float64)
+        for suffix, values in (("", each), ("_per_character", each / np.maximum(characters, 1))):
+            wrong = np.delete(values, gold)
+            found.setdefault(f"accuracy{suffix}", []).append(float(np.argmax(values) == gold))
+            found.setdefault(f"margin{suffix}", []).append(float(values[gold] - wrong.max(initial=-np.inf)))
+            found.setdefault(f"gold_loss{suffix}", []).append(-float(values[gold]))
+    return {name: estimate(values) for name, values in found.items()}
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and its standard error, with the sample's standard deviation."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return Estimate(mean, None)
+    return Estimate(mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)))
+
+
+class Question(NamedTuple):
+    text: str
+    choices: list[str]
+    gold: int
+
+
+def read_questions(file: str, limit: int | None, owner: str) -> list[Question]:
+    """The first questions of a JSONL or Parquet file with the fields question, choices and answer.
+
+    `choices` is a list of texts; `answer` one of them, or its letter (A, B, ...), or its place from 0 on.
+
+    Raises:
+      UserError: no such file, or a record that is no such question; `owner` is named in the message.
+    """
+    (path,) = resolve([file], owner)
+    questions = []
+    for record in records(path, ("question", "choices", "answer")):
+        if limit is not None and len(questions) == limit:
+            break
+        fields = record.fields or {}
+        text, choices, answer = (fields.get(name) for name in ("question", "choices", "answer"))
+        gold = _place(answer, choices) if isinstance(choices, list) and len(choices) > 1 else None
+        if not isinstance(text, str) or gold is None:
+            raise UserError(
+                f"{owner}: {record.place} is no question: it takes question (text), choices (two texts or more) and "
+                "answer (one of them, its letter, or its place from 0 on)"
+            )
+        questions.append(Question(text, [str(choice) for choice in choices or []], gold))
+    if not questions:
+        raise UserError(f"{owner}: {path} holds no question: check the file")
+    return questions
+
+
+def _place(answer: Any, choices: list[Any]) -> int | None:
+    if isinstance(answer, str) and answer in choices:
+        return choices.index(answer)
+    letters = [chr(ord("A") + number) for number in range(len(choices))]
+    if isinstance(answer, str) and answer in letters:
+        return letters.index(answer)
+    return answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class MultipleChoice:
+    """Multiple-choice questions, each choice as the answer to its question: the cloze form of OLMES.
+
+    questions: JSONL (plain, .gz, .zst) or Parquet with the fields question, choices (texts) and answer (one of the
+    choices, its letter, or its place from 0 on). vocabulary: a corpus, or another place where the model's vocabulary
+    lies. limit: how many, from the first; None for all. prefix: stands behind the BOS of each. batch_tokens: how many
+    tokens go through the model at a time.
+    """
+
+    name: str
+    questions: str
+    vocabulary: str
+    limit: int | None = 200
+    prefix: str = ""
+    batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            config_lib.at_least(1, **{"MultipleChoice.limit": self.limit})
+
+    def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
+        """Reads and encodes the questions; the result, called on parameters, yields (name, value)."""
+        questions, pairs = self._pairs(vocabulary_hash)
+        likelihoods = Likelihoods(model, mesh, self.batch_tokens)
+
+        def run(params: Params) -> Iterator[tuple[str, Any]]:
+            totals = np.zeros(len(pairs))
+            for results in likelihoods(params, pairs):
+                for place, result in results.items():
+                    totals[place] = result.total
+            ends = np.cumsum([len(question.choices) for question in questions])
+            scored = [
+                Scored(each.tolist(), [len(choice) for choice in question.choices], question.gold)
+                for question, each in zip(questions, np.split(totals, ends[:-1]), strict=True)
+            ]
+            for name, (mean, _) in measures(scored).items():
+                yield f"{self.name}/{name}", mean
+
+        return run
+
+    def about(self, model: ModelConfig, vocabulary_hash: str) -> dict[str, Any]:
+        """What was measured on, down to the first ids."""
+        questions, pairs = self._pairs(vocabulary_hash)
+        longest = max(len(pair.context) + len(pair.continuation) for pair in pairs)
+        return {
+            "questions": len(questions),
+            "first_ids": list(pairs[0].context[:8]),
+            "first_question": questions[0]._asdict(),
+            "longest": longest,
+            "truncated": sum(len(p.context) + len(p.continuation) > model.max_length + 1 for p in pairs),
+        }
+
+    def _pairs(self, vocabulary_hash: str) -> tuple[list[Question], list[Pair]]:
+        vocabulary = fitting_vocabulary(self.vocabulary, vocabulary_hash, f"MultipleChoice {self.name}")
+        questions = read_questions(self.questions, self.limit, f"MultipleChoice {self.name}")
+        head = head_ids(vocabulary, self.prefix)
+        return questions, [
+            encode_pair(vocabulary, head, f"Question: {question.text}\nAnswer:", f" {choice}")
+            for question in questions
+            for choice in question.choices
+        ]

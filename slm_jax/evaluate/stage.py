@@ -1,0 +1,157 @@
+"""Stage `evaluate`: evaluators, and tasks of lm-evaluation-harness, on a checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from slm_jax import config as config_lib
+from slm_jax import mesh as mesh_lib
+from slm_jax import processes
+from slm_jax.errors import UserError
+from slm_jax.evaluate.answers import Answers
+from slm_jax.evaluate.harness import Harness, Zoo
+from slm_jax.evaluate.perplexity import HeldOut
+from slm_jax.evaluate.request_cache import RequestCache
+from slm_jax.evaluate.task_table import table
+from slm_jax.evaluate.tasks import RECORD, columns_of, prefixes, run_tasks
+from slm_jax.mesh import MeshConfig
+from slm_jax.metrics import progress
+from slm_jax.score.reference import TrainedModel, load_model, run_vocabulary
+
+REQUESTS = "requests.jsonl"
+
+
+@gin.configurable
+def evaluate(
+    run: str,
+    evaluators: Sequence[Any] = (),
+    output: str | None = None,
+    step: int | None = None,
+    mesh: MeshConfig | None = None,
+    tasks: str | None = None,
+    prefix: str | None = None,
+    conditions: str | None = None,
+    include_path: str | None = None,
+    harness: Harness | None = None,
+    offline: bool = False,
+    run_model_code: bool = False,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint: evaluators on local files, or tasks of lm-evaluation-harness.
+
+    With `tasks`, the numbers are those of its own Hugging Face model class. Each answer is kept in
+    `<run>/evaluate/requests.jsonl`: the same command, killed or not, asks for none of them twice.
+
+    Args:
+      run: model directory: a train run, or an imported model.
+      evaluators: what to measure: HeldOut (one by default, where no tasks are named), MultipleChoice, Samples.
+      output: where the result goes; default `<run>/evaluate/<step>.json`, for tasks the folder
+        `<run>/evaluate/<step>/<tasks>`: record.json, and for each condition lm_eval's own results and samples.
+      step: checkpoint; None is the last.
+      mesh: how devices share the work.
+      tasks: tasks, groups and tags of lm_eval, and the suites meco, rho1_general and continual, parted by commas.
+      prefix: stands behind BOS, before the few-shot examples, such as "URL: en.wikipedia.org" and an empty line.
+      conditions: what stands there, several to compare: none, given (prefix), right (the host of the task: those of
+        MeCo, Harness.hosts), wrong (another task's), unrelated (Harness.unrelated).
+      include_path: folder with tasks of your own, as YAML files of lm_eval.
+      harness: how tasks are asked.
+      offline: download nothing; what lm_eval's libraries have in their cache is used.
+      run_model_code: also measure tasks that run what the model writes; nothing protects this machine from it.
+    """
+    if tasks is None:
+        return _run_evaluators(run, evaluators, output, step, mesh)
+    if evaluators:
+        raise UserError("evaluate takes evaluators or tasks: run them as two commands")
+    harness = harness or Harness()
+    columns = columns_of(tasks, run_model_code)
+    behind_bos = prefixes(columns, conditions, prefix, harness)
+    zoo = Zoo(include_path, offline, run_model_code)
+    zoo.check([form.task for column in columns for form in column.forms])
+    devices = mesh_lib.make_mesh(mesh)
+    mesh_lib.check_batch(devices, harness.batch_rows, "Harness.batch_rows")
+    config_lib.print_unused()
+    model = load_model(run, devices, step)
+    vocabulary = run_vocabulary(run, model.vocabulary_hash)
+    folder = Path(output or f"{run}/evaluate/{model.step}/{tasks.replace(',', '+').replace('/', '_')}")
+    cache = RequestCache(f"{run}/evaluate/{REQUESTS}")
+    print(f"evaluate: step {model.step} of {run} on {tasks} ({', '.join(behind_bos)}) -> {folder}", flush=True)
+    answers = Answers(model, vocabulary, devices, cache, harness.batch_tokens, harness.batch_rows)
+    record = _about(run, model) | {
+        "tasks": tasks,
+        "vocabulary_hash": model.vocabulary_hash,
+        "bos_id": vocabulary.bos_id,
+        "harness": harness,
+        "include_path": include_path,
+        **run_tasks(answers, zoo, columns, behind_bos, harness, folder),
+        "environment": config_lib.environment(("lm_eval", "datasets")),
+    }
+    processes.on_first(lambda: config_lib.write_json(folder / RECORD, record))
+    print(f"{table(record)}\nevaluate: done, {folder / RECORD}")
+    return record
+
+
+def _about(run: str, model: TrainedModel) -> dict[str, Any]:
+    return {"run": run, "step": model.step, "fingerprint": model.fingerprint}
+
+
+def _run_evaluators(
+    run: str, evaluators: Sequence[Any], output: str | None, step: int | None, mesh: MeshConfig | None
+) -> dict[str, Any]:
+    evaluators = _checked(evaluators)
+    devices = mesh_lib.make_mesh(mesh)
+    config_lib.print_unused()
+    model = load_model(run, devices, step)
+    output = output or f"{run}/evaluate/{model.step}.json"
+    print(f"evaluate: step {model.step} of {run} by {', '.join(e.name for e in evaluators)} -> {output}")
+    results, texts = _measure(evaluators, model, devices)
+    held = [evaluator for evaluator in evaluators if isinstance(evaluator, HeldOut)]
+    others = [evaluator for evaluator in evaluators if not isinstance(evaluator, HeldOut)]
+    record = _about(run, model) | {
+        "evaluators": list(evaluators),
+        "corpora": {e.corpus: e.about(model.config, model.vocabulary_hash) for e in held},
+        "prefixes": {e.name: about for e in held if (about := e.about_prefix(model.config))},
+        "measured": {e.name: e.about(model.config, model.vocabulary_hash) for e in others},
+        "results": results,
+    }
+
+    def write() -> None:
+        config_lib.write_json(output, record)
+        for name, rows in texts.items():
+            config_lib.write_json_lines(f"{output.removesuffix('.json')}.{name.replace('/', '.')}.jsonl", rows)
+
+    processes.on_first(write)
+    for name, value in results.items():
+        print(f"  {name}: {value:.4f}" if value is not None else f"  {name}: no token has a loss")
+    return record
+
+
+def _checked(evaluators: Sequence[Any]) -> list[Any]:
+    """One HeldOut where none is named; each name once."""
+    evaluators = config_lib.as_list(evaluators, object, "evaluate.evaluators") or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
+    if strange := [evaluator for evaluator in evaluators if not hasattr(evaluator, "bind")]:
+        raise UserError(f"evaluate.evaluators takes a list: [@HeldOut()]; it was given {strange[0]!r}")
+    names = [evaluator.name for evaluator in evaluators]
+    if len(set(names)) < len(names):
+        raise UserError(f"evaluate.evaluators: two are called {max(names, key=names.count)!r}; give each its own name")
+    return evaluators
+
+
+def _measure(
+    evaluators: Sequence[Any], model: TrainedModel, devices: Mesh
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Numbers and texts by name; arrays are for the training loop."""
+    results: dict[str, Any] = {}
+    texts: dict[str, list[Any]] = {}
+    with jax.set_mesh(devices), progress(len(evaluators), 0, "evaluate", "evaluator") as bar:
+        for evaluator in evaluators:
+            for name, value in evaluator.bind(model.config, model.vocabulary_hash, devices)(model.params):
+                if isinstance(value, list):
+                    texts[name] = value
+                elif not isinstance(value, np.ndarray):
+                    results[name] = value
+            bar.update()
+    return results, texts

@@ -97,7 +97,8 @@ def ask(
             an answer by its place in the batch, and those are left out of what is yielded.
         seed: of all; each batch has one of its own, which depends on nothing but this and its place.
     """
-    for first in range(done // batch * batch, len(questions), batch):
+    begin = done // batch * batch if done < len(questions) else done
+    for first in range(begin, len(questions), batch):
         here = questions[first : first + batch]
         prompts = [prompt_of(question) for question in here]
         texts = [prompt.text for prompt in prompts if prompt is not None for _ in range(samples)]

@@ -142,7 +142,7 @@ def solve(
     config_lib.print_unused()
     model = load_model(run, devices, step)
     generator = Generator(model.params, model.config, run_vocabulary(run, model.vocabulary_hash), devices, batch_rows)
-    new = min(max_new_tokens, model.config.max_length // 2)
+    new = min(max_new_tokens, generator.model.max_length // 2)
     stop = TOOL_STOP if tools else prompts_lib.STOP
     sampling = Sampling(new, temperature, None, top_p, stop, seed)
     asking = _Asking(generator, sampling, shots, examples or {}, samples, rounds if tools else None, sandbox)
@@ -150,7 +150,7 @@ def solve(
     total = sum(map(len, asked.values()))
     print(f"solve: step {model.step} of {run} on {total} questions of {', '.join(sets)}, {how} -> {where}")
     if new < max_new_tokens:
-        print(f"solve: {new} new tokens instead of {max_new_tokens}: the model reads {model.config.max_length}")
+        print(f"solve: {new} new tokens instead of {max_new_tokens}: the model reads {generator.model.max_length}")
     about = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "max_new_tokens": new}
     about |= {"temperature": temperature, "top_p": top_p, "seed": seed, "samples": samples, "stop": stop}
     about |= {"rounds": asking.rounds, "sandbox": sandbox if tools else None, "batch_rows": batch_rows}

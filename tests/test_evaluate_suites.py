@@ -116,6 +116,7 @@ def test_columns_and_conditions():
     assert list(prefixes(columns, "none,given", "Hello ", harness)) == ["none", "given"]
     assert "'best' is unknown: known are none, given" in toy.refusal(prefixes, columns, "best", None, harness)
     assert "belong together" in toy.refusal(prefixes, columns, "none", "Hello", harness)
+    assert "a shell needs --prefix=$'URL: en" in toy.refusal(prefixes, columns, None, r"URL: a.org\n\n", harness)
     assert "belong together" in toy.refusal(prefixes, columns, "given", None, harness)
     line = toy.refusal(prefixes, columns, "right", None, Harness())
     assert "no host is known for task mine: set Harness.hosts = {'mine': 'www.example.org'}" in line

@@ -59,6 +59,11 @@ def prefixes(
     for name in names:
         if name not in CONDITIONS:
             raise UserError(f"evaluate.conditions: {name!r} is unknown: known are {', '.join(CONDITIONS)}")
+    if "\\n" in (given or ""):
+        raise UserError(
+            f"evaluate.prefix {given!r} has a backslash and an n where a line should end: a shell needs "
+            "--prefix=$'URL: en.wikipedia.org\\n\\n' for it"
+        )
     if ("given" in names) != (given is not None):
         raise UserError("evaluate.prefix and the condition 'given' belong together: name both, or none of them")
     tasks = list(dict.fromkeys(form.task for column in columns for form in column.forms))

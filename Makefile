@@ -7,7 +7,7 @@ ifdef DATA
 DEMO_FLAGS := --gin.demo.recipe="'math_web'" --gin.demo.data="'$(DATA)'"
 endif
 
-.PHONY: demo test lint pods clean
+.PHONY: demo test lint parity pods clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m slm_jax demo $(DEMO_FLAGS)
@@ -19,6 +19,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+# PyTorch and transformers: with them `make test` compares models, vocabularies and scores with Hugging Face's too.
+parity: $(VENV)/.parity
+
+$(VENV)/.parity: $(VENV)/.installed requirements-parity.txt
+	$(BIN)/python -m pip install --quiet -r requirements-parity.txt
+	@touch $@
 
 # The steps of the pods' run files, compiled for the chips that they name; about ten minutes a file on two cores.
 COMPILE := $(BIN)/python -m slm_jax compile

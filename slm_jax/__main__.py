@@ -21,11 +21,23 @@ STAGES = {
     "train": "slm_jax.train.loop",
     "score": "slm_jax.score.reference",
     "evaluate": "slm_jax.evaluate.stage",
+    "solve": "slm_jax.evaluate.math.solve",
+    "generate": "slm_jax.evaluate.generate",
     "average": "slm_jax.train.average",
+    "import": "slm_jax.exchange.importing",
+    "export": "slm_jax.exchange.exporting",
+    "analyze inspect": "slm_jax.analyze.inspector",
+    "analyze report": "slm_jax.analyze.compare",
+    "analyze dynamics": "slm_jax.analyze.dynamics",
+    "analyze selection": "slm_jax.analyze.selection",
+    "analyze tokenizers": "slm_jax.analyze.tokenizers",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.stage",
 }
-SHARED = ("train", "score", "evaluate")  # what several processes run together
+SHARED = (  # what several processes run together
+    *("train", "score", "evaluate", "solve", "generate", "import", "export"),
+    *("analyze_inspect", "analyze_dynamics", "analyze_selection", "analyze_tokenizers"),
+)
 DONE, FAILED, USAGE = 0, 1, 2
 
 
@@ -56,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = next((number for number in (1, 2) if " ".join(known.stage[:number]) in STAGES), None)
     if words is None:
         return _fail(" ".join(known.stage[:2]), f"no such stage: there are {stages}", USAGE)
-    stage, runs = "_".join(known.stage[:words]), known.stage[words:]
+    # argparse takes an argument with a space in it for a word, even one that begins with --.
+    stage, runs = "_".join(known.stage[:words]), [word for word in known.stage[words:] if not word.startswith("--")]
+    settings = {*rest, *known.stage} - {*known.stage[:words], *runs}
+    rest = [argument for argument in (sys.argv[1:] if arguments is None else arguments) if argument in settings]
     for module in STAGES.values():
         importlib.import_module(module)
     if known.help:

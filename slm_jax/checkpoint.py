@@ -105,6 +105,18 @@ class Checkpoints:
         self._manager.close()
 
 
+def save_params(run_dir: str | Path, step: int, params: Any, about: dict[str, Any]) -> None:
+    """Saves parameters alone, and waits. Of what is on its way from the devices to the disk, host memory holds the
+    largest array at a time, or a gigabyte of them: `Checkpoints` would hold all."""
+    gigabytes = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(params)) // 10**9
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=gigabytes)
+    handlers = {"params": handler, "about": ocp.JsonCheckpointHandler()}
+    items = ocp.args.Composite(params=ocp.args.PyTreeSave(params), about=ocp.args.JsonSave(about))
+    with ocp.CheckpointManager(Path(run_dir).absolute() / "checkpoints", item_handlers=handlers) as manager:
+        manager.save(step, args=items)
+        manager.wait_until_finished()
+
+
 def read_about(run_dir: str | Path, step: int | None = None) -> dict[str, Any]:
     """What a checkpoint says of itself, with its `step`: model, vocabulary hash, run.
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from tqdm import tqdm
 
 from slm_jax import processes
@@ -52,6 +51,8 @@ class MetricsWriter:
         partial = self.path.with_name("metrics.jsonl.partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(partial, self.path)
+        import tensorboardX  # here: it imports PyTorch where that is installed, three seconds for those who only read
+
         self._file = self.path.open("a")
         self._board = tensorboardX.SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=first_step + 1)
 

@@ -40,6 +40,8 @@ CORPORA = {
     "rho1/general_1b/slimpajama": 60,
     "rho1/general_1b/starcoder": 30,
     "rho1/general_1b/clean": 1.9,
+    "rho1/self_reference/proof_pile_2": 55,
+    "rho1/tora/trajectories": 0.0353,  # 69,000 of about 512 tokens
     "meco/dclm_with_url": 270,
     "meco/dclm_with_full_url": 270,
     "meco/dclm_with_suffix": 270,
@@ -63,7 +65,8 @@ CONTINUAL = "arXiv 2403.08763, Table 14"
 
 class Paper(NamedTuple):
     """What a paper says of a run. billions: of tokens, as it rounds them; peak, last: learning rates under the last
-    schedule of the run; kept: share of the tokens that trains in the end."""
+    schedule of the run; kept: share of the tokens that trains in the end, of each selection where several are combined.
+    """
 
     source: str
     parameters: int
@@ -71,7 +74,7 @@ class Paper(NamedTuple):
     billions: float
     peak: float
     last: float
-    kept: float = 1.0
+    kept: float | tuple[float, ...] = 1.0
 
 
 RUN_FILES = {
@@ -87,6 +90,14 @@ RUN_FILES = {
     "rho1/general_1b/selective": Paper(f"{RHO1} §3.1", TINYLLAMA, 76294, 80, 1e-4, 1e-5, 0.6),
     "rho1/self_reference/reference_loss": Paper(f"{RHO1}, Table 3", TINYLLAMA, 14306, 15, 8e-5, 8e-6, 0.7),
     "rho1/self_reference/entropy": Paper(f"{RHO1}, Table 3", TINYLLAMA, 14306, 15, 8e-5, 8e-6, 0.7),
+    "rho1/self_reference/intersection": Paper(f"{RHO1}, Table 4", TINYLLAMA, 14306, 15, 8e-5, 8e-6, (0.7, 0.7)),
+    "rho1/self_reference/union": Paper(f"{RHO1}, Table 4", TINYLLAMA, 14306, 15, 8e-5, 8e-6, (0.6, 0.7)),
+    "rho1/self_reference/proof_pile_2_causal": Paper(f"{RHO1}, Table 3", TINYLLAMA, 49592, 52, 8e-5, 8e-6),
+    "rho1/self_reference/proof_pile_2_intersection": Paper(
+        f"{RHO1}, Table 3", TINYLLAMA, 49592, 52, 8e-5, 8e-6, (0.8, 0.8)
+    ),
+    "rho1/tora/selective": Paper("microsoft/ToRA", TINYLLAMA, 1617, 0.106, 2e-5, 0.0),
+    "rho1/tora/causal": Paper("microsoft/ToRA", TINYLLAMA, 1617, 0.106, 2e-5, 0.0),
     "rho1/weak_to_strong/causal": Paper(f"{RHO1}, Table 5", LLAMA2, 14306, 15, 2e-5, 2e-6),
     "rho1/weak_to_strong/selective": Paper(f"{RHO1}, Table 5", LLAMA2, 14306, 15, 2e-5, 2e-6, 0.7),
     "meco/600m/standard": Paper(MECO, MECO_600M, 40000, 160, 3e-3, 3e-4),
@@ -233,7 +244,8 @@ def test_a_run_has_the_numbers_of_its_paper(name, planned):
     assert ruled.max() == pytest.approx(paper.peak, rel=1e-3)
     assert ruled[-1] == pytest.approx(paper.last, rel=1e-4)
     selection = run.phases[-1].selection
-    assert (selection.ratio if selection else 1.0) == paper.kept
+    kept = tuple(part.ratio for part in selection.parts) if selection else (1.0,)
+    assert kept == (paper.kept if isinstance(paper.kept, tuple) else (paper.kept,))
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
@@ -305,6 +317,36 @@ def test_what_is_prepared_can_be_read_as_its_schema_says(name, stages):
     found = stages(name)
     assert found["Source"].schema in SCHEMAS
     assert not found["prepare"].get("metadata") or found["Source"].fields().url, "without URLs there is no metadata"
+
+
+@pytest.mark.parametrize("keeps, shares", [("intersection", (0.7, 0.7)), ("union", (0.6, 0.7))])
+def test_self_reference_combines_the_likely_and_the_certain(keeps, shares, planned):
+    """Rho-1 §3.4: both scores of one reference, low first; every pair of shares of Table 4 can be set."""
+    selection = planned(f"rho1/self_reference/{keeps}").phases[0].selection
+    assert selection.keeps == keeps and [part.score for part in selection.parts] == ["reference", "entropy"]
+    assert selection.columns() == ("scores/self/loss", "scores/self/entropy")
+    others = changes(f"rho1/self_reference/{keeps}")
+    assert len(others) == {"intersection": 4, "union": 5}[keeps]
+    for together in others:
+        changed = planned(f"rho1/self_reference/{keeps}", *together).phases[0].selection
+        assert tuple(part.ratio for part in changed.parts) == tuple(
+            float(setting.split("=")[1]) for setting in together
+        )
+    assert tuple(part.ratio for part in selection.parts) == shares
+
+
+def test_fine_tuning_has_toras_settings_and_template(planned, stages):
+    """microsoft/ToRA: 3 epochs of 69,000, linear over 3 % and down to 0, no weight decay; loss on solutions only."""
+    run, source = planned("rho1/tora/selective"), stages("rho1/tora/trajectories")["Source"]
+    (draw,) = run.phases[0].mixture
+    rows = FarCorpus(draw.corpus, run.row_length).num_rows
+    assert run.steps * run.phases[0].batch_rows / rows == pytest.approx(3, abs=0.01)
+    warmup = round(0.03 * run.steps)
+    np.testing.assert_allclose(run.rates[: warmup + 1], 2e-5 * np.arange(warmup + 1) / warmup, rtol=1e-4)
+    middle = (warmup + run.steps) // 2
+    assert run.rates[middle] == pytest.approx(1e-5, rel=1e-2)
+    assert source.fields().text == "question" and source.template == "tora"
+    assert stages("rho1/tora/trajectories")["prepare"]["packing"] == "whole"
 
 
 @pytest.mark.parametrize("size", ["600m", "1_6b", "3b", "8b"])

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm_jax.data.packing import PACKINGS, Pieces, pack_complete, pack_split, positions_from_segments
+from slm_jax.data.packing import (
+    PACKINGS,
+    Pieces,
+    pack_complete,
+    pack_split,
+    pack_whole,
+    positions_from_segments,
+)
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=0, max_size=60).map(lambda lengths: np.array(lengths, np.int64))
 ROW_LENGTH = st.integers(1, 24)
@@ -27,7 +34,7 @@ def segment_rows(pieces: Pieces, row_length: int) -> np.ndarray:
 @given(LENGTHS, ROW_LENGTH)
 def test_rows_are_full_and_segments_contiguous(packing, lengths, row_length):
     rows = segment_rows(PACKINGS[packing](lengths, row_length), row_length)
-    assert (rows[:-1] > 0).all()  # only the last row is padded
+    assert packing == "whole" or (rows[:-1] > 0).all()  # only the last row is padded
     for row in rows:
         used = row[row > 0].astype(int)
         assert (row[: len(used)] > 0).all()
@@ -50,6 +57,24 @@ def test_complete_begins_every_row_with_a_document_and_uses_each_once(lengths, r
     ends = pieces.offset + pieces.length
     cut = pieces.length < lengths
     assert (ends[cut] == row_length).all()  # tokens are discarded only at the end of a full row
+
+
+@given(LENGTHS, ROW_LENGTH)
+def test_whole_cuts_only_what_no_row_can_hold_and_begins_a_row_only_where_it_must(lengths, row_length):
+    pieces = pack_whole(lengths, row_length)
+    assert pieces.document.tolist() == list(range(len(lengths))) and (pieces.start == 0).all()
+    np.testing.assert_array_equal(pieces.length, np.minimum(lengths, row_length))
+    used = np.bincount(pieces.row, pieces.length, minlength=pieces.num_rows)
+    first = pieces.offset == 0
+    assert first.sum() == pieces.num_rows
+    assert (used[pieces.row[first][1:] - 1] + pieces.length[first][1:] > row_length).all()
+
+
+def test_whole_on_paper():
+    pieces = pack_whole(np.array([3, 4, 1, 9, 1]), 5)
+    assert pieces.row.tolist() == [0, 1, 1, 2, 3]
+    assert pieces.offset.tolist() == [0, 0, 4, 0, 0]
+    assert pieces.length.tolist() == [3, 4, 1, 5, 1]
 
 
 def test_complete_on_paper():

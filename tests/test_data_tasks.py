@@ -67,7 +67,8 @@ def refusal(call, *arguments, **settings) -> str:
 
 
 def test_every_schema_has_a_row():
-    assert set(ROWS) == set(SCHEMAS)
+    """Those of conversations are in test_data_conversations."""
+    assert set(ROWS) == {name for name, schema in SCHEMAS.items() if not (schema.turn or schema.response)}
 
 
 @pytest.mark.parametrize("schema", ROWS)

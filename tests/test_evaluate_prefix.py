@@ -15,7 +15,7 @@ from slm_jax.data.metadata import Metadata
 from slm_jax.data.packing import PACKINGS
 from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.evaluate.perplexity import HeldOut
-from slm_jax.evaluate.prefix import document_prefixes, repack, row_width, segments_of
+from slm_jax.evaluate.prefix import conditioned, document_prefixes, repack, row_width, segments_of
 from slm_jax.evaluate.stage import evaluate
 from slm_jax.metrics import read_metrics
 from slm_jax.score.reference import TrainedModel, load_model
@@ -197,3 +197,18 @@ def tokens_in(shape: tuple[int, int]) -> int:
 def test_rows_are_wide_enough_and_no_wider_than_the_model_reads(needed, more):
     width = row_width(needed, needed + more)
     assert needed <= width <= needed + more and (width % 128 == 0 or width == needed)
+
+
+@pytest.mark.parametrize("how", [{"prefix": PREFIX}, {"metadata": Metadata()}], ids=["prefix", "metadata"])
+def test_an_eos_that_begins_a_row_begins_no_document_where_it_is_bos_too(how, monkeypatch, tmp_path):
+    """As in the vocabulary of GPT-NeoX."""
+    monkeypatch.setattr(ByteVocabulary, "bos_id", ByteVocabulary.eos_id)
+    records = [{"text": "x" * 23, "url": "https://a.org/1"}, {"text": "hens", "url": "https://b.net/2"}]
+    corpus = toy.write_documents(tmp_path / "corpus", records, 24, "split")
+    tokens = corpus.read(np.arange(corpus.num_rows), ["tokens"])["tokens"]
+    assert (tokens == ByteVocabulary.eos_id).sum() == 4 and tokens[1][0] == ByteVocabulary.eos_id
+    settings = {"prefix": None, "metadata": None} | how
+    rows, about = conditioned(corpus, corpus.num_rows, settings["prefix"], settings["metadata"], False, 128)
+    length = len(about["ids"])
+    assert length > 5 and about["different"] == (1 if "prefix" in how else 2)
+    assert (rows.segment_ids > 0).sum() == (tokens != 0).sum() + 2 * length  # both hosts have as many letters

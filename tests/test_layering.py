@@ -19,9 +19,10 @@ MAY_IMPORT = {
     "train": BOTTOM | {"models", "data", "score"},
     "evaluate": BOTTOM | {"models", "data", "score"},
     "analyze": BOTTOM | {"data", "score", "evaluate"},
+    "exchange": BOTTOM | {"models", "data", "score"},
     "demo": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze"},
     "compile": BOTTOM | {"models", "data", "score", "train"},
-    "__main__": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze", "demo", "compile"},
+    "__main__": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze", "exchange", "demo", "compile"},
     "__init__": set(),
 }
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -1,54 +1,33 @@
-"""Every family against Hugging Face's implementation on torch: documents packed in a row here, each alone there."""
+"""Every family against Hugging Face's implementation on torch, imported and exported: documents packed in a row here,
+each alone there."""
 
 import dataclasses
 import functools
+import json
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from slm_jax import mesh
 from slm_jax.data.batches import make_batch
+from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.evaluate.generation import Generator, Sampling
+from slm_jax.exchange.exporting import export_model
+from slm_jax.exchange.importing import import_model
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig, RopeScaling
+from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig, RopeScaling
+from slm_jax.models.huggingface import tensors, to_ours
+from slm_jax.score.reference import load_model
 from slm_jax.score.token_loss import batch_loss
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
-# Our module -> theirs; {} is the number of the layer.
-LLAMA = {
-    "embed": "model.embed_tokens",
-    "layers/attention_norm": "model.layers.{}.input_layernorm",
-    "layers/attention/query": "model.layers.{}.self_attn.q_proj",
-    "layers/attention/key": "model.layers.{}.self_attn.k_proj",
-    "layers/attention/value": "model.layers.{}.self_attn.v_proj",
-    "layers/attention/query_norm": "model.layers.{}.self_attn.q_norm",
-    "layers/attention/key_norm": "model.layers.{}.self_attn.k_norm",
-    "layers/attention/out": "model.layers.{}.self_attn.o_proj",
-    "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
-    "layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
-    "layers/mlp/up": "model.layers.{}.mlp.up_proj",
-    "layers/mlp/down": "model.layers.{}.mlp.down_proj",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-}
-GPT_NEOX = {
-    "embed": "gpt_neox.embed_in",
-    "layers/attention_norm": "gpt_neox.layers.{}.input_layernorm",
-    "layers/attention/query": "gpt_neox.layers.{}.attention.query",
-    "layers/attention/key": "gpt_neox.layers.{}.attention.key",
-    "layers/attention/value": "gpt_neox.layers.{}.attention.value",
-    "layers/attention/out": "gpt_neox.layers.{}.attention.dense",
-    "layers/mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
-    "layers/mlp/up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
-    "layers/mlp/down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-    "final_norm": "gpt_neox.final_layer_norm",
-    "head": "lm_head",  # in files: embed_out
-}
 NEOX_FIELDS = {
     **{"norm": "layer", "mlp": "gelu", "parallel_residual": True, "rotary_share": 0.25},
     **{"attention_bias": True, "output_bias": True, "mlp_bias": True},
@@ -67,6 +46,12 @@ FAMILIES = {
     "mistral": ("Mistral", {"sliding_window": 5}, {"sliding_window": 5}),
     "qwen 2": ("Qwen2", {"attention_bias": True, "rope_theta": 1e6, "norm_eps": 1e-6}, {}),
     "qwen 2, tied": ("Qwen2", {"attention_bias": True, "tied_head": True}, {}),
+    "qwen 2, sliding": (
+        "Qwen2",
+        {"attention_bias": True, "sliding_window": 6},
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    ),
+    "qwen 2, not sliding": ("Qwen2", {"attention_bias": True}, {"use_sliding_window": False, "sliding_window": 6}),
     "qwen 3": ("Qwen3", {"query_key_norm": True, "head_dim": 24, "norm_eps": 1e-6}, {}),
     "gpt neox": ("GPTNeoX", NEOX_FIELDS, {}),
     "gpt neox, one after the other": (
@@ -78,14 +63,14 @@ FAMILIES = {
 
 
 def _our_config(name, kind, fields):
-    """A small random shape with the family's fields."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    """A small random shape with the family's fields; one of two, so that the programs of one family serve the next."""
+    rng = np.random.default_rng(1 + zlib.crc32(name.encode()) % 2)
     heads = int(rng.choice([2, 4]))
     kv_heads = heads if kind == "GPTNeoX" else int(rng.choice([1, 2]))
     dim = int(rng.choice([32, 48]))
     shape = {"embed_dim": dim, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim // heads}
-    shape |= {"mlp_dim": int(rng.choice([40, 64])), "vocab_size": int(rng.integers(50, 70)), "num_layers": 2}
-    return ModelConfig(**(shape | {"max_length": 128} | fields))
+    shape |= {"mlp_dim": int(rng.choice([40, 64])), "vocab_size": int(rng.integers(260, 280)), "num_layers": 2}
+    return ModelConfig(**(shape | {"max_length": 128, "vocab_multiple": 2} | fields))
 
 
 def _their_model(kind, config, settings):
@@ -120,36 +105,44 @@ def _their_model(kind, config, settings):
     return model
 
 
-def _tensors(model, config, of):
-    """Name -> array of each parameter. GPT-NeoX keeps query, key and value of a head together: here they are apart."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        array = of(parameter).detach().numpy()
-        if "query_key_value" in name:
-            parts = array.reshape(config.num_heads, 3, config.head_dim, *array.shape[1:])
-            for number, part in enumerate(("query", "key", "value")):
-                found[name.replace("query_key_value", part)] = parts[:, number].reshape(-1, *array.shape[1:])
-        else:
-            found[name] = array
-    return found
+def _as_ours(model, config, of):
+    """What `of` gives of each of their parameters, in our tree."""
+    names = {"lm_head.weight": "embed_out.weight"} if config.norm == "layer" else {}  # in files
+    left = {names.get(name, name): of(parameter).detach().numpy() for name, parameter in model.named_parameters()}
+    places = {(path, tensor.layer): tensor for tensor in tensors(config) for path in tensor.paths}
+
+    def leaf(key_path, shape):
+        path = mesh.path_name(key_path)
+        layers = range(config.num_layers) if path.startswith("layers/") else [None]
+        of_layer = shape.shape[1:] if layers != [None] else shape.shape
+        arrays = []
+        for layer in layers:
+            tensor = places[path, layer]
+            assert left[tensor.name].shape == tensor.shape
+            arrays.append(to_ours(left[tensor.name], tensor, path, of_layer))
+        return np.stack(arrays).reshape(shape.shape)
+
+    assert left.keys() == {tensor.name for tensor in places.values()}
+    return jax.tree_util.tree_map_with_path(leaf, forward.param_shapes(dataclasses.replace(config, vocab_multiple=1)))
 
 
-def _as_ours(tensors, config, table):
-    """Their arrays in our tree; every one of them has a place."""
-    left = dict(tensors)
-
-    def leaf(path, shape):
-        module, _, name = mesh.path_name(path).rpartition("/")
-        suffix = "bias" if name == "bias" else "weight"
-        number = config.num_layers if module.startswith("layers/") else 1
-        arrays = [left.pop(f"{table[module].format(layer)}.{suffix}") for layer in range(number)]
-        # A matrix of theirs is [out, in].
-        arrays = [array.T if name == "kernel" else array for array in arrays]
-        return jnp.asarray(np.stack(arrays).reshape(shape.shape))
-
-    params = jax.tree_util.tree_map_with_path(leaf, forward.param_shapes(config))
-    assert not left, f"nothing of ours is {sorted(left)}"
-    return params
+@pytest.mark.parametrize("name", ["llama 3", "mistral", "gpt neox"])
+def test_greedy_continuations_are_those_of_transformers(name):
+    """Of prompts of several lengths, which share a batch here and are alone there."""
+    kind, fields, settings = FAMILIES[name]
+    vocabulary, devices = ByteVocabulary(), mesh.make_mesh(devices=jax.devices()[:1])
+    config = dataclasses.replace(_our_config(name, kind, fields), vocab_size=vocabulary.size, vocab_multiple=1)
+    model = _their_model(kind, config, settings)
+    params = jax.tree.map(jnp.asarray, _as_ours(model, config, lambda parameter: parameter))
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, config.vocab_size, length).tolist() for length in (1, 4, 19, 8)]
+    ours = Generator(params, config, vocabulary, devices).continue_ids(prompts, Sampling(max_new_tokens=24))
+    for prompt, continuation in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": vocabulary.eos_id, "pad_token_id": 0}
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert continuation.tokens == theirs[0, len(prompt) :].tolist()
+    assert len({token for continuation in ours for token in continuation.tokens}) > 5
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -159,17 +152,48 @@ def _logits_and_gradient(params, config, batch):
     return forward.logits(params, config, hidden), gradient
 
 
+@pytest.fixture
+def one_device():
+    with toy.one_device():
+        yield
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_and_gradients_are_those_of_transformers(name):
+@pytest.mark.usefixtures("one_device")
+def test_imported_and_exported_models_are_those_of_transformers(name, tmp_path):
     kind, fields, settings = FAMILIES[name]
     config = _our_config(name, kind, fields)
-    model, table = _their_model(kind, config, settings), GPT_NEOX if kind == "GPTNeoX" else LLAMA
+    model = _their_model(kind, config, settings)
+    model.save_pretrained(tmp_path / "theirs")
+    ByteVocabulary().save(tmp_path / "theirs")
+    import_model(str(tmp_path / "theirs"), str(tmp_path / "ours"), vocab_multiple=2)
+    imported = load_model(str(tmp_path / "ours"), mesh.make_mesh())
+    for field in (*FUNCTION_FIELDS, "max_length"):
+        assert getattr(imported.config, field) == getattr(config, field), field
+    _same_logits_and_gradients(model, imported.params, config)
+
+    # To the bit: theirs again, and ours again.
+    export_model(str(tmp_path / "ours"), str(tmp_path / "back"))
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
+    assert type(back) is type(model)
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in back.state_dict().items())
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+    import_model(str(tmp_path / "back"), str(tmp_path / "again"), vocab_multiple=2)
+    again = load_model(str(tmp_path / "again"), mesh.make_mesh())
+    assert again.config == imported.config and again.vocabulary_hash == imported.vocabulary_hash
+    jax.tree.map(np.testing.assert_array_equal, again.params, imported.params)
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def _same_logits_and_gradients(model, params, config):
     rng = np.random.default_rng(0)
     lengths = rng.permutation([13, 9])
     segments = np.repeat([1, 2, 0], [*lengths, 2])[None]
     tokens = rng.integers(0, config.vocab_size, segments.shape)
     batch = jax.tree.map(jnp.asarray, make_batch(tokens, segments, segments > 0))
-    params = _as_ours(_tensors(model, config, lambda parameter: parameter), config, table)
     logits, gradient = _logits_and_gradient(params, config, batch)
 
     total = torch.zeros(())
@@ -182,9 +206,13 @@ def test_logits_and_gradients_are_those_of_transformers(name):
     total.backward()
 
     def close(path, ours, theirs):
+        axis = {"embed": 0, "head": 1}.get(path[0].key)
+        if axis is not None:  # what pads the vocabulary is not theirs
+            ours, padding = np.split(ours, [config.vocab_size], axis)
+            assert not padding.any()
         scale = np.abs(theirs).max()
         assert scale > 1e-3, f"{mesh.path_name(path)} has no gradient there"
         np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-3, err_msg=mesh.path_name(path))
 
-    expected = _as_ours(_tensors(model, config, lambda parameter: parameter.grad), config, table)
+    expected = _as_ours(model, config, lambda parameter: parameter.grad)
     jax.tree_util.tree_map_with_path(close, gradient, expected)

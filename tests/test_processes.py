@@ -1,7 +1,9 @@
-"""Two processes of four devices each train, score and evaluate as one process of eight; they stop and end together."""
+"""Two processes of four devices each do what one of eight does, in all stages they share; they end together."""
 
+import base64
 import dataclasses
 import json
+import re
 import signal
 import socket
 from pathlib import Path
@@ -17,7 +19,9 @@ from slm_jax.checkpoint import Checkpoints
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.scores import ScoreColumn
+from slm_jax.evaluate.generate import generate
 from slm_jax.evaluate.perplexity import HeldOut
+from slm_jax.evaluate.sampling import Sampling
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import read_metrics
 from slm_jax.score.reference import score
@@ -262,3 +266,39 @@ def test_variables_that_name_no_job_are_refused(variables, environment):
     message = toy.refusal(processes.start, preemptible=True)
     assert all(f"{name}={value}" in message for name, value in variables.items())
     assert "several processes need JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID" in message
+
+
+@pytest.mark.slow
+def test_two_processes_generate_as_one(reference, tmp_path):
+    """The model, the rows and the cache are split over both; a stop that the text tells is heard by both."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": word}) + "\n" for word in toy.WORDS))
+    sampling = Sampling(max_new_tokens=20, temperature=1.0, stop=["a", "e"], seed=1)
+    names = {"run": str(reference), "prompts": str(tmp_path / "prompts.jsonl"), "batch_rows": 8}
+    generate(**names, sampling=sampling, output=str(tmp_path / "one.jsonl"), mesh=AXES)
+    output = str(tmp_path / "two.jsonl")
+    settings = toy.settings(
+        generate={**names, "output": output}, Sampling=dataclasses.asdict(sampling), MeshConfig=dataclasses.asdict(AXES)
+    )
+    codes, output, other = finish(start(tmp_path, "generate", "--gin.generate.mesh=@MeshConfig()", *settings))
+    assert codes == [0, 0], output + other
+    assert "generate: see" in output and "generate:" not in other
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    assert '"ended": "stop"' in (tmp_path / "two.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_inspect_as_one(reference, shell, tmp_path):
+    records = [{"text": f"{i} hens and 12 ducks", "url": ""} for i in range(20)]
+    corpus = toy.write_documents(tmp_path / "corpus", records, 32)
+    arguments = ["analyze", "inspect", str(reference), f"--corpus={corpus.path}", "--gin.Selection.score='loss'"]
+    codes, output, _ = finish(start(tmp_path, *arguments, f"--output={tmp_path}/two.html"))
+    assert codes == [0, 0], output
+    assert shell(*arguments, f"--output={tmp_path}/one.html", folder=tmp_path)[0] == 0
+    two, one = ((tmp_path / f"{name}.html").read_text() for name in ("two", "one"))
+    places = [match.span(1) for match in re.finditer(r'"loss":\{"type":"Float32","data":"([^"]*)"', one)]
+    assert len(places) == 2  # checkpoints 3 and 6
+    for place in places:
+        losses = [np.frombuffer(base64.b64decode(page[slice(*place)]), np.float32) for page in (one, two)]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
+    head = places[0][0]
+    assert one[:head] == two[:head]

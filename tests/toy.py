@@ -30,7 +30,7 @@ from slm_jax.data.packing import pack_split
 from slm_jax.data.rows import write_rows
 from slm_jax.data.store import SHARD_ROWS, Store
 from slm_jax.data.units import Documents, write_unit
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.metrics import read_metrics
 from slm_jax.models.config import ModelConfig
@@ -91,20 +91,29 @@ def write_corpus(
     return writer.finish(pyarrow.table({"id": ["a:0"]}), list(sources), {"settings": {}})
 
 
+def write_score(corpus: Corpus, name: str, loss: np.ndarray, step: int = 0, dtype: str = "float32", **more) -> None:
+    """A finished column of losses [rows, L] that no model made; `more`: other statistics."""
+    about = {"run": "none", "step": step, "fingerprint": f"model of {name}"}
+    column = corpus.create_score(name, ("loss", *more), dtype, reference=about)
+    column.write(0, {"loss": loss, **more})
+
+
 def write_documents(
     path: Path,
     records: Sequence[Mapping[str, str]],
     row_length: int,
     packing: str = "complete",
     metadata: Metadata | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Corpus:
-    """The corpus that `prepare` makes of records with text and url, in bytes, without what reads files."""
-    vocabulary = ByteVocabulary()
-    about = {"field": "", "source": "web", "spans": "[]"}
+    """The corpus that `prepare` makes of records with text and url, without what reads files; in bytes by default."""
+    vocabulary = vocabulary or ByteVocabulary()
+    about = {"field": "", "source": "web", "spans": "[]", "loss_spans": ""}
     rows = [{**about, **record, "index": i} for i, record in enumerate(records)]
     (path / "work").mkdir(parents=True)
     write_unit(path / "work", 0, list(with_metadata(rows, metadata, None, Counter())), vocabulary)
-    settings = {"sources": [{"name": "web"}], "seed": 0, "row_length": row_length, "packing": packing}
+    names = dict.fromkeys(row["source"] for row in rows)
+    settings = {"sources": [{"name": name} for name in names], "seed": 0, "row_length": row_length, "packing": packing}
     settings |= {"metadata": dataclasses.asdict(metadata)} if metadata else {}
     counts = {"skipped": Counter(), "without": Counter()}
     return write_rows(Store(path), Documents(path / "work", 1), vocabulary, settings, counts)
@@ -151,7 +160,7 @@ def settings(**named: Any) -> list[str]:
 
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["slm_jax.__main__", "slm_jax.train.loop", "slm_jax.evaluate.stage"])
+_processes.set_forkserver_preload(["slm_jax.__main__", "slm_jax.train.loop", "slm_jax.evaluate.stage", "tensorboardX"])
 
 
 class Command:

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import jinja2
+from typing import Any, NamedTuple
 
 from slm_jax.analyze.curves import Line, curve_svg
+from slm_jax.analyze.page import render, script_json, visible, write_text
+from slm_jax.analyze.tables import Cell, Table, kind_of, number
 
 # Row in the table of runs: (field of the summary, heading, digits, whether the difference to causal is shown).
 COLUMNS = (
@@ -23,13 +23,57 @@ COLUMNS = (
 VERDICT = {"better": "better than", "worse": "worse than", "same": "equal to"}
 
 
+INTRO = (
+    "A reference model, trained on clean text, gave every token of a corpus a loss. The runs below then trained on the "
+    "corpus and differ in which of its tokens count: causal takes them all, selective those whose loss exceeds the "
+    "reference's the most, random as many by chance."
+)
+
+
+class Figure(NamedTuple):
+    """svg: stands in the page. links: kind of file -> address that holds it; file: its name without the ending."""
+
+    title: str
+    caption: str
+    svg: str
+    links: Mapping[str, str] = {}
+    file: str = ""
+
+
+class Report(NamedTuple):
+    """What stands in a report, from top to bottom; what is empty is left out.
+
+    findings: (better, worse, same or note; a sentence). kept: shares as bars. passages: as of `write_report`. facts:
+    heading -> (name, value).
+    """
+
+    title: str
+    heading: str
+    intro: Sequence[str]
+    tables: Sequence[Table] = ()
+    findings: Sequence[tuple[str, str]] = ()
+    kept: Sequence[Mapping[str, Any]] = ()
+    figures: Sequence[Figure] = ()
+    more_tables: Sequence[Table] = ()
+    passages: Sequence[Mapping[str, Any]] = ()
+    facts: Mapping[str, Sequence[tuple[str, str]]] = {}
+
+
+def report_page(report: Report) -> str:
+    """The report as HTML that needs nothing else."""
+    files = [table for table in (*report.tables, *report.more_tables) if table.file]
+    copies = {table.file: {"Markdown": table.markdown(), "CSV": table.csv()} for table in files}
+    scripts = ["report_passages.js.html.j2"] * bool(report.passages) + ["report_copy.js.html.j2"] * bool(copies)
+    return render("report.html.j2", scripts, report=report, copies=script_json(copies) if copies else "")
+
+
 def write_report(
     path: Path,
     summary: Mapping[str, Any],
     curves: Mapping[str, Mapping[str, Any]],
     passages: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes a self-contained page: no script, style, font or image comes from elsewhere.
+    """Writes the page about a demo: no script, style, font or image comes from elsewhere.
 
     summary: what `summary.json` of a comparison holds; a number that was not measured is None.
     curves: for each run `steps` with `target_loss` and `general_loss`, `train_steps` with `loss`, `selected_loss` and
@@ -37,33 +81,18 @@ def write_report(
     passages: `{"title", "url", "source", "tokens"}`; each token has `text`, `loss`, `ref_loss`, `excess`, `selected`
       (share of the evaluations in which it was selected), `valid` (whether it takes part), `noise` (None when unknown).
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.j2").render(
-        runs=list(summary["runs"]),
-        rows=list(_rows(summary["runs"])),
-        headings=[heading for _, heading, _, _ in COLUMNS],
+    report = Report(
+        title=f"slm_jax: {', '.join(summary['runs'])}",
+        heading="Which tokens a model trains on",
+        intro=[INTRO],
+        tables=[_table(summary["runs"])],
         findings=list(_findings(summary)),
         kept=_kept(summary.get("selection") or {}),
-        figures=[figure for figure in _figures(curves) if figure["svg"]],
+        figures=[figure for figure in _figures(curves) if figure.svg],
         passages=[_passage(passage) for passage in passages],
-        facts={name: list(_facts(summary.get(name) or {})) for name in ("corpus", "reference")},
+        facts={name.capitalize(): list(leaves(summary.get(name) or {})) for name in ("corpus", "reference")},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", errors="replace")
-
-
-def _number(value: Any, digits: int, signed: bool = False) -> str:
-    """A number for reading, with thousands separated; an en dash for what was not measured."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return "–"
-    sign = "+" if signed else ""
-    return f"{value:{sign},.{digits}f}".replace("-", "−")
+    write_text(path, report_page(report))
 
 
 def _difference(values: Mapping[str, Any], baseline: Mapping[str, Any], field: str) -> float | None:
@@ -78,26 +107,18 @@ def _baseline(name: str, runs: Mapping[str, Any]) -> str:
     return "continual_causal" if name.startswith("continual_") and "continual_causal" in runs else "causal"
 
 
-def _rows(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = []
     for name, values in runs.items():
         baseline = _baseline(name, runs)
         cells = []
-        for field, heading, digits, compared in COLUMNS:
+        for field, _, digits, compared in COLUMNS:
             change = _difference(values, runs.get(baseline, {}), field) if compared and name != baseline else None
-            cells.append(
-                {
-                    "heading": heading,
-                    "value": _number(values.get(field), digits),
-                    "change": "" if change is None else _number(change, digits, signed=True),
-                    "kind": "" if change is None else _kind(change),
-                }
-            )
-        yield {"name": name, "cells": cells}
-
-
-def _kind(change: float) -> str:
-    """Of a change in loss."""
-    return "better" if change < -0.0005 else "worse" if change > 0.0005 else "same"
+            signed = ("", "") if change is None else (number(change, digits, signed=True), kind_of(change))
+            cells.append(Cell(number(values.get(field), digits), *signed))
+        rows.append((name, cells))
+    note = "Losses in nats per token, lower is better; small: the difference to causal, for continual runs to "
+    return Table("Runs", ["run", *(heading for _, heading, _, _ in COLUMNS)], rows, f"{note}continual_causal.")
 
 
 def _findings(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -113,17 +134,17 @@ def _findings(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             change = _difference(values, causal, field)
             if name != baseline and change is not None:
                 yield (
-                    _kind(change),
-                    f"{name} is {VERDICT[_kind(change)]} {baseline} on {text}: "
-                    f"{_number(values[field], 3)} against {_number(causal[field], 3)} nats per token "
-                    f"({_number(change, 3, signed=True)}).",
+                    kind_of(change),
+                    f"{name} is {VERDICT[kind_of(change)]} {baseline} on {text}: "
+                    f"{number(values[field], 3)} against {number(causal[field], 3)} nats per token "
+                    f"({number(change, 3, signed=True)}).",
                 )
         steps, total = reached.get(name), causal.get("steps")
         if steps and total:
             yield (
                 "better" if steps < total else "note",
-                f"{name} reaches {baseline}'s final target loss at step {_number(steps, 0)} of {_number(total, 0)}: "
-                f"{baseline} takes {_number(total / steps, 2)} times as many. Steps are not time: training the "
+                f"{name} reaches {baseline}'s final target loss at step {number(steps, 0)} of {number(total, 0)}: "
+                f"{baseline} takes {number(total / steps, 2)} times as many. Steps are not time: training the "
                 "reference and scoring the corpus come on top.",
             )
         elif name in reached:
@@ -139,8 +160,8 @@ def _reference_finding(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         order = "lower than" if reference < selective else "no lower than"
         yield (
             "note",
-            f"The reference, trained on the clean text, stands at {_number(reference, 3)} on the target text, "
-            f"{order} selective's {_number(selective, 3)}.",
+            f"The reference, trained on the clean text, stands at {number(reference, 3)} on the target text, "
+            f"{order} selective's {number(selective, 3)}.",
         )
 
 
@@ -153,7 +174,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _figures(curves: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+def _figures(curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Figure]:
     def lines(field: str) -> list[Line]:
         named = enumerate(curves.items())  # a run has its colour in every figure
         return [
@@ -163,26 +184,23 @@ def _figures(curves: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]
     target = lines("target_loss")
     final = {line.label: line.points()[1] for line in target}.get("causal")
     end = float(final[-1]) if final is not None and len(final) else None
-    yield {
-        "title": "Target text",
-        "caption": "Loss on held-out target text. The dotted line is where causal ends.",
-        "svg": curve_svg("Loss on target text over steps, one line for each run", target, reached=end),
-    }
-    yield {
-        "title": "General text",
-        "caption": "Loss on held-out text of other kinds: what selection gives up.",
-        "svg": curve_svg("Loss on general text over steps, one line for each run", lines("general_loss")),
-    }
+    yield Figure(
+        "Target text",
+        "Loss on held-out target text. The dotted line is where causal ends.",
+        curve_svg("Loss on target text over steps, one line for each run", target, reached=end),
+    )
+    yield Figure(
+        "General text",
+        "Loss on held-out text of other kinds: what selection gives up.",
+        curve_svg("Loss on general text over steps, one line for each run", lines("general_loss")),
+    )
     for name, run in curves.items():
         if run.get("train_steps") and any(value is not None for value in run.get("unselected_loss") or ()):
             fields = (("selected_loss", "selected", 3), ("unselected_loss", "unselected", 4), ("loss", "all", 5))
             parts = [Line(label, run["train_steps"], run[field], i) for field, label, i in fields if run.get(field)]
             description = f"Loss on selected and unselected tokens of the run {name} over steps"
-            yield {
-                "title": f"Training tokens, {name}",
-                "caption": "Loss on the tokens of the batches: faint as measured, bold a running mean.",
-                "svg": curve_svg(description, parts, smooth=True),
-            }
+            caption = "Loss on the tokens of the batches: faint as measured, bold a running mean."
+            yield Figure(f"Training tokens, {name}", caption, curve_svg(description, parts, smooth=True))
 
 
 def _passage(passage: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,7 +210,7 @@ def _passage(passage: Mapping[str, Any]) -> dict[str, Any]:
         shares = [token["selected"] for token in tokens if token["noise"] is noise and _counts(token)]
         if shares:
             parts.append(f"{_percent(sum(shares) / len(shares))} {words}")
-    heading = {name: _shown(str(passage[name] or "")) for name in ("title", "url", "source")}
+    heading = {name: visible(str(passage[name] or "")) for name in ("title", "url", "source")}
     return {**heading, "tokens": [_token(token) for token in tokens], "selected": ", ".join(parts)}
 
 
@@ -204,27 +222,22 @@ def _token(token: Mapping[str, Any]) -> dict[str, Any]:
     share = float(token["selected"]) if _counts(token) else None
     marks = {"skip": share is None, "noise": token["noise"], "line": "\n" in token["text"]}
     return {
-        "text": _shown(token["text"]),
+        "text": visible(token["text"]),
         "classes": " ".join(name for name, on in marks.items() if on),
         "share": f"{share or 0:.2f}",
         "selected": "takes no part" if share is None else _percent(share),
-        "loss": _number(token["loss"], 2),
-        "reference": _number(token["ref_loss"], 2),
-        "excess": _number(token["excess"], 2, signed=True),
+        "loss": number(token["loss"], 2),
+        "reference": number(token["ref_loss"], 2),
+        "excess": number(token["excess"], 2, signed=True),
     }
 
 
-def _shown(text: str) -> str:
-    """Control characters, which HTML drops or refuses, as their pictures; tabs and line ends stay."""
-    return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\t\n" else c for c in text)
-
-
-def _facts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """(name, value) of every leaf, for a plain list at the end."""
     for name, value in values.items():
         label = f"{prefix}{name}".replace("_", " ")
         if isinstance(value, Mapping):
-            yield from _facts(value, f"{label}, ")
+            yield from leaves(value, f"{label}, ")
         elif isinstance(value, float):
             yield label, f"{value:,.4g}"
         elif isinstance(value, int) and not isinstance(value, bool):

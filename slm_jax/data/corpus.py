@@ -20,7 +20,7 @@ import pyarrow.parquet
 from jaxtyping import Integer
 
 from slm_jax.data.preprocess import token_dtype
-from slm_jax.data.scores import ScoreColumn, create_score, open_score
+from slm_jax.data.scores import ScoreColumn, create_score, open_score, score_names
 from slm_jax.data.store import SHARD_ROWS, Store
 from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
 from slm_jax.errors import UserError
@@ -111,6 +111,33 @@ class Corpus:
         if content is None:
             raise UserError(f"corpus {self.path} has lost its {DOCUMENTS}: prepare it again")
         return pyarrow.parquet.read_table(io.BytesIO(content))
+
+    def read_documents(
+        self, documents: pyarrow.Table, columns: Sequence[str] = ("tokens",)
+    ) -> list[dict[str, np.ndarray]]:
+        """Reads documents, each whole, be it cut over rows or not.
+
+        Args:
+            documents: some rows of `documents()`.
+            columns: as in `read`.
+
+        Returns:
+            For each document one array [length] per column.
+        """
+        begin = documents["row"].to_numpy() * self.row_length + documents["start"].to_numpy()
+        end = begin + documents["length"].to_numpy()
+        first, last = begin // self.row_length, (end - 1) // self.row_length
+        rows = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)] or [[]]))
+        read = {name: x.reshape(-1) for name, x in self.read(rows.astype(np.int64), columns).items()}
+        at = np.searchsorted(rows, first) * self.row_length + begin % self.row_length
+        return [
+            {name: x[place : place + size] for name, x in read.items()}
+            for place, size in zip(at, end - begin, strict=True)
+        ]
+
+    def score_names(self) -> list[str]:
+        """Names of the score columns, finished or not, sorted."""
+        return score_names(self._store)
 
     def score(self, name: str) -> ScoreColumn:
         """The finished score column `name`, made for exactly this content.

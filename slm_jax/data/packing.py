@@ -49,22 +49,20 @@ def pack_complete(lengths: Integer[np.ndarray, "D"], row_length: int) -> Pieces:
     """
     lengths = _checked(lengths, row_length)
     ends = np.cumsum(lengths)
-    begins = ends - lengths
-    # If a row began with document d, the next would begin with document following[d]. Every row follows from the
-    # one before, so the chain is walked; all that can be computed at once is.
-    following = (np.searchsorted(ends, begins + row_length, side="left") + 1).tolist()
-    firsts, first = [], 0
-    while first < len(lengths):
-        firsts.append(first)
-        first = following[first]
-    firsts = np.array(firsts, np.int64)
-    row = np.searchsorted(firsts, np.arange(len(lengths)), side="right") - 1
-    offset = begins - begins[firsts[row]] if len(lengths) else begins
-    kept = np.minimum(lengths, row_length - offset)
-    return _pieces(np.arange(len(lengths)), np.zeros_like(lengths), kept, row, offset)
+    return _row_by_row(lengths, row_length, np.searchsorted(ends, ends - lengths + row_length, side="left") + 1)
 
 
-PACKINGS = {"split": pack_split, "complete": pack_complete}
+def pack_whole(lengths: Integer[np.ndarray, "D"], row_length: int) -> Pieces:
+    """No document is cut: one that does not fit in what is left of a row begins the next, and the row is padded.
+
+    Only of a document that is longer than a row, what hangs over is discarded. Arguments as in `pack_split`.
+    """
+    lengths = np.minimum(_checked(lengths, row_length), row_length)
+    ends = np.cumsum(lengths)
+    return _row_by_row(lengths, row_length, np.searchsorted(ends, ends - lengths + row_length, side="right"))
+
+
+PACKINGS = {"split": pack_split, "complete": pack_complete, "whole": pack_whole}
 
 
 def positions_from_segments(segment_ids: Integer[np.ndarray, "B L"]) -> Int[np.ndarray, "B L"]:
@@ -74,6 +72,23 @@ def positions_from_segments(segment_ids: Integer[np.ndarray, "B L"]) -> Int[np.n
     begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     latest = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
     return np.where(segment_ids > 0, place - latest, 0).astype(np.int32)
+
+
+def _row_by_row(lengths: np.ndarray, row_length: int, following: np.ndarray) -> Pieces:
+    """If a row begins with document d, the next begins with document `following[d]`.
+
+    Every row follows from the one before, so the chain is walked; all that can be computed at once is.
+    """
+    firsts, first, chain = [], 0, following.tolist()
+    while first < len(lengths):
+        firsts.append(first)
+        first = chain[first]
+    firsts = np.array(firsts, np.int64)
+    begins = np.cumsum(lengths) - lengths
+    row = np.searchsorted(firsts, np.arange(len(lengths)), side="right") - 1
+    offset = begins - begins[firsts[row]] if len(lengths) else begins
+    kept = np.minimum(lengths, row_length - offset)
+    return _pieces(np.arange(len(lengths)), np.zeros_like(lengths), kept, row, offset)
 
 
 def _checked(lengths: np.ndarray, row_length: int) -> np.ndarray:

@@ -64,8 +64,8 @@ def prepare(
         vocabulary: which vocabulary to use or train; None for the defaults of VocabularyConfig.
         row_length: tokens of a row.
         packing: 'split' cuts documents at the end of a row and loses no token; 'complete' begins every row with the
-            begin of a document and discards what hangs over (MeCo). A document that is cut carries its metadata
-            where it begins and not where it continues.
+            begin of a document and discards what hangs over (MeCo); 'whole' cuts none and pads, so that no answer
+            loses its question. A document that is cut carries its metadata where it begins and not where it continues.
         seed: of the order of the documents.
         processes: that tokenise; 0 for one per core. The corpus does not depend on it.
         metadata: stands before each document, without loss; None for none.
@@ -137,6 +137,11 @@ class _Plan:
         if self.metadata is None:
             return
         for source in self.sources:
+            if source.template:
+                raise UserError(
+                    f"source {source.name!r} has conversations (template {source.template!r}), before which no "
+                    "metadata stands: leave prepare.metadata or the source out"
+                )
             path = self.metadata.field or source.fields().url
             if path is None or not has_field(source, path):
                 what = f"no field {path!r} in its first {FIRST_RECORDS:,} records" if path else "no URL in its schema"
@@ -234,7 +239,9 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
         if old.get(key) == new.get(key):
             continue
         if key == "sources":
-            return _changed_source(old.get(key) or [], new[key])
+            if changed := _changed_source(old.get(key) or [], new[key]):
+                return changed
+            continue  # settings that an earlier version did not have, and that are off
         return f"{key} was {old.get(key)}, now {new.get(key)}"
     return ""
 

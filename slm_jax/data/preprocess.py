@@ -14,7 +14,8 @@ class DocumentTokens(NamedTuple):
 
     Attributes:
         tokens: ids.
-        loss_mask: False on BOS and prefix, True on text and EOS (MeCo, arXiv 2501.01956, section 2).
+        loss_mask: False on BOS and prefix, True on text and EOS (MeCo, arXiv 2501.01956, section 2); of a conversation,
+            True on the responses and the EOS behind them.
         noise: True on the tokens of the text that overlap a marked span.
     """
 
@@ -29,7 +30,11 @@ def token_dtype(vocabulary: Vocabulary) -> np.dtype:
 
 
 def tokenize_document(
-    text: str, spans: Sequence[Sequence[int]], vocabulary: Vocabulary, prefix: str = ""
+    text: str,
+    spans: Sequence[Sequence[int]],
+    vocabulary: Vocabulary,
+    prefix: str = "",
+    loss_spans: Sequence[Sequence[int]] | None = None,
 ) -> DocumentTokens:
     """Tokenises one document.
 
@@ -38,24 +43,55 @@ def tokenize_document(
         spans: [begin, end) characters of the text that are noise; empty for most documents.
         vocabulary: gives the ids.
         prefix: what stands before the text. It is tokenised apart from it: the ids of the text do not depend on it.
+        loss_spans: what of the text carries loss, each a `LossSpan`, in order; None for all of it. No token crosses
+            the border of one: where the vocabulary would join what is said before and after, they are tokenised apart,
+            as a prompt is that ends there.
     """
-    if spans:
+    if loss_spans is not None:
+        ids, offsets = encode_within(
+            text, {border for begin, end, _ in loss_spans for border in (begin, end)}, vocabulary
+        )
+    elif spans:
         ids, offsets = vocabulary.encode_with_offsets(text)
-        noisy = _overlap(offsets, spans)
     else:
-        ids = vocabulary.encode(text)
-        noisy = np.zeros(len(ids), bool)
+        ids, offsets = vocabulary.encode(text), []
+    noisy = _overlap(offsets, spans) if spans else np.zeros(len(ids), bool)
+    has_loss = np.ones(len(ids), bool) if loss_spans is None else _overlap(offsets, loss_spans)
     given = [vocabulary.bos_id, *(vocabulary.encode(prefix) if prefix else ())]  # not predicted
     tokens = np.array([*given, *ids, vocabulary.eos_id], token_dtype(vocabulary))
-    loss_mask = np.arange(len(tokens)) >= len(given)
-    return DocumentTokens(tokens, loss_mask, np.pad(noisy, (len(given), 1)))
+    ends_with_loss = loss_spans is None or any(end == len(text) for _, end, _ in loss_spans)
+    loss_mask = np.concatenate([np.zeros(len(given), bool), has_loss, [ends_with_loss]])
+    noise = np.pad(noisy, (len(given), 1))
+    if inner := [end for _, end, ends in loss_spans or () if ends]:
+        at = len(given) + np.searchsorted([begin for begin, _ in offsets], inner)
+        tokens = np.insert(tokens, at, vocabulary.eos_id)
+        loss_mask, noise = np.insert(loss_mask, at, True), np.insert(noise, at, False)
+    return DocumentTokens(tokens, loss_mask, noise)
+
+
+def encode_within(text: str, borders: set[int], vocabulary: Vocabulary) -> tuple[list[int], list[tuple[int, int]]]:
+    """`Vocabulary.encode_with_offsets`, but no token crosses one of the borders, which are numbers of characters: the
+    text is cut at those that one would cross."""
+    every, cuts = np.array(sorted(borders), np.int64), set[int]()
+    while True:
+        ids, offsets = [], []
+        ends = sorted(cuts | {len(text)})
+        for begin, end in zip([0, *ends], ends, strict=False):
+            more, places = vocabulary.encode_with_offsets(text[begin:end])
+            ids += more
+            offsets += [(begin + first, begin + last) for first, last in places]
+        begins, lasts = np.array(offsets, np.int64).reshape(-1, 2).T
+        first, behind = np.searchsorted(every, begins, side="right"), np.searchsorted(every, lasts, side="left")
+        if (first >= behind).all():
+            return ids, offsets
+        cuts |= {int(border) for a, b in zip(first, behind, strict=True) for border in every[a:b]}
 
 
 def _overlap(offsets: list[tuple[int, int]], spans: Sequence[Sequence[int]]) -> np.ndarray:
-    """Which [begin, end) of `offsets` share a character with one of `spans`."""
+    """Which [begin, end) of `offsets` share a character with one of `spans`, given by their first two numbers."""
     last = max((end for _, end in offsets), default=0)
     marked = np.zeros(last + 1, np.int64)
-    for begin, end in spans:
+    for begin, end, *_ in spans:
         marked[begin:end] = 1
     before = np.concatenate([[0], np.cumsum(marked)])  # marked characters before each character
     begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T

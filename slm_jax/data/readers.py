@@ -18,6 +18,10 @@ from slm_jax.errors import UserError
 ENDINGS = (".jsonl", ".json", ".parquet", ".txt")
 
 
+class BadRecord(Exception):
+    """A record that cannot be a document; the message says why."""
+
+
 class Record(NamedTuple):
     """One record of a file, or why it is none.
 

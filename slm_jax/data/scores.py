@@ -84,13 +84,17 @@ class ScoreColumn:
         self._arrays["finished"][start:end].write(np.ones(end - start, np.uint8)).result()
 
 
+def score_names(store: Store) -> list[str]:
+    """Names of the columns that were begun, finished or not, sorted."""
+    return sorted({key.split("/")[1] for key in store.keys("scores/") if key.endswith("/manifest.json")})
+
+
 def open_score(store: Store, name: str, fingerprint: str) -> ScoreColumn:
     """Opens a finished column made for the content `fingerprint`, else UserError. See `Corpus.score`."""
     manifest = _manifest(store, name)
     if manifest is None:
-        there = sorted({key.split("/")[1] for key in store.keys("scores/") if key.endswith("/manifest.json")})
         raise UserError(
-            f"corpus {store.path} has no score {name!r} (it has {', '.join(there) or 'none'}): "
+            f"corpus {store.path} has no score {name!r} (it has {', '.join(score_names(store)) or 'none'}): "
             "make it with the stage `score`"
         )
     _check_corpus(store, name, manifest, fingerprint)

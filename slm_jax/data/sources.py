@@ -12,17 +12,25 @@ from typing import Any, NamedTuple
 import gin
 import numpy as np
 
-from slm_jax.data import readers
+from slm_jax.data import conversations, readers
+from slm_jax.data.conversations import TEMPLATES, Turn
 from slm_jax.data.hashing import mix, salt
+from slm_jax.data.readers import BadRecord
 from slm_jax.errors import UserError
 
 
 class Schema(NamedTuple):
-    """Dotted paths of the fields of a record; a path goes into objects, and into objects written as JSON strings."""
+    """Dotted paths of the fields of a record; a path goes into objects, and into objects written as JSON strings.
+
+    Records that are conversations have either a list of turns in the place of the text, and `turn` names who speaks and
+    what; or what was asked in the place of the text, and the answer in `response`.
+    """
 
     text: str = "text"
     url: str | None = "url"
     source: str | None = None
+    turn: tuple[str, str] | None = None
+    response: str | None = None
 
 
 SCHEMAS = {
@@ -41,6 +49,11 @@ SCHEMAS = {
     "dclm": Schema(),
     # OSCAR 22.01 and 23.01, .jsonl.zst: content, warc_headers, metadata.
     "oscar": Schema(text="content", url="warc_headers.warc-target-uri"),
+    # allenai/tulu-v2-sft-mixture and most chat data since: messages [{role, content}], dataset, id.
+    "messages": Schema(text="messages", url=None, turn=("role", "content")),
+    # teknium/OpenHermes-2.5 and ShareGPT: conversations [{from, value}].
+    "conversations": Schema(text="conversations", url=None, turn=("from", "value")),
+    "prompt_response": Schema(text="prompt", url=None, response="response"),
 }
 
 FIRST_RECORDS = 1000  # enough to tell a field that is absent from one that is rare
@@ -58,8 +71,10 @@ class Source:
             'tfds:NAME:VERSION:SPLIT'.
         directory: in which relative paths are looked up; the working directory by default.
         schema: which fields hold what, a key of `SCHEMAS`.
-        text_field, url_field, source_field: override the schema, as dotted paths (`meta.redpajama_set_name`). Documents
-            with a value in `source_field` get the source name NAME/VALUE.
+        text_field, url_field, source_field, response_field: override the schema, as dotted paths
+            (`meta.redpajama_set_name`). Documents with a value in `source_field` get the source name NAME/VALUE.
+        template: how a conversation is written, a key of `TEMPLATES`, for the schemas that have some; the responses
+            alone carry loss, and the EOS behind them.
         part: 'K/N' keeps the documents whose text hashes to K modulo N, 'J-K/N' those from J to K: parts of the same
             files are disjoint, whatever the names of the sources, and copies of a text fall into the same part.
         max_documents, max_characters: stop when so much was taken, in the order of the files.
@@ -74,6 +89,8 @@ class Source:
     text_field: str | None = None
     url_field: str | None = None
     source_field: str | None = None
+    response_field: str | None = None
+    template: str | None = None
     part: str | None = None
     max_documents: int | None = None
     max_characters: int | None = None
@@ -88,7 +105,13 @@ class Source:
 
     def fields(self) -> Schema:
         schema = SCHEMAS[self.schema]
-        return Schema(self.text_field or schema.text, self.url_field or schema.url, self.source_field or schema.source)
+        return Schema(
+            self.text_field or schema.text,
+            self.url_field or schema.url,
+            self.source_field or schema.source,
+            schema.turn,
+            self.response_field or schema.response,
+        )
 
     def paths(self) -> list[str]:
         return (
@@ -109,6 +132,7 @@ class Source:
         for field in ("max_documents", "max_characters"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f"{where}: {field} is {getattr(self, field)}; use a positive number or None")
+        self._check_template(where)
         _part(self)
         if self.tfds and (self.part or self.max_documents or self.max_characters or self.spans_field):
             raise UserError(
@@ -119,9 +143,20 @@ class Source:
             raise UserError(f"{where}: {self.files[0]!r} must be one 'tfds:NAME:VERSION:SPLIT', alone in the list")
         self.paths()
 
-
-class _BadRecord(Exception):
-    pass
+    def _check_template(self, where: str) -> None:
+        fields, known = self.fields(), ", ".join(TEMPLATES)
+        has_turns = fields.turn or fields.response
+        if self.template is None and has_turns:
+            raise UserError(f"{where}: schema {self.schema!r} has conversations: say with template which of {known}")
+        if self.template is not None and self.template not in TEMPLATES:
+            raise UserError(f"{where}: template {self.template!r} is not one of {known}")
+        if self.template and not has_turns:
+            raise UserError(
+                f"{where}: a template is for conversations, schema {self.schema!r} has a text: take the schema "
+                "messages, conversations or prompt_response, or name a response_field"
+            )
+        if self.template and (self.spans_field or self.tfds):
+            raise UserError(f"{where}: neither spans_field nor TFDS goes with a template: leave one of them out")
 
 
 def has_field(source: Source, path: str) -> bool:
@@ -141,25 +176,26 @@ def read_documents(source: Source, field: str | None = None) -> Iterator[dict[st
         field: dotted path of one more field of the records, a text, a number or a list of them.
 
     Yields:
-        text; url ('' for none); field (as text, '' for none); source (NAME or NAME/VALUE); spans (JSON); index (number
-        of the record in the source); skipped (why this record gives no document, '' for documents); bytes_read (of all
-        files so far).
+        text; url ('' for none); field (as text, '' for none); source (NAME or NAME/VALUE); spans (JSON); loss_spans
+        (JSON; '' where all of the text has loss); index (number of the record in the source); skipped (why this record
+        gives no document, '' for documents); bytes_read (of all files so far).
 
     Raises:
         UserError: a file cannot be read, or more than `bad_lines` records cannot.
     """
     fields = source.fields()
-    columns = [path.split(".")[0] for path in (*fields, source.spans_field, field) if path]
+    paths = (fields.text, fields.url, fields.source, fields.response, source.spans_field, field)
+    columns = [path.split(".")[0] for path in paths if path]
     first, last, parts = _part(source)
     index, bad, taken, characters, bytes_before = -1, 0, 0, 0, 0
     for path in source.paths():
         for record in readers.records(path, columns):
             index += 1
             row = {"text": "", "url": "", "field": "", "source": source.name, "spans": "[]", "index": index}
-            row |= {"skipped": "", "bytes_read": bytes_before + record.bytes_read}
+            row |= {"loss_spans": "", "skipped": "", "bytes_read": bytes_before + record.bytes_read}
             try:
                 row |= _document(record, source, fields, field)
-            except _BadRecord as problem:
+            except BadRecord as problem:
                 bad += 1
                 row["skipped"] = "unreadable record"
                 if bad > source.bad_lines:
@@ -182,21 +218,27 @@ def read_documents(source: Source, field: str | None = None) -> Iterator[dict[st
 
 def _document(record: readers.Record, source: Source, fields: Schema, field: str | None) -> dict[str, Any]:
     if record.fields is None:
-        raise _BadRecord(record.problem)
+        raise BadRecord(record.problem)
     text = _field(record.fields, fields.text)
     if text is _MISSING:
         there = ", ".join(sorted(record.fields)) or "none"
-        raise _BadRecord(f"no field {fields.text!r} (schema {source.schema!r}; fields there: {there})")
+        raise BadRecord(f"no field {fields.text!r} (schema {source.schema!r}; fields there: {there})")
     if not text:
         return {"skipped": "empty text"}
+    loss_spans = ""
+    if source.template:
+        text, learned = conversations.written(_turns(record.fields, text, fields), TEMPLATES[source.template])
+        loss_spans = json.dumps(learned)
+        if not text:
+            return {"skipped": "no response"}
     if not isinstance(text, str):
-        raise _BadRecord(f"field {fields.text!r} is not a string")
+        raise BadRecord(f"field {fields.text!r} is not a string")
     url = _field(record.fields, fields.url) if fields.url else None
     value = _field(record.fields, fields.source) if fields.source else None
     more = _as_text(_field(record.fields, field)) if field else ""
     for string in (text, url, value, more):
         if isinstance(string, str) and not _is_unicode(string):
-            raise _BadRecord("not valid Unicode (half of a surrogate pair)")
+            raise BadRecord("not valid Unicode (half of a surrogate pair)")
     spans = _field(record.fields, source.spans_field) if source.spans_field else None
     return {
         "text": text,
@@ -204,7 +246,21 @@ def _document(record: readers.Record, source: Source, fields: Schema, field: str
         "field": more,
         "source": f"{source.name}/{value}" if isinstance(value, str) and value else source.name,
         "spans": json.dumps(_checked_spans(spans, len(text), source.spans_field)),
+        "loss_spans": loss_spans,
     }
+
+
+def _turns(record: dict[str, Any], value: Any, fields: Schema) -> list[Turn]:
+    """The conversation of a record; nothing where a response says nothing."""
+    if fields.response is None:
+        assert fields.turn is not None
+        turns = conversations.turns_of(value, fields.turn)
+    else:
+        response = _field(record, fields.response)
+        if not isinstance(value, str) or not isinstance(response, str | None):
+            raise BadRecord(f"fields {fields.text!r} and {fields.response!r} are not both strings")
+        turns = [Turn("user", value), Turn("assistant", response or "")]
+    return [] if any(turn.role == "assistant" and not turn.content.strip() for turn in turns) else turns
 
 
 _MISSING = object()
@@ -237,9 +293,9 @@ def _checked_spans(spans: Any, length: int, field: str | None) -> list[list[int]
     try:
         spans = [[int(begin), int(end)] for begin, end in spans]
     except (TypeError, ValueError):
-        raise _BadRecord(f"field {field!r} is not a list of [begin, end]") from None
+        raise BadRecord(f"field {field!r} is not a list of [begin, end]") from None
     if any(not 0 <= begin <= end <= length for begin, end in spans):
-        raise _BadRecord(f"field {field!r} has a span outside the text of {length} characters")
+        raise BadRecord(f"field {field!r} has a span outside the text of {length} characters")
     return spans
 
 

@@ -92,7 +92,7 @@ def documents(task: "seqio.Task") -> Iterator[dict[str, Any]]:
             yield row
 
 
-_STRINGS = ("text", "url", "field", "source", "spans", "skipped", "error")
+_STRINGS = ("text", "url", "field", "source", "spans", "loss_spans", "skipped", "error")
 _NUMBERS = ("index", "bytes_read")
 _BATCH = 128  # one element of tf.data's generators costs near a millisecond, whatever it holds
 
@@ -144,6 +144,7 @@ def _tfds_rows(source: Source, field: str | None):
             "field": string(features, field),
             "source": tf.where(value == "", source.name, tf.strings.join([source.name, "/", value])),
             "spans": "[]",
+            "loss_spans": "",
             "index": index,
             "skipped": tf.where(text == "", "empty text", ""),
             "bytes_read": tf.constant(0, tf.int64),

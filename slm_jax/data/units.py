@@ -52,7 +52,11 @@ def units_of(rows: Iterable[dict[str, Any]]) -> Iterator[Unit]:
 
 def write_unit(work: pathlib.Path, number: int, unit: Unit, vocabulary: Vocabulary) -> None:
     """Tokenises one unit and writes it."""
-    tokenized = [tokenize_document(row["text"], json.loads(row["spans"]), vocabulary, row["prefix"]) for row in unit]
+    tokenized = []
+    for row in unit:
+        loss_spans = json.loads(row["loss_spans"]) if row["loss_spans"] else None
+        given = (row["text"], json.loads(row["spans"]), vocabulary, row["prefix"], loss_spans)
+        tokenized.append(tokenize_document(*given))
     unfinished = unit_path(work, number).with_suffix(f".{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()

@@ -30,6 +30,7 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 MODEL_FILE = "sentencepiece.model"
 DESCRIPTION_FILE = "vocabulary.json"
+_TAKEN = "a .model or tokenizer.json file, a corpus, a model directory, or a saved vocabulary"
 
 
 @gin.configurable
@@ -38,7 +39,8 @@ class VocabularyConfig:
     """Which vocabulary a corpus is made with.
 
     Attributes:
-        path: a corpus, a directory written by `save`, or a SentencePiece `.model` file; None trains (or needs no) one.
+        path: a corpus, a model directory (of a run, an import, or Hugging Face), a directory written by `save`, a
+            SentencePiece `.model` file or a `tokenizer.json`; None trains (or needs no) one.
         kind: 'sentencepiece' or 'bytes'; read only where `path` is None.
         size: number of ids of a vocabulary to be trained.
         train_characters: how much of the corpus' text, in a stable random order of documents, to train on.
@@ -213,7 +215,8 @@ def _save(vocabulary: Vocabulary, directory: str | os.PathLike) -> None:
 
 
 def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
-    """The vocabulary at `path`: a corpus, a directory (or gs://, s3:// URL) written by `save`, or a `.model` file.
+    """The vocabulary at `path`: a corpus, a model directory or a directory (or gs://, s3:// URL) written by `save`; a
+    SentencePiece `.model` file; a `tokenizer.json`, or a directory of Hugging Face that holds one or a tokenizer.model.
 
     Raises:
         UserError: nothing there, or damaged.
@@ -223,31 +226,53 @@ def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
         try:
             return SentencePieceVocabulary(pathlib.Path(path).expanduser().read_bytes(), path)
         except OSError as error:
-            raise UserError(
-                f"vocabulary {path}: {error.strerror}; pass a .model file, a corpus or a saved vocabulary"
-            ) from error
+            raise UserError(f"vocabulary {path}: {error.strerror}; pass {_TAKEN}") from error
+    if path.endswith(".json"):
+        from slm_jax.data.huggingface_vocabulary import read_vocabulary
+
+        if vocabulary := read_vocabulary(Store(os.path.dirname(path) or "."), os.path.basename(path)):
+            return vocabulary
+        raise UserError(f"vocabulary {path}: no such file; pass {_TAKEN}")
     store = Store(path)
     if (local := store.local()) is not None and not local.is_dir():
-        raise UserError(f"vocabulary {path}: no such directory; pass a .model file, a corpus or a saved vocabulary")
+        raise UserError(f"vocabulary {path}: no such directory; pass {_TAKEN}")
     for directory in ("", "vocabulary/"):
         if description := store.read_json(directory + DESCRIPTION_FILE):
-            return _from_files(description, store.read(directory + MODEL_FILE), f"{path}/{directory}".rstrip("/"))
-    raise UserError(
-        f"vocabulary {path}: holds no {DESCRIPTION_FILE}; pass a .model file, a corpus or a saved vocabulary"
-    )
+            return _from_files(description, Store(f"{path}/{directory}"), f"{path}/{directory}".rstrip("/"))
+    return _from_elsewhere(store)
 
 
-def _from_files(description: dict, model: bytes | None, where: str) -> Vocabulary:
+def _from_files(description: dict, store: Store, where: str) -> Vocabulary:
     kind = description.get("kind")
     if kind == "bytes":
         vocabulary = ByteVocabulary()
     elif kind == "sentencepiece":
-        vocabulary = SentencePieceVocabulary(model or b"", f"{where}/{MODEL_FILE}")
+        vocabulary = SentencePieceVocabulary(store.read(MODEL_FILE) or b"", f"{where}/{MODEL_FILE}")
+    elif kind == "huggingface":
+        from slm_jax.data.huggingface_vocabulary import TOKENIZER_FILE, read_vocabulary
+
+        vocabulary = read_vocabulary(store, description=description)
+        if vocabulary is None:
+            raise UserError(f"vocabulary {where}: lost its {TOKENIZER_FILE}; restore it or make it again")
     else:
-        raise UserError(f"vocabulary {where}: kind {kind!r} is not known to this version (sentencepiece, bytes)")
+        known = "sentencepiece, huggingface, bytes"
+        raise UserError(f"vocabulary {where}: kind {kind!r} is not known to this version ({known})")
     if vocabulary.content_hash != description.get("content_hash"):
         raise UserError(f"vocabulary {where}: its content changed since it was saved; restore it or make it again")
     return vocabulary
+
+
+def _from_elsewhere(store: Store) -> Vocabulary:
+    """Of a directory of Hugging Face: what transformers would read first."""
+    from slm_jax.data.huggingface_vocabulary import read_vocabulary
+
+    if vocabulary := read_vocabulary(store):
+        return vocabulary
+    if model := store.read("tokenizer.model"):
+        return SentencePieceVocabulary(model, f"{store.path}/tokenizer.model")
+    raise UserError(
+        f"vocabulary {store.path}: holds no {DESCRIPTION_FILE}, tokenizer.json or tokenizer.model; pass {_TAKEN}"
+    )
 
 
 def train_sentencepiece(
@@ -320,9 +345,41 @@ def to_seqio(vocabulary: Vocabulary) -> "seqio.Vocabulary":
             unk_id = property(lambda self: None)
 
         return Bytes()
+    if vocabulary.kind == "huggingface":
+        return _seqio_of(vocabulary)
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / MODEL_FILE
         path.write_bytes(vocabulary.files()[MODEL_FILE])
         result = seqio.SentencePieceVocabulary(str(path))
         result.load_model()  # keeps the content, so the file may go
     return result
+
+
+def _seqio_of(vocabulary: Vocabulary) -> "seqio.Vocabulary":
+    """Encodes in Python also within tf.data: nothing of TensorFlow reads a tokenizer.json."""
+    import seqio
+    import tensorflow as tf
+
+    class HuggingFace(seqio.Vocabulary):
+        bos_id = property(lambda self: vocabulary.bos_id)
+        eos_id = property(lambda self: vocabulary.eos_id)
+        unk_id = property(lambda self: vocabulary.unk_id)
+        pad_id = property(lambda self: vocabulary.pad_id)
+        _base_vocab_size = property(lambda self: vocabulary.size)
+
+        def _encode(self, s):
+            return vocabulary.encode(s)
+
+        def _decode(self, ids):
+            return vocabulary.decode(ids)
+
+        def _encode_tf(self, s):
+            def ids(s):
+                return np.array(vocabulary.encode(s.numpy().decode("utf-8")), np.int32)
+
+            return tf.ensure_shape(tf.py_function(ids, [s], tf.int32), [None])
+
+        def _decode_tf(self, ids):
+            return tf.ensure_shape(tf.py_function(lambda ids: vocabulary.decode(ids.numpy()), [ids], tf.string), [])
+
+    return HuggingFace()

@@ -11,10 +11,9 @@ import numpy as np
 from slm_jax import config
 from slm_jax.analyze.report import write_report
 from slm_jax.data.corpus import Corpus
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.token_text import TokenText
+from slm_jax.evaluate.flops import run_flops
 from slm_jax.metrics import read_metrics
-from slm_jax.models.config import ModelConfig
-from slm_jax.score.selection import Selection
 
 PASSAGES = 6
 
@@ -54,6 +53,7 @@ def write_summary(here: Path, trained: Sequence[str]) -> dict[str, Any]:
 def _run(run_dir: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     finished = json.loads((run_dir / "summary.json").read_text())
     last = {name: value for row in rows for name, value in row.items() if value is not None}
+    flops = run_flops(_settings(run_dir))
     return {
         "target_loss": last.get("target/loss"),
         "target_bits_per_byte": last.get("target/bits_per_byte"),
@@ -62,28 +62,13 @@ def _run(run_dir: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tokens_trained": int(finished["tokens_trained"]),
         "steps": finished["steps"],
         "seconds": round(finished["seconds"], 1),
-        **_flops(_settings(run_dir)),
+        "training_flops": flops.training,
+        "scoring_flops": flops.scoring,
     }
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "run.json").read_text())["settings"]
-
-
-def _flops(settings: dict[str, Any]) -> dict[str, float]:
-    """Floating point operations of training, and of scoring the rows it read where it selects by a column: a forward
-    pass, a third of a step, by a reference of the model's size. A filtered backward pass is of the selected share."""
-    model = ModelConfig.from_json(settings["model"])
-    training, scoring = 0.0, 0.0
-    for phase in settings["phases"]:
-        row_length = Corpus.open(phase["mixture"][0]["corpus"]).row_length
-        flops = model.flops_per_token(row_length) * row_length * phase["batch_rows"] * phase["steps"]
-        selection = Selection(**phase["selection"]) if phase["selection"] else None
-        backward = selection.ratio if selection and selection.gradient == "filtered" else 1.0
-        training += flops * (1 + 2 * backward) / 3
-        if selection and selection.columns():
-            scoring += flops / 3
-    return {"training_flops": training, "scoring_flops": scoring}
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -150,7 +135,7 @@ def _passages(run_dir: Path, corpus: Corpus) -> list[dict[str, Any]]:
     valid = np.isfinite(excess[0])
     floor = np.quantile(excess[:, valid], 1 - selection["ratio"], axis=1)
     selected = np.mean(excess >= floor[:, None, None], axis=0)
-    table, vocabulary = corpus.documents().to_pylist(), corpus.vocabulary()
+    table, reader = corpus.documents().to_pylist(), TokenText(corpus.vocabulary())
     documents = {(about["row"], about["start"]): about for about in table}
     passages = []
     for row in rows.tolist():
@@ -161,7 +146,7 @@ def _passages(run_dir: Path, corpus: Corpus) -> list[dict[str, Any]]:
                 continue  # the end of a document that began in another row
             tokens = _tokens(
                 corpus,
-                vocabulary,
+                reader,
                 {name: column[row][places] for name, column in columns.items()},
                 losses[-1][row][places],
                 reference[row][places],
@@ -174,9 +159,9 @@ def _passages(run_dir: Path, corpus: Corpus) -> list[dict[str, Any]]:
     return _varied(passages)
 
 
-def _tokens(corpus, vocabulary: Vocabulary, columns, loss, reference, selected, valid) -> list[dict[str, Any]]:
+def _tokens(corpus, reader: TokenText, columns, loss, reference, selected, valid) -> list[dict[str, Any]]:
     has_noise = any(name.endswith("/noise") for name in corpus.source_names)
-    texts = _texts(vocabulary, columns["tokens"].tolist())
+    texts = reader.texts(columns["tokens"].tolist())
     return [
         {
             "text": texts[i],
@@ -189,18 +174,6 @@ def _tokens(corpus, vocabulary: Vocabulary, columns, loss, reference, selected, 
         }
         for i in range(len(loss))
     ]
-
-
-def _texts(vocabulary: Vocabulary, tokens: list[int]) -> list[str]:
-    """What each token adds to the text; the bytes of one character are shown with its last byte."""
-    num_bytes = vocabulary.token_bytes()
-    texts, before = [], ""
-    for i, token in enumerate(tokens):
-        text = vocabulary.decode(tokens[: i + 1])
-        cut = text.endswith("\ufffd")
-        texts.append(vocabulary.piece(token) if num_bytes[token] == 0 else "" if cut else text[len(before) :])
-        before = before if cut else text
-    return texts
 
 
 def _varied(passages: list[dict[str, Any]]) -> list[dict[str, Any]]:

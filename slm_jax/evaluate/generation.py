@@ -100,11 +100,13 @@ class Generator:
             self.check(prompt, sampling, f"prompt {number + 1} of {len(prompts)}")
         found: dict[int, Continuation] = {}
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # a batch pads to its longest
-        for begin in range(0, len(order), self.batch_rows):
-            numbers = order[begin : begin + self.batch_rows]
+        rows = self._num_rows(len(prompts))
+        for begin in range(0, len(order), rows):
+            numbers = order[begin : begin + rows]
             writings = [Writing(self.vocabulary, prompts[number], sampling.stop) for number in numbers]
-            places = [first_place + number for number in numbers]
-            for _ in self._write([prompts[number] for number in numbers], places, writings, sampling, STEPS):
+            batch = [(prompts[number], first_place + number) for number in numbers]
+            batch += batch[:1] * (rows - len(batch))  # what fills the last batch is left out of the result
+            for _ in self._write(batch, writings, sampling, STEPS):
                 pass
             found |= {number: writing.finish() for number, writing in zip(numbers, writings, strict=True)}
         return [found[number] for number in range(len(prompts))]
@@ -113,7 +115,7 @@ class Generator:
         """Continues one prompt: yields pieces of the text as they are made, and at last the continuation."""
         self.check(prompt, sampling, "the prompt")
         writing, shown = Writing(self.vocabulary, prompt, sampling.stop), 0
-        for _ in self._write([prompt], [place], [writing], sampling, 1):
+        for _ in self._write([(prompt, place)] * self._num_rows(1), [writing], sampling, 1):
             if len(text := writing.settled()) > shown:
                 yield text[shown:]
                 shown = len(text)
@@ -141,29 +143,21 @@ class Generator:
             )
 
     def _write(
-        self,
-        prompts: Sequence[Sequence[int]],
-        places: Sequence[int],
-        writings: Sequence[Writing],
-        sampling: Sampling,
-        steps: int,
+        self, batch: Sequence[tuple[Sequence[int], int]], writings: Sequence[Writing], sampling: Sampling, steps: int
     ) -> Iterator[None]:
-        """Fills the writings of one batch; yields after the first token and then every so many steps."""
-        rows = self._num_rows(len(prompts))
-        which = [row if row < len(prompts) else 0 for row in range(rows)]  # the first prompt once more fills the batch
-        lengths = np.array([len(prompts[row]) for row in which], np.int32)
-        tokens = np.zeros((rows, _power_of_two(max(SHORTEST, int(lengths.max())))), np.int32)
-        for row, number in enumerate(which):
-            tokens[row, : lengths[row]] = prompts[number]
+        """Fills the writings of the first rows of a batch of prompts and places; yields after the first token of each
+        and then every so many steps."""
+        lengths = np.array([len(prompt) for prompt, _ in batch], np.int32)
+        tokens = np.zeros((len(batch), _power_of_two(max(SHORTEST, int(lengths.max())))), np.int32)
+        for row, (prompt, _) in enumerate(batch):
+            tokens[row, : len(prompt)] = prompt
         slots = _slots(max(tokens.shape[1], int(lengths.max()) + sampling.max_new_tokens))
-        choice, drawing = (
-            Choice(self.model, self._num_ids, self.vocabulary.eos_id, sampling.top_k),
-            Drawing.of(sampling),
-        )
-        given = self._to_devices((tokens, lengths, np.array([places[row] for row in which], np.uint32)))
+        drawing = Drawing.of(sampling)
+        choice = Choice(self.model, self._num_ids, self.vocabulary.eos_id, sampling.top_k)
         reads = choice._replace(model=_for_width(self.model, tokens.shape[1]))
+        given = self._to_devices((tokens, lengths, np.array([place for _, place in batch], np.uint32)))
         state, made, seconds = self._call(decoding.begin, *given, drawing, choice=reads, slots=slots)
-        self.speed.prompt_tokens += int(lengths[: len(prompts)].sum())
+        self.speed.prompt_tokens += int(lengths[: len(writings)].sum())
         self.speed.reading += seconds
         while True:
             for writing, new in zip(writings, made, strict=False):
@@ -172,10 +166,11 @@ class Generator:
             left = sampling.max_new_tokens - max(len(writing) for writing in writings)
             if not left or all(writing.ended for writing in writings):
                 return
-            stopped = self._to_devices(np.array([writings[row].ended is not None for row in which]))
-            count = np.int32(min(steps, left))
+            stopped = np.ones(len(batch), bool)  # what fills the batch needs no more than its first token
+            stopped[: len(writings)] = [writing.ended is not None for writing in writings]
+            stopped, count = self._to_devices(stopped), np.int32(min(steps, left))
             state, made, seconds = self._call(decoding.advance, state, stopped, count, drawing, choice=choice)
-            self.speed.new_tokens += int((made[: len(prompts)] != NOTHING).sum())
+            self.speed.new_tokens += int((made[: len(writings)] != NOTHING).sum())
             self.speed.making += seconds
 
     def _call(
@@ -196,7 +191,7 @@ class Generator:
         return state, made, time.perf_counter() - start
 
     def _num_rows(self, prompts: int) -> int:
-        """Rows of the batch for so many prompts."""
+        """Rows of the batches for so many prompts: a power of two for each shard, which suffices, or all allowed."""
         shards = mesh_lib.batch_shards(self.mesh)
         return min(self.batch_rows, shards * _power_of_two(-(-prompts // shards)))
 

@@ -68,7 +68,10 @@ def conditioned(
         )
     columns, vocabulary = table.read(np.arange(num_rows), ("tokens", "segment_ids")), table.vocabulary()
     segments = segments_of(columns["segment_ids"])
-    begins = np.flatnonzero(columns["tokens"][segments.row, segments.start] == vocabulary.bos_id).tolist()
+    begun = columns["tokens"][segments.row, segments.start] == vocabulary.bos_id
+    if vocabulary.bos_id == vocabulary.eos_id:
+        begun &= segments.length > 1  # the EOS of a document that the row before could not hold
+    begins = np.flatnonzero(begun).tolist()
     if metadata is None:
         texts = dict.fromkeys(begins, prefix or "")
     else:

@@ -1,10 +1,12 @@
 """What a model is: one frozen dataclass, and a named size with changes."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import gin
 
+from slm_jax.checkpoint import read_about
 from slm_jax.errors import UserError
 
 
@@ -222,7 +224,10 @@ SIZES: dict[str, ModelConfig] = {
 # pyright takes gin's decorator for one without arguments.
 @gin.configurable("model", allowlist=["size", *(f.name for f in dataclasses.fields(ModelConfig))])  # pyright: ignore[reportCallIssue]
 def model_config(size: str = "demo", **changes: Any) -> ModelConfig:
-    """A named size, with single fields changed: `model.size = 'tinyllama_1_1b'`, `model.num_layers = 2`."""
-    if size not in SIZES:
-        raise UserError(f"model size {size!r} is unknown: known are {', '.join(SIZES)}")
-    return dataclasses.replace(SIZES[size], **changes)
+    """A named size, or that of a model directory, with single fields changed: `model.size = 'tinyllama_1_1b'` or
+    `model.size = 'runs/tinyllama'`, `model.num_layers = 2`."""
+    if size in SIZES:
+        return dataclasses.replace(SIZES[size], **changes)
+    if not (Path(size) / "checkpoints").is_dir():
+        raise UserError(f"model size {size!r} is unknown: known are {', '.join(SIZES)}, and model directories")
+    return dataclasses.replace(ModelConfig.from_json(read_about(size)["model"]), **changes)

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import gin
 import jax
@@ -24,10 +25,14 @@ from slm_jax.metrics import progress
 from slm_jax.models import forward
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.score.from_file import LogProbs
+from slm_jax.score.other_vocabulary import OtherVocabulary
 from slm_jax.score.token_loss import batch_loss, token_loss_and_entropy
 from slm_jax.score.without_prefix import put_back, remove_prefix
 
 STATISTICS = ("loss", "entropy")
+Ranges = Sequence[tuple[int, int]]  # of rows
+Chunks = Generator[dict[str, np.ndarray], None, None]  # the statistics of each range of rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +95,13 @@ def fitting_vocabulary(path: str, vocabulary_hash: str, what: str) -> Vocabulary
     return vocabulary
 
 
-def check_fits(model: ModelConfig, vocabulary_hash: str, corpus: Corpus, what: str) -> None:
-    """Refuses a corpus of another vocabulary or with rows longer than the model's."""
+def check_fits(model: ModelConfig, vocabulary_hash: str, corpus: Corpus, what: str, or_else: str = "") -> None:
+    """Refuses a corpus of another vocabulary or with rows longer than the model's; `or_else`: one more remedy."""
     if vocabulary_hash != corpus.vocabulary_hash:
         raise UserError(
             f"{what} was trained with vocabulary {vocabulary_hash[:12]}, corpus {corpus.path} has "
             f"{corpus.vocabulary_hash[:12]}: prepare the corpus with the model's vocabulary (VocabularyConfig.path)"
+            f"{or_else}"
         )
     check_rows(model, corpus, what)
 
@@ -127,7 +133,7 @@ def score_batch(params: Params, model: ModelConfig, batch: Batch, statistics: Se
 @gin.configurable
 def score(
     corpus: str,
-    reference: str,
+    reference: str | None = None,
     name: str = "reference",
     step: int | None = None,
     statistics: Sequence[str] = ("loss",),
@@ -135,6 +141,9 @@ def score(
     batch_rows: int = 16,
     mesh: MeshConfig | None = None,
     without_prefix: bool = False,
+    other_vocabulary: bool = False,
+    from_file: str | None = None,
+    max_unaligned: float = 0.01,
 ) -> None:
     """Scores every token of a corpus with a frozen reference model and adds the result as a column.
 
@@ -143,7 +152,7 @@ def score(
 
     Args:
       corpus: corpus directory. Gains `scores/<name>/`.
-      reference: run directory of the reference.
+      reference: run directory of the reference; None for a column from_file.
       name: of the column.
       step: checkpoint of the reference; None is its last.
       statistics: `loss` (nats) and, on request, `entropy` of the reference's next-token distribution (nats).
@@ -152,27 +161,31 @@ def score(
       mesh: how devices share the work.
       without_prefix: for a reference trained on plain documents: it reads the documents of a corpus that carries
         metadata without them. The column says whether the prefix was seen or removed.
+      other_vocabulary: for a reference with another vocabulary than the corpus': it reads the same text in its own
+        tokens, and its losses are mapped onto the corpus' tokens through the bytes that both stand for. The column says
+        so.
+      from_file: JSON lines (.gz, .zst) or Parquet, or a glob of them, with the log-probs that an API or another engine
+        gave to the tokens of each document; slm_jax/score/from_file.py has their shapes. Checked token by token against
+        the corpus; what does not align has no loss. The column names the files and their hash.
+      max_unaligned: share of the tokens that may be without a loss there.
     """
+    if (reference is None) == (from_file is None):
+        raise UserError(
+            f"score takes reference, a run, or from_file, log-probs; it was given {reference!r} and {from_file!r}"
+        )
     unknown = sorted(set(statistics) - set(STATISTICS))
     if unknown or "loss" not in statistics:
         raise UserError(f"score.statistics {tuple(statistics)}: takes 'loss' and, beside it, 'entropy'")
     table = Corpus.open(corpus)
-    devices = mesh_lib.make_mesh(mesh)
-    mesh_lib.check_batch(devices, batch_rows, "score")
-    config_lib.print_unused()
-    model = load_model(reference, devices, step)
-    check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}")
     if without_prefix and table.metadata is None:
         raise UserError(f"score.without_prefix: corpus {corpus} carries no metadata to be removed: leave it out")
-    about = {
-        "run": reference,
-        "step": model.step,
-        "fingerprint": model.fingerprint,
-        "vocabulary_hash": model.vocabulary_hash,
-        "parameters": model.config.parameter_count(),
-    }
+    if reference is None:
+        assert from_file is not None
+        origin = _file(table, from_file, statistics, without_prefix, max_unaligned)
+    else:
+        origin = _model(table, reference, step, statistics, batch_rows, mesh, without_prefix, other_vocabulary)
     if table.metadata is not None:
-        about["prefix"] = "removed" if without_prefix else "seen"
+        origin.about["prefix"] = "removed" if without_prefix else "seen"
     check_column(name, dtype)
     where = Path(corpus) / "scores" / name
     with contextlib.ExitStack() as stack:
@@ -181,47 +194,133 @@ def score(
             stack.enter_context(processes.lock(where / "lock", busy))
 
         def open_column() -> ScoreColumn:
-            return table.create_score(name, tuple(statistics), dtype, reference=about)
+            return table.create_score(name, tuple(statistics), dtype, reference=origin.about)
 
         pending = processes.on_first(lambda: open_column().pending())
         if not pending:
             print(f"score: column {where} is complete already")
             return
         rows_left = sum(stop - start for start, stop in pending)
-        print(f"score: {rows_left} of {table.num_rows} rows of {corpus} by {reference} (step {model.step}) -> {where}")
-        stack.enter_context(jax.set_mesh(devices))
-        _score_rows(table, open_column(), pending, model, devices, batch_rows, without_prefix)
+        print(f"score: {rows_left} of {table.num_rows} rows of {corpus} {origin.said} -> {where}")
+        _write(open_column(), pending, stack.enter_context(contextlib.closing(origin.chunks(pending))))
     print(f"score: done, {where}")
 
 
-def _score_rows(
+class Origin(NamedTuple):
+    """Where a column comes from, as its manifest records it and in words; and what ranges of rows of it hold."""
+
+    about: dict[str, Any]
+    said: str
+    chunks: Callable[[Ranges], Chunks]
+
+
+def _write(column: ScoreColumn, pending: Ranges, chunks: Chunks) -> None:
+    with progress(sum(stop - start for start, stop in pending), 0, "score", "row") as bar:
+        for (start, stop), values in zip(pending, chunks, strict=True):
+            if processes.first():
+                column.write(start, values)
+            bar.update(stop - start)
+
+
+def _file(table: Corpus, files: str, statistics: Sequence[str], without_prefix: bool, max_unaligned: float) -> Origin:
+    """The first process alone reads."""
+    if tuple(statistics) != ("loss",):
+        raise UserError("score.from_file has losses alone: leave the entropy out")
+    config_lib.print_unused()
+    found: list[LogProbs] = []
+
+    def read() -> dict[str, Any]:
+        found.append(LogProbs(files, table, without_prefix, max_unaligned))
+        return found[0].about
+
+    about = processes.on_first(read)
+    return Origin(about, f"from {files}", lambda pending: found[0].chunks(pending) if found else _nothing(pending))
+
+
+def _nothing(pending: Ranges) -> Chunks:
+    for _ in pending:
+        yield {}
+
+
+def _model(
     table: Corpus,
-    column: ScoreColumn,
-    pending: Sequence[tuple[int, int]],
+    reference: str,
+    step: int | None,
+    statistics: Sequence[str],
+    batch_rows: int,
+    mesh: MeshConfig | None,
+    without_prefix: bool,
+    other_vocabulary: bool,
+) -> Origin:
+    devices = mesh_lib.make_mesh(mesh)
+    mesh_lib.check_batch(devices, batch_rows, "score")
+    config_lib.print_unused()
+    model = load_model(reference, devices, step)
+    about = {
+        "run": reference,
+        "step": model.step,
+        "fingerprint": model.fingerprint,
+        "vocabulary_hash": model.vocabulary_hash,
+        "parameters": model.config.parameter_count(),
+    }
+    mapped = None
+    if other_vocabulary and model.vocabulary_hash != table.vocabulary_hash:
+        if tuple(statistics) != ("loss",):
+            raise UserError("score.other_vocabulary maps losses: an entropy is of the reference's own tokens")
+        theirs = run_vocabulary(reference, model.vocabulary_hash)
+        mapped = OtherVocabulary(table.vocabulary(), theirs, model.config, table.row_length, without_prefix)
+        about["mapped"] = "from another vocabulary"
+    else:
+        or_else = ", or map its losses onto the corpus' tokens with score.other_vocabulary = True"
+        check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}", or_else)
+
+    def chunks(pending: Ranges) -> Chunks:
+        with jax.set_mesh(devices):
+            if mapped:
+                yield from mapped.chunks(table, pending, _batch_loss(model, devices, batch_rows), batch_rows)
+            else:
+                yield from _chunks(table, pending, model, statistics, devices, batch_rows, without_prefix)
+
+    return Origin(about, f"by {reference} (step {model.step})", chunks)
+
+
+def _batch_loss(model: TrainedModel, mesh: Mesh, batch_rows: int) -> Callable[[Batch], np.ndarray]:
+    """A batch that every process has whole -> its losses; all devices share it."""
+    compute = jax.jit(lambda params, batch: score_batch(params, model.config, batch, ("loss",))["loss"])
+    mine = mesh_lib.local_rows(mesh, batch_rows)
+
+    def loss(batch: Batch) -> np.ndarray:
+        here = jax.tree.map(lambda x: x[mine], batch)
+        return mesh_lib.to_host(compute(model.params, mesh_lib.to_devices(mesh, batch_rows, mine, here)))
+
+    return loss
+
+
+def _chunks(
+    table: Corpus,
+    pending: Ranges,
     model: TrainedModel,
+    statistics: Sequence[str],
     mesh: Mesh,
     batch_rows: int,
     removed: bool,
-) -> None:
-    """Chunk by chunk; all devices share a batch, and the first process writes a chunk whole."""
+) -> Chunks:
+    """All devices share a batch."""
 
     @jax.jit
     def compute(params: Params, batch: Batch, place: jax.Array | None) -> dict[str, jax.Array]:
-        scored = score_batch(params, model.config, batch, column.statistics)
+        scored = score_batch(params, model.config, batch, statistics)
         return scored if place is None else {name: put_back(value, place) for name, value in scored.items()}
 
     mine = mesh_lib.local_rows(mesh, batch_rows)
-    with progress(sum(stop - start for start, stop in pending), 0, "score", "row") as bar:
-        for start, stop in pending:
-            rows = np.arange(start, stop)
-            pieces = []
-            for first in range(0, len(rows), batch_rows):
-                piece = rows[first : first + batch_rows]
-                padded = np.pad(piece, (0, batch_rows - len(piece)), mode="edge")
-                batch = read_batch([table], np.zeros(len(mine), np.int64), padded[mine])
-                read = remove_prefix(batch) if removed else (batch, None)
-                scored = compute(model.params, *mesh_lib.to_devices(mesh, batch_rows, mine, read))
-                pieces.append({name: x[: len(piece)] for name, x in mesh_lib.to_host(scored).items()})
-            if processes.first():
-                column.write(start, {n: np.concatenate([piece[n] for piece in pieces]) for n in pieces[0]})
-            bar.update(stop - start)
+    for start, stop in pending:
+        rows = np.arange(start, stop)
+        pieces = []
+        for first in range(0, len(rows), batch_rows):
+            piece = rows[first : first + batch_rows]
+            padded = np.pad(piece, (0, batch_rows - len(piece)), mode="edge")
+            batch = read_batch([table], np.zeros(len(mine), np.int64), padded[mine])
+            read = remove_prefix(batch) if removed else (batch, None)
+            scored = compute(model.params, *mesh_lib.to_devices(mesh, batch_rows, mine, read))
+            pieces.append({name: x[: len(piece)] for name, x in mesh_lib.to_host(scored).items()})
+        yield {n: np.concatenate([piece[n] for piece in pieces]) for n in pieces[0]}

@@ -1,10 +1,14 @@
 """Which tokens train: scores, a share of the valid tokens, a scope. Pure functions; no gradient flows through a score.
 
-Rho-1 (arXiv 2404.07965) Eq 3-5: excess loss = own loss - reference loss; the top k % train.
+Rho-1 (arXiv 2404.07965) Eq 3-5: excess loss = own loss - reference loss; the top k % train. Appendix H: what two
+selections both keep, or either of them.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gin
 import jax
@@ -12,11 +16,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from slm_jax import mesh
+from slm_jax.config import as_list
 from slm_jax.errors import UserError
 
 SCORES = ("excess", "loss", "reference", "entropy", "random")
 SCOPES = ("batch", "micro_batch", "sequence", "device")
 GRADIENTS = ("exact", "filtered")
+COMBINE = {
+    "mean": lambda x: jnp.mean(x, axis=0),
+    "min": lambda x: jnp.min(x, axis=0),
+    "max": lambda x: jnp.max(x, axis=0),
+}
+KEEPS = {"intersection": jnp.logical_and, "union": jnp.logical_or}
 RATIO_UNIT = 10_000  # ratios are exact to this fraction, so that counts are integers on every machine
 
 
@@ -33,7 +44,9 @@ class Selection:
     scope: the tokens that compete: those of the global `batch` (the paper's reading), of a `micro_batch` over all
       devices, of a `sequence` (row), or of the rows on one `device`. With micro-batches, `batch` and `device` cost a
       first pass without gradient over all of them; `micro_batch` and `sequence` do not.
-    reference: name of the corpus' score column.
+    reference: name of the corpus' score column, or a list of names: several references.
+    combine: what several references say together, token by token: the `mean`, `min` or `max` of their losses (for
+      `entropy`, of their entropies). The lowest asks who of them knows it best, the highest whom it surprises most.
     gradient: `exact`, or `filtered`: the whole backward pass runs over the selected tokens only, with the keys and
       values of the others held constant (the idea of Collider, arXiv 2502.00340). Cheaper; not the same gradient.
     capacity: share of a device's positions that a filtered backward has room for; None is `ratio`, and a tenth more
@@ -44,12 +57,19 @@ class Selection:
     ratio: float = 0.6
     threshold: float | None = None
     scope: str = "batch"
-    reference: str = "reference"
+    reference: str | Sequence[str] = "reference"
+    combine: str = "mean"
     gradient: str = "exact"
     capacity: float | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("score", SCORES), ("scope", SCOPES), ("gradient", GRADIENTS)):
+        if not isinstance(self.reference, str):
+            names = as_list(self.reference, str, "Selection.reference")
+            if not names or len(set(names)) < len(names):
+                raise UserError(f"Selection.reference {names}: one name at least, and each of them once")
+            object.__setattr__(self, "reference", tuple(names))
+        choices = (("score", SCORES), ("scope", SCOPES), ("gradient", GRADIENTS), ("combine", COMBINE))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise UserError(f"Selection.{name} {getattr(self, name)!r} is unknown: known are {', '.join(known)}")
         if not 0 < self.ratio <= 1:
@@ -62,16 +82,92 @@ class Selection:
                 "of the positions it has room for"
             )
 
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Names of the score columns, be it one or several."""
+        return (self.reference,) if isinstance(self.reference, str) else tuple(self.reference)
+
+    @property
+    def parts(self) -> "tuple[Selection, ...]":
+        """Itself; see `Combined`."""
+        return (self,)
+
     def columns(self) -> tuple[str, ...]:
         """The score columns of the corpus that this selection reads."""
         statistic = {"excess": "loss", "reference": "loss", "entropy": "entropy"}.get(self.score)
-        return (f"scores/{self.reference}/{statistic}",) if statistic else ()
+        return tuple(f"scores/{name}/{statistic}" for name in self.references) if statistic else ()
 
 
-def row_capacity(selection: Selection, batch_shape: tuple[int, ...], micro_batches: int = 1) -> int:
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Combined:
+    """In the place of a Selection: what several of them choose of one batch (Rho-1, appendix H).
+
+    parts: the selections, each with its score and its ratio. What competes, and the gradient, is one for all: they have
+      the same scope, gradient and capacity.
+    keeps: the `intersection`, what all of them choose, or the `union`, what any of them does. How many tokens that are
+      follows from the scores: the lowest 70 % by loss and by entropy have 60 % of all in common in the paper. A token
+      that lacks a usable score for one of them is in neither.
+
+    Without a capacity, a filtered backward has room for the smallest part of an intersection, for all parts of a union
+    one after the other. Beyond it the lowest scores of the first part are dropped.
+    """
+
+    parts: Sequence[Selection]
+    keeps: str = "intersection"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(as_list(self.parts, Selection, "Combined.parts")))
+        if len(self.parts) < 2:
+            raise UserError(f"Combined.parts has {len(self.parts)} Selection: it takes two, or more")
+        if self.keeps not in KEEPS:
+            raise UserError(f"Combined.keeps {self.keeps!r} is unknown: known are {', '.join(KEEPS)}")
+        for name in ("scope", "gradient", "capacity"):
+            values = [getattr(part, name) for part in self.parts]
+            if len(set(values)) > 1:
+                raise UserError(
+                    f"Combined.parts differ in {name} ({', '.join(map(str, values))}): set Selection.{name} for all"
+                )
+
+    @property
+    def gradient(self) -> str:
+        return self.parts[0].gradient
+
+    @property
+    def ratio(self) -> float:
+        """The largest share that can come out."""
+        ratios = [part.ratio for part in self.parts]
+        return min(ratios) if self.keeps == "intersection" else min(1.0, sum(ratios))
+
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(column for part in self.parts for column in part.columns()))
+
+
+def selection_of(fields: Mapping[str, Any] | None) -> Selection | Combined | None:
+    """What a phase in a run.json selects by; None for all tokens."""
+    if fields is None:
+        return None
+    if "parts" in fields:
+        return Combined([Selection(**part) for part in fields["parts"]], fields["keeps"])
+    return Selection(**fields)
+
+
+def looks_ahead(selection: Selection | Combined) -> bool:
+    """Whether tokens of different micro-batches compete."""
+    return any(part.threshold is None and part.scope in ("batch", "device") for part in selection.parts)
+
+
+def row_capacity(selection: Selection | Combined, batch_shape: tuple[int, ...], micro_batches: int = 1) -> int:
     """Tokens that a filtered backward holds on each device in each micro-batch of a global batch of [B, L]."""
     shards = mesh.num_shards()
     rows, length = batch_shape[0] // (shards * micro_batches), batch_shape[1]
+    if isinstance(selection, Combined):
+        each = [row_capacity(part, batch_shape, micro_batches) for part in selection.parts]
+        return (
+            min(each)
+            if selection.keeps == "intersection" or selection.parts[0].capacity
+            else min(rows * length, sum(each))
+        )
     if selection.capacity:
         return math.ceil(selection.capacity * rows * length)
     sharing = {"batch": shards * micro_batches, "micro_batch": shards, "device": micro_batches, "sequence": 1}
@@ -85,14 +181,13 @@ def token_scores(
 ) -> Float[Array, "B L"]:
     """Score of each token in float32, high = train first. `columns` holds what `selection.columns()` names."""
     loss = jax.lax.stop_gradient(loss).astype(jnp.float32)
-    read = [columns[name].astype(jnp.float32) for name in selection.columns()]
-    if selection.score == "excess":
-        return loss - read[0]
     if selection.score == "loss":
         return loss
     if selection.score == "random":
         return jax.random.uniform(key, loss.shape)
-    return -read[0]
+    read = [columns[name].astype(jnp.float32) for name in selection.columns()]
+    reference = COMBINE[selection.combine](jnp.stack(read))
+    return loss - reference if selection.score == "excess" else -reference
 
 
 def kept_count(num_valid: Int[Array, "*G"], ratio: float | Float[Array, ""]) -> Int[Array, "*G"]:
@@ -166,8 +261,37 @@ def select(
     return select_share(scores, valid, selection.ratio if ratio is None else ratio, selection.scope)
 
 
+class Choice(NamedTuple):
+    """What a selection makes of a batch: all [B, L].
+
+    chosen: the tokens that train. usable: the valid ones with a finite score, from which it chose. scores: by which to
+    drop some of the chosen, high ones stay.
+    """
+
+    chosen: Bool[Array, "B L"]
+    usable: Bool[Array, "B L"]
+    scores: Float[Array, "B L"]
+
+
+def choose(
+    selection: Selection | Combined,
+    loss: Float[Array, "B L"],
+    columns: dict[str, Float[Array, "B L"]],
+    valid: Bool[Array, "B L"],
+    key: jax.Array,
+    ratio: Float[Array, ""] | None = None,
+) -> Choice:
+    """Scores and selects, for one selection or several; `ratio` stands in for that of a single one."""
+    keys = [key] if len(selection.parts) == 1 else jax.random.split(key, len(selection.parts))
+    scores = [token_scores(part, loss, columns, k) for part, k in zip(selection.parts, keys, strict=True)]
+    usable = functools.reduce(jnp.logical_and, map(jnp.isfinite, scores), valid)
+    sets = [select(part, x, usable, ratio) for part, x in zip(selection.parts, scores, strict=True)]
+    together = KEEPS[selection.keeps] if isinstance(selection, Combined) else jnp.logical_and
+    return Choice(functools.reduce(together, sets), usable, scores[0])
+
+
 def within_capacity(
-    selection: Selection, scores: Float[Array, "B L"], chosen: Bool[Array, "B L"], micro_batches: int = 1
+    selection: Selection | Combined, scores: Float[Array, "B L"], chosen: Bool[Array, "B L"], micro_batches: int = 1
 ) -> Bool[Array, "B L"]:
     """The chosen tokens that a filtered backward has room for on each device in each micro-batch (rows m, m + parts,
     ...): of more than `row_capacity` the highest-scored."""

@@ -132,6 +132,8 @@ def branched_from(run_dir: str, step: int, model: ModelConfig, plan: Plan, seed:
     if not path.exists():
         raise UserError(f"{run_dir} has no run.json, so it is not known what it read: take train.inherit = 'params'")
     old = json.loads(path.read_text())
+    if "phases" not in old["settings"]:
+        raise UserError(f"{run_dir} was imported and has parameters only: take train.inherit = 'params'")
     remedy = "give this one the same up to there, or take train.inherit = 'params'"
     refuse_another(old["identity"], config_lib.to_json(identity(model, plan, seed)), run_dir, remedy)
     refuse_other_rows(old["settings"]["phases"], config_lib.to_json(plan.phases), step, run_dir, remedy)

@@ -216,7 +216,7 @@ def _run(
             if pending:
                 record.add(*pending)
                 bar.set_postfix(loss=record.last_row["loss"], refresh=False)
-            pending = (step + 1, phase, plan.phases[phase].selection is not None, sums)
+            pending = (step + 1, phase, plan.phases[phase].selection, sums)
             due, stop = pauses(step + 1), terminated(step + 1)
             if due or stop:
                 record.add(*pending)

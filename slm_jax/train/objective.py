@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from slm_jax.data.batches import Batch
-from slm_jax.score.selection import Selection, select, token_scores, within_capacity
+from slm_jax.score.selection import Combined, Selection, choose, within_capacity
 from slm_jax.score.token_loss import predicted
 
 Sums = dict[str, jax.Array]
@@ -17,7 +17,7 @@ def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
 
 
 def trained_tokens(
-    selection: Selection | None,
+    selection: Selection | Combined | None,
     loss: Float[Array, "B L"],
     batch: Batch,
     key: jax.Array,
@@ -33,9 +33,7 @@ def trained_tokens(
     valid = valid_tokens(batch)
     if selection is None:
         return valid, _sums(loss, valid, valid, batch.source_ids)
-    scores = token_scores(selection, loss, batch.scores, key)
-    usable = valid & jnp.isfinite(scores)
-    chosen = select(selection, scores, usable, ratio)
+    chosen, usable, scores = choose(selection, loss, batch.scores, valid, key, ratio)
     trained = within_capacity(selection, scores, chosen, micro_batches) if selection.gradient == "filtered" else chosen
     sums = _sums(loss, valid, trained, batch.source_ids)
     sums |= {"unusable_scores": _count(valid & ~usable), "dropped_tokens": _count(chosen & ~trained)}

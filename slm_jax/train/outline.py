@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from slm_jax.data.mixture import Draw
+from slm_jax.score.selection import Combined, Selection
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
 
@@ -37,11 +38,12 @@ def table(plan: Plan) -> str:
 
 def _objective(phase: Phase) -> str:
     parts = ["all tokens"]
-    if chosen := phase.selection:
-        ratio = _keep_ratio(phase)
-        amount = f"{ratio[0]:.0%}" if ratio[0] == ratio[-1] else f"{ratio[0]:.0%} > {ratio[-1]:.0%}"
-        amount = f"above {chosen.threshold:g}" if chosen.threshold is not None else amount
-        parts = [f"{amount} by {chosen.score}, per {chosen.scope}"]
+    if isinstance(phase.selection, Combined):
+        each = [_choice(part, np.array([part.ratio])) for part in phase.selection.parts]
+        together = {"intersection": " and ", "union": " or "}[phase.selection.keeps].join(each)
+        parts = [f"{together}, per {phase.selection.parts[0].scope}"]
+    elif phase.selection:
+        parts = [f"{_choice(phase.selection, _keep_ratio(phase))}, per {phase.selection.scope}"]
     if phase.reset_optimizer:
         parts.append("moments forgotten")
     if phase.toward_start:
@@ -49,11 +51,18 @@ def _objective(phase: Phase) -> str:
     return ", ".join(parts)
 
 
+def _choice(selection: Selection, ratio: np.ndarray) -> str:
+    amount = f"{ratio[0]:.0%}" if ratio[0] == ratio[-1] else f"{ratio[0]:.0%} > {ratio[-1]:.0%}"
+    amount = f"above {selection.threshold:g}" if selection.threshold is not None else amount
+    several = f" ({selection.combine} of {', '.join(selection.references)})" if len(selection.columns()) > 1 else ""
+    return f"{amount} by {selection.score}{several}"
+
+
 def _keep_ratio(phase: Phase) -> np.ndarray:
-    """Share of the valid tokens that trains at each step of the phase; NaN for a threshold."""
+    """Share of the valid tokens that trains at each step of the phase; NaN where only the scores tell."""
     if phase.selection is None:
         return np.ones(phase.num_steps)
-    if phase.selection.threshold is not None:
+    if isinstance(phase.selection, Combined) or phase.selection.threshold is not None:
         return np.full(phase.num_steps, np.nan)
     if phase.keep_ratio is None:
         return np.full(phase.num_steps, phase.selection.ratio)

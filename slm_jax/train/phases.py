@@ -12,7 +12,7 @@ import optax
 from slm_jax.config import as_list, at_least
 from slm_jax.data.mixture import Draw
 from slm_jax.errors import UserError
-from slm_jax.score.selection import Selection
+from slm_jax.score.selection import Combined, Selection
 from slm_jax.train.schedules import Schedule, cosine_schedule, in_turn, over
 
 
@@ -22,7 +22,7 @@ class Phase:
     """Steps of `batch_rows` rows drawn from `mixture` (default: one Draw).
 
     steps, tokens: how long, one of the two; tokens counts all positions of the rows and is rounded up to whole steps.
-    selection: None trains on every token (causal), else on the selected ones.
+    selection: None trains on every token (causal), else on those that a Selection, or several Combined, choose.
     keep_ratio: a schedule over the phase in place of Selection.ratio.
     schedule: of the learning rate, from this phase on until a later one brings its own; None goes on with the last.
     reset_optimizer: forget the moments when the phase begins.
@@ -34,7 +34,7 @@ class Phase:
     tokens: float | None = None
     mixture: Sequence[Draw] = ()
     batch_rows: int = 16
-    selection: Selection | None = None
+    selection: Selection | Combined | None = None
     keep_ratio: Schedule | None = None
     schedule: Schedule | None = None
     reset_optimizer: bool = False
@@ -52,8 +52,10 @@ class Phase:
             raise UserError(f"Phase.toward_start is {self.toward_start}: it is 0 or above")
         for name in ("keep_ratio", "schedule"):
             check_schedule(getattr(self, name), f"Phase.{name}")
-        if self.keep_ratio and (self.selection is None or self.selection.threshold is not None):
-            raise UserError("Phase.keep_ratio is the share that a Selection keeps: give it one without threshold")
+        if not isinstance(self.selection, Selection | Combined | None):
+            raise UserError(f"Phase.selection takes @Selection() with brackets; it was given {self.selection!r}")
+        if self.keep_ratio and (not isinstance(self.selection, Selection) or self.selection.threshold is not None):
+            raise UserError("Phase.keep_ratio is the share that one Selection keeps: give it one without threshold")
         draws = as_list(self.mixture, Draw, "Phase.mixture") or [Draw()]  # pyright: ignore[reportCallIssue] (gin's)
         object.__setattr__(self, "mixture", tuple(draws))
         if len({(draw.corpus, draw.replay) for draw in draws}) < len(draws):
@@ -63,7 +65,7 @@ class Phase:
         """With its length in steps, and as `selection.ratio` the highest that keep_ratio asks for."""
         steps = self.steps or math.ceil(self.tokens / (self.batch_rows * row_length))  # pyright: ignore[reportOptionalOperand]
         phase = dataclasses.replace(self, steps=steps, tokens=None)
-        if not (phase.keep_ratio and phase.selection):
+        if not (phase.keep_ratio and isinstance(phase.selection, Selection)):
             return phase
         ratios = phase.ratios()
         if not (ratios.min() > 0 and ratios.max() <= 1):

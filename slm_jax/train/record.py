@@ -7,6 +7,7 @@ import numpy as np
 
 from slm_jax.errors import UserError
 from slm_jax.metrics import MetricsWriter, mean
+from slm_jax.score.selection import Combined, Selection
 
 
 class Record:
@@ -41,8 +42,9 @@ class Record:
         """Time runs from here: what happened since the last step (evaluation, a checkpoint) is not training."""
         self._last_time = time.perf_counter()
 
-    def add(self, step: int, phase: int, selects: bool, sums: dict[str, Any]) -> None:
+    def add(self, step: int, phase: int, selection: Selection | Combined | None, sums: dict[str, Any]) -> None:
         """Takes the sums of the step that made `step` finished steps; waits for the device until they are there.
+        `phase` is its number, `selection` what it trains on.
 
         Raises:
           FloatingPointError: the loss or the gradient is not finite; names the step and the sources.
@@ -56,14 +58,16 @@ class Record:
         self._counters["tokens_seen"] += float(sums["valid_tokens"])
         self._counters["tokens_trained"] += float(sums["trained_tokens"])
         self._counters["seconds"] += seconds
-        self.last_row = self._row(phase, selects, sums, seconds)
+        self.last_row = self._row(phase, selection, sums, seconds)
         if step % self.log_every == 0:
             self.writer.write(step, self.last_row)
 
-    def _row(self, phase: int, selects: bool, sums: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _row(
+        self, phase: int, selection: Selection | Combined | None, sums: dict[str, Any], seconds: float
+    ) -> dict[str, Any]:
         valid, trained = sums["valid_tokens"], sums["trained_tokens"]
         row = {"phase": phase, "loss": mean(sums["loss_sum"], valid)}
-        if selects:
+        if selection:
             row |= {
                 "selected_loss": mean(sums["trained_loss_sum"], trained),
                 "unselected_loss": mean(sums["untrained_loss_sum"], valid - trained),
@@ -79,11 +83,14 @@ class Record:
         }
         row["tokens_per_second"] = float(sums["positions"]) / seconds
         if self.peak_flops:
-            row["mfu"] = float(sums["positions"]) * self.flops_per_token / seconds / self.peak_flops
+            # A filtered backward, two thirds of a token's operations, is over the trained tokens only.
+            backward = float(trained if selection and selection.gradient == "filtered" else sums["positions"])
+            whole_tokens = (float(sums["positions"]) + 2 * backward) / 3
+            row["mfu"] = whole_tokens * self.flops_per_token / seconds / self.peak_flops
         if len(self.source_names) > 1:
             for i, name in enumerate(self.source_names):
                 row[f"loss/{name}"] = mean(sums["source_loss"][i], sums["source_valid"][i])
-                if selects:
+                if selection:
                     row[f"selected_share/{name}"] = mean(sums["source_trained"][i], sums["source_valid"][i])
         return row
 

@@ -54,7 +54,7 @@ def first_state(start: Start, shape: Shape, plan: Plan, allow_equal_reference: b
         return _inherited(start.initial, start.step, start.seed, shape, plan)
     state = _state_at_0(start, shape, plan)
     if not allow_equal_reference:
-        _refuse_equal_reference(state.params, plan)
+        refuse_equal_reference(state.params, plan)
     return state, {}
 
 
@@ -112,16 +112,22 @@ def _inherited(run: str, at: int | None, seed: int, shape: Shape, plan: Plan) ->
     return state, about["counters"]
 
 
-def _refuse_equal_reference(params: Params, plan: Plan) -> None:
-    """Excess loss against oneself is 0 everywhere: the ranking would be an accident."""
+def refuse_equal_reference(params: Params, plan: Plan) -> None:
+    """Excess loss against oneself is 0 everywhere: the ranking would be an accident.
+
+    Raises:
+      UserError: the references of a selection by excess loss all are the model with these parameters.
+    """
     fingerprint = params_fingerprint(params)
     for phase in plan.phases:
-        if phase.selection is None or phase.selection.score != "excess":
-            continue
-        for draw in phase.mixture:
-            reference = plan.corpora[draw.corpus].score(phase.selection.reference).reference
-            if reference.get("fingerprint") == fingerprint:
-                raise UserError(
-                    f"column {phase.selection.reference} of {draw.corpus} was scored by the very model this run starts "
-                    "from, so every excess loss is 0: train a reference, or set train.allow_equal_reference = True"
-                )
+        for part in phase.selection.parts if phase.selection else ():
+            if part.score != "excess":
+                continue
+            for draw in phase.mixture:
+                columns = [plan.corpora[draw.corpus].score(name) for name in part.references]
+                if all(column.reference.get("fingerprint") == fingerprint for column in columns):
+                    raise UserError(
+                        f"column {', '.join(part.references)} of {draw.corpus} was scored by the very model this run "
+                        "starts from, so every excess loss is 0: train a reference, or set "
+                        "train.allow_equal_reference = True"
+                    )

@@ -13,7 +13,7 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import Batch
 from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
-from slm_jax.score.selection import Selection, row_capacity
+from slm_jax.score.selection import Combined, Selection, looks_ahead, row_capacity
 from slm_jax.score.token_loss import batch_loss
 from slm_jax.train import gradients
 from slm_jax.train.objective import Sums, trained_tokens
@@ -24,7 +24,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
 
 def make_step(
     model: ModelConfig,
-    selection: Selection | None,
+    selection: Selection | Combined | None,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     seed: int,
@@ -44,7 +44,7 @@ def make_step(
     and micro-batches, means never do. Where tokens compete across micro-batches, a first pass without gradient gives
     all losses (one forward more, without dropout), and the second takes gradients of what was chosen.
     """
-    looks_ahead = selection is not None and selection.threshold is None and selection.scope in ("batch", "device")
+    two_passes = selection is not None and looks_ahead(selection)
 
     def gradients_of(params: Params, batch: Batch, key: jax.Array, ratio: jax.Array | None) -> tuple[Params, Sums]:
         gradient = _gradient(model, selection, batch.tokens.shape, micro_batches)
@@ -56,7 +56,7 @@ def make_step(
         if micro_batches == 1:
             return of_part(batch, key)
         parts, keys = _split_rows(batch, micro_batches), jax.random.split(key, micro_batches)
-        if not looks_ahead:
+        if not two_passes:
             return _accumulate(of_part, params, (parts, keys))
         losses = _join_rows(jax.lax.map(lambda part: batch_loss(params, model, part), parts))
         trained, sums = trained_tokens(selection, losses, batch, key, micro_batches, ratio)
@@ -87,7 +87,7 @@ def make_step(
 
 
 def _gradient(
-    model: ModelConfig, selection: Selection | None, batch_shape: tuple[int, ...], micro_batches: int
+    model: ModelConfig, selection: Selection | Combined | None, batch_shape: tuple[int, ...], micro_batches: int
 ) -> Callable[..., tuple[Params, Sums]]:
     if selection is None:
         return functools.partial(gradients.causal, model=model)

@@ -1,0 +1,225 @@
+"""Documents, losses and predictions as the page of the inspector: compact arrays, and a script that draws them."""
+
+import base64
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute
+from jaxtyping import Bool, Float, Int
+
+from slm_jax.analyze.page import render, script_json
+from slm_jax.data.corpus import Corpus
+from slm_jax.data.token_text import TokenText
+from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.evaluate.predictions import Predictions
+from slm_jax.score.selection import Selection
+from slm_jax.score.token_loss import predicted
+
+SCRIPTS = tuple(f"inspector_{part}.js.html.j2" for part in ("data", "text", "panel", "controls"))
+
+
+class Column(NamedTuple):
+    """What a model makes of the rows at one step. `origin` says in words where it comes from."""
+
+    step: int
+    origin: str
+    loss: Float[np.ndarray, "N L"]  # nats; NaN where a token has none
+    predictions: Predictions | None = None
+    selected: Bool[np.ndarray, "N L"] | None = None
+
+
+class Model(NamedTuple):
+    name: str
+    columns: Sequence[Column]  # in the order of their steps
+
+
+class Rows(NamedTuple):
+    """Rows of a corpus and what stands in them."""
+
+    corpus: str
+    numbers: Int[np.ndarray, " N"]
+    tokens: Int[np.ndarray, "N L"]
+    segment_ids: Int[np.ndarray, "N L"]
+    loss_mask: Bool[np.ndarray, "N L"]
+    source_ids: Int[np.ndarray, "N L"]
+    source_names: Sequence[str]
+    documents: dict[tuple[int, int], dict[str, Any]]  # (row, place of the first token) -> id, source, url
+    vocabulary: Vocabulary
+    reference: Float[np.ndarray, "N L"] | None
+    selection: str  # in words; "" for none
+
+    @classmethod
+    def of(
+        cls,
+        table: Corpus,
+        name: str,
+        numbers: np.ndarray,
+        block: dict[str, np.ndarray],
+        reference: np.ndarray | None,
+        selection: Selection | None,
+    ) -> "Rows":
+        """Rows that were read from a corpus, which the page calls `name`."""
+        documents = table.documents()
+        row = pyarrow.compute.field("row")
+        here = documents.filter((row >= int(numbers[0])) & (row <= int(numbers[-1])))
+        return cls(
+            corpus=name,
+            numbers=numbers,
+            tokens=block["tokens"].astype(np.int64),
+            segment_ids=block["segment_ids"].astype(np.int64),
+            loss_mask=block["loss_mask"],
+            source_ids=block["source_ids"].astype(np.int64),
+            source_names=table.source_names,
+            documents={(about["row"], about["start"]): about for about in here.to_pylist()},
+            vocabulary=table.vocabulary(),
+            reference=reference,
+            selection=_in_words(selection) if selection else "",
+        )
+
+
+def _in_words(selection: Selection) -> str:
+    amount = f"{selection.ratio:.4g}" if selection.threshold is None else f"above {selection.threshold:g}"
+    what = f"Selection: score {selection.score}, ratio {amount}, scope {selection.scope}."
+    scope = (
+        " The rows of this page are the batch: in training, others stood in it." if selection.scope == "batch" else ""
+    )
+    return what + scope
+
+
+def inspector_page(rows: Rows, models: Sequence[Model]) -> str:
+    """The page as HTML that needs nothing else."""
+    data = page_data(rows, models)
+    return render("inspector.html.j2", SCRIPTS, title=f"Tokens of {rows.corpus}", data=script_json(data))
+
+
+def page_data(rows: Rows, models: Sequence[Model]) -> dict[str, Any]:
+    """What the page's script reads: JSON, with one array over all shown tokens for each number."""
+    documents, places, spans = _documents(rows)
+    flat = lambda values: values.reshape(-1, *values.shape[2:])[places]  # noqa: E731
+    ids = flat(rows.tokens)
+    counts = flat(rows.loss_mask & np.asarray(predicted(rows.segment_ids.astype(np.int32))))
+    pieces = _Pieces(rows.vocabulary)
+    reference = None if rows.reference is None else flat(rows.reference)
+    losses = [flat(column.loss) for model in models for column in model.columns]
+    return {
+        "corpus": rows.corpus,
+        "rows": [int(rows.numbers[0]), int(rows.numbers[-1])],
+        "sources": list(rows.source_names),
+        "selection": rows.selection,
+        "documents": documents,
+        "tokens": {
+            "id": _packed(ids.astype(np.uint32)),
+            "piece": _packed(pieces.numbers(ids)),
+            "begin": _packed(spans[:, 0].astype(np.uint32)),
+            "end": _packed(spans[:, 1].astype(np.uint32)),
+            "source": _packed(flat(rows.source_ids).astype(np.uint8)),
+            "counts": _packed(counts.astype(np.uint8)),
+        },
+        "reference": None if reference is None else _packed(reference),
+        "scale": _scale(losses, reference),
+        "models": [
+            {"name": model.name, "columns": [_column(column, flat, pieces) for column in model.columns]}
+            for model in models
+        ],
+        "pieces": pieces.texts,  # last: every id above has its number by now
+    }
+
+
+def _documents(rows: Rows) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    """The documents (or the parts of them that stand in these rows), the places of their tokens in the flattened rows,
+    and the begin and end of each token in its document's text, in the UTF-16 units that scripts count in."""
+    found: list[dict[str, Any]] = []
+    places: list[np.ndarray] = []
+    spans: list[np.ndarray] = []
+    first, reader = 0, TokenText(rows.vocabulary)
+    for row, start, stop in _segments(rows.segment_ids):
+        ids = rows.tokens[row, start:stop].tolist()
+        text, characters = reader.spans(ids)
+        units = np.cumsum([0, *(2 if ord(character) > 0xFFFF else 1 for character in text)])
+        about = rows.documents.get((int(rows.numbers[row]), start))
+        found.append(
+            {
+                "id": about["id"] if about else "",
+                "url": (about["url"] or "") if about else "",
+                "row": int(rows.numbers[row]),
+                "source": int(rows.source_ids[row, start]),
+                "first": first,
+                "last": first + stop - start,
+                "text": text,
+            }
+        )
+        first += stop - start
+        places.append(row * rows.tokens.shape[1] + np.arange(start, stop))
+        spans.append(units[characters])
+    return found, np.concatenate(places or [np.zeros(0, np.int64)]), np.concatenate(spans or [np.zeros((0, 2), int)])
+
+
+def _segments(segment_ids: Int[np.ndarray, "N L"]) -> Iterator[tuple[int, int, int]]:
+    """(row, start, stop) of every segment; padding is none."""
+    for row, ids in enumerate(segment_ids):
+        edges = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
+        for start, stop in itertools.pairwise(edges):
+            if ids[start] > 0:
+                yield row, start, stop
+
+
+def _column(column: Column, flat: Any, pieces: "_Pieces") -> dict[str, Any]:
+    top = None
+    if column.predictions is not None and column.predictions.tokens.shape[-1]:
+        probabilities = flat(column.predictions.probabilities)
+        top = {
+            "number": probabilities.shape[-1],
+            "piece": _packed(pieces.numbers(flat(column.predictions.tokens)).reshape(-1)),
+            "probability": _packed(np.round(probabilities * 0xFFFF).astype(np.uint16).reshape(-1)),
+        }
+    return {
+        "step": column.step,
+        "origin": column.origin,
+        "loss": _packed(flat(column.loss).astype(np.float32)),
+        "selected": None if column.selected is None else _packed(flat(column.selected).astype(np.uint8)),
+        "top": top,
+    }
+
+
+class _Pieces:
+    """Numbers the ids that occur, so that only their pieces go into the page."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.texts: list[str] = []
+        self._vocabulary = vocabulary
+        self._known: dict[int, int] = {}
+
+    def numbers(self, ids: np.ndarray) -> np.ndarray:
+        unique, places = np.unique(ids, return_inverse=True)
+        numbers = np.array([self._number(token) for token in unique.tolist()], np.uint32)
+        small = np.uint16 if len(self.texts) <= 1 << 16 else np.uint32
+        return numbers.astype(small)[places.reshape(ids.shape)]
+
+    def _number(self, token: int) -> int:
+        if token not in self._known:
+            self._known[token] = len(self.texts)
+            # A model may embed more ids than its vocabulary has.
+            self.texts.append(self._vocabulary.piece(token) if token < self._vocabulary.size else f"<{token}>")
+        return self._known[token]
+
+
+def _packed(values: np.ndarray) -> dict[str, str]:
+    """The name of a JavaScript typed array, without its 'Array', and its bytes in base64."""
+    kind = {"f": "Float", "u": "Uint"}[values.dtype.kind] + str(8 * values.dtype.itemsize)
+    little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
+    return {"type": kind, "data": base64.b64encode(little.tobytes()).decode("ascii")}
+
+
+def _scale(losses: Sequence[np.ndarray], reference: np.ndarray | None) -> dict[str, float]:
+    """Where the shades end, one for all checkpoints: 98 % of the values lie within."""
+    everything = np.concatenate([*losses, *([] if reference is None else [reference])])
+    excess = np.concatenate([loss - reference for loss in losses]) if reference is not None else np.zeros(0)
+    return {"loss": _end(everything), "excess": _end(np.abs(excess))}
+
+
+def _end(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return max(0.5, math.ceil(2 * float(np.quantile(values, 0.98))) / 2) if len(values) else 1.0

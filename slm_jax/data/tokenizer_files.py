@@ -1,0 +1,126 @@
+"""What transformers reads beside a model, made of any vocabulary: tokenizer.json and tokenizer_config.json."""
+
+import json
+from typing import Any
+
+from slm_jax.data.huggingface_vocabulary import BYTE_CHARACTERS, TOKENIZER_FILE
+from slm_jax.data.vocabularies import SPACE, ByteVocabulary, SentencePieceVocabulary, Vocabulary
+
+
+def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
+    """Name -> content. With `vocabulary.files()` among them, so that an import knows the same vocabulary again.
+
+    Read by transformers they give the ids of `vocabulary.encode`, with BOS before them if they are asked for it. One
+    text differs: SentencePiece there takes U+2581 for a space.
+    """
+    files = vocabulary.files()
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        tokenizer = _of_sentencepiece(vocabulary)
+    elif isinstance(vocabulary, ByteVocabulary):
+        tokenizer = _of_bytes(vocabulary)
+    else:
+        return files
+    names = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id, "pad_token": vocabulary.pad_id}
+    if vocabulary.unk_id is not None:
+        names["unk_token"] = vocabulary.unk_id
+    config: dict[str, Any] = {name: vocabulary.piece(token) for name, token in names.items()}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+    return {TOKENIZER_FILE: _json(tokenizer), "tokenizer_config.json": _json(config), **files}
+
+
+def _of_sentencepiece(vocabulary: SentencePieceVocabulary) -> dict[str, Any]:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.model)  # pyright: ignore[reportAttributeAccessIssue]
+    kinds = model.SentencePiece
+    ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    normal = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}
+    prefixed = model.normalizer_spec.add_dummy_prefix
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    before = [{"type": "Prepend", "prepend": SPACE}] if prefixed else []
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefixed:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    added = [
+        _added(number, piece.piece, piece.type != kinds.USER_DEFINED)
+        for number, piece in enumerate(model.pieces)
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN, kinds.USER_DEFINED)
+    ]
+    return _tokenizer(
+        added,
+        vocabulary.bos_id,
+        normalizer={"type": "Sequence", "normalizers": [*before, replace]},
+        decoder={"type": "Sequence", "decoders": decoders},
+        model={
+            "vocab": ids,
+            "merges": _merges(normal, ids),
+            "unk_token": vocabulary.piece(vocabulary.unk_id or 0),
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+    )
+
+
+def _merges(normal: dict[str, float], ids: dict[str, int]) -> list[list[str]]:
+    """Every way to make a piece of two; SentencePiece joins the pair whose piece has the highest score."""
+    pairs = [
+        (score, ids[piece[:cut]], ids[piece[cut:]], [piece[:cut], piece[cut:]])
+        for piece, score in normal.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    return [pair for *_, pair in sorted(pairs, key=lambda item: (-item[0], item[1], item[2]))]
+
+
+def _of_bytes(vocabulary: ByteVocabulary) -> dict[str, Any]:
+    first = vocabulary.size - 256
+    control = [vocabulary.piece(token) for token in range(first)]
+    ids = {piece: token for token, piece in enumerate(control)}
+    ids |= {character: first + byte for character, byte in BYTE_CHARACTERS.items()}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return _tokenizer(
+        [_added(token, piece, True) for token, piece in enumerate(control)],
+        vocabulary.bos_id,
+        pre_tokenizer=level,
+        decoder=level,
+        model={"vocab": ids, "merges": []},
+    )
+
+
+def _added(token: int, content: str, special: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token, "content": content, **flags, "special": special}
+
+
+def _tokenizer(added: list[dict[str, Any]], bos_id: int, *, model: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    bos = next(token["content"] for token in added if token["id"] == bos_id)
+    one = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    two = [
+        *one,
+        *({name: value | {"id": value["id"].replace("A", "B")} for name, value in part.items()} for part in one),
+    ]
+    bos_first = {
+        "type": "TemplateProcessing",
+        "single": one,
+        "pair": two,
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer"))
+    shape = {"type": "BPE", "dropout": None, "ignore_merges": False, "fuse_unk": False, "byte_fallback": False}
+    return {
+        "version": "1.0",
+        **empty,
+        "added_tokens": added,
+        "post_processor": bos_first,
+        **parts,
+        "model": shape | model,
+    }
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode("utf-8")

@@ -1,0 +1,228 @@
+"""Stage `solve`: a model answers questions of mathematics, few-shot by chain of thought or with programs."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+
+from slm_jax import config as config_lib
+from slm_jax import mesh as mesh_lib
+from slm_jax import processes
+from slm_jax.data import readers
+from slm_jax.errors import UserError
+from slm_jax.evaluate.generation import Generator
+from slm_jax.evaluate.lines import Lines
+from slm_jax.evaluate.math import prompts as prompts_lib
+from slm_jax.evaluate.math.chain_of_thought import Attempt, Judge, ask, judged
+from slm_jax.evaluate.math.equality import Grader
+from slm_jax.evaluate.math.examples import Example
+from slm_jax.evaluate.math.prompts import Prompt
+from slm_jax.evaluate.math.questions import SETS, Question, find_file, read_questions
+from slm_jax.evaluate.math.results import Row, summarise
+from slm_jax.evaluate.math.sandbox import Ran, Sandbox
+from slm_jax.evaluate.math.tool_use import STOP as TOOL_STOP
+from slm_jax.evaluate.math.tool_use import attempts_with_tools, tool_prompt
+from slm_jax.evaluate.sampling import Sampling
+from slm_jax.mesh import MeshConfig
+from slm_jax.metrics import progress
+from slm_jax.score.reference import load_model, run_vocabulary
+
+BATCHES = 4  # of the generator, in what is asked together: it sorts prompts by length
+FIRST_IDS = 16  # recorded of the first prompt: whether BOS stands there decides what is answered
+GRADERS = ("sympy", "latex2sympy2_extended")  # packages
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asking:
+    """How questions become attempts: what all sets share."""
+
+    generator: Generator
+    sampling: Sampling
+    shots: int | None
+    examples: Mapping[str, str]
+    samples: int
+    rounds: int | None  # None without tools
+    sandbox: Sandbox
+
+    def room(self) -> int:
+        """Tokens of the longest prompt, BOS included."""
+        return self.generator.model.max_length - self.sampling.max_new_tokens
+
+    def fits(self, text: str) -> bool:
+        return len(self.generator.encode(text)) <= self.room()
+
+    def examples_of(self, name: str) -> tuple[Example, ...]:
+        """What is shown before a question of the set."""
+        if self.rounds is not None:
+            return ()
+        path = self.examples.get(name)
+        known = prompts_lib.STYLES[SETS[name].style].examples
+        return (prompts_lib.read_examples(path) if path else known)[: self.shots]
+
+    def prompts(self, name: str, examples: Sequence[Example]) -> Callable[[Question], Prompt | None]:
+        """What makes a prompt of a question of the set."""
+        if self.rounds is not None:
+            return lambda question: prompt if self.fits((prompt := tool_prompt(question.text)).text) else None
+        style = prompts_lib.STYLES[SETS[name].style]
+        return lambda question: prompts_lib.fitting(
+            style, examples, question.text, lambda text: len(self.generator.encode(text)), self.room()
+        )
+
+    def attempts(self, texts: Sequence[str], seed: int) -> list[Attempt]:
+        sampling = dataclasses.replace(self.sampling, seed=seed)
+        if self.rounds is not None:
+            complete = self.generator.complete
+            return attempts_with_tools(complete, sampling, texts, self._run_all, self.rounds, self.fits)
+        return [Attempt(found.text, found.ended) for found in self.generator.complete(texts, sampling)]
+
+    def _run_all(self, programs: Sequence[str]) -> list[Ran]:
+        """In the first process; the others are told what came out, so that all go on with the same texts."""
+        return [Ran(*ran) for ran in processes.on_first(lambda: [list(ran) for ran in self.sandbox.run_all(programs)])]
+
+
+@gin.configurable
+def solve(
+    run: str,
+    sets: Sequence[str] = ("gsm8k",),
+    data: str = "data",
+    output: str | None = None,
+    step: int | None = None,
+    shots: int | None = None,
+    examples: Mapping[str, str] | None = None,
+    questions: int | None = None,
+    max_new_tokens: int = 1024,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    seed: int = 0,
+    tools: bool = False,
+    rounds: int = 4,
+    sandbox: Sandbox | None = None,
+    batch_rows: int = 8,
+    mesh: MeshConfig | None = None,
+) -> dict[str, Any]:
+    """Accuracy of a model on question sets of mathematics, by its generated answers.
+
+    Killed and started again, it asks what has not been asked; answers of other settings are replaced.
+
+    Args:
+      run: model directory.
+      sets: of gsm8k, math, math500, svamp, asdiv, mawps, tabmwp, mathqa, mmlu_stem, sat_math, ocw, gsm_hard.
+      data: folder of their files: NAME_test.jsonl (.gz, .zst, .parquet), also in its folder `eval`, or NAME/test.jsonl.
+      output: folder of the results; default `<run>/solve/<step>`, with tools `<run>/solve/<step>_tools`.
+      step: checkpoint; None is the last.
+      shots: worked examples before a question; None for all of the set's style (8 or 4).
+      examples: set -> JSON file with a list of {"question", "solution"}, in place of the project's own.
+      questions: of each set so many, the first; None for all.
+      max_new_tokens: of an answer, in each round; half of what the model reads at most.
+      samples: answers to each question; from two on also the most frequent one is judged.
+      temperature: 0 takes the most likely token.
+      top_p: draw from the most likely tokens that make up this share; None from all.
+      seed: of what is drawn.
+      tools: the model writes programs, which run in a sandbox; prompts are ToRA's, without examples.
+      rounds: with tools, how often it writes.
+      sandbox: limits of its programs.
+      batch_rows: rows that are continued together.
+      mesh: how devices share the work.
+    """
+    _check(sets, samples, temperature, questions, rounds, shots, examples or {})
+    files = {name: find_file(name, data) for name in sets}
+    asked = {name: read_questions(name, file, questions) for name, file in files.items()}
+    sandbox = sandbox or Sandbox()
+    how = processes.on_first(sandbox.check) if tools else "by chain of thought"
+    devices = mesh_lib.make_mesh(mesh)
+    config_lib.print_unused()
+    model = load_model(run, devices, step)
+    generator = Generator(model.params, model.config, run_vocabulary(run, model.vocabulary_hash), devices, batch_rows)
+    new = min(max_new_tokens, model.config.max_length // 2)
+    stop = TOOL_STOP if tools else prompts_lib.STOP
+    sampling = Sampling(new, temperature, None, top_p, stop, seed)
+    asking = _Asking(generator, sampling, shots, examples or {}, samples, rounds if tools else None, sandbox)
+    where = Path(output or f"{run}/solve/{model.step}{'_tools' if tools else ''}")
+    total = sum(map(len, asked.values()))
+    print(f"solve: step {model.step} of {run} on {total} questions of {', '.join(sets)}, {how} -> {where}")
+    if new < max_new_tokens:
+        print(f"solve: {new} new tokens instead of {max_new_tokens}: the model reads {model.config.max_length}")
+    about = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "max_new_tokens": new}
+    about |= {"temperature": temperature, "top_p": top_p, "seed": seed, "samples": samples, "stop": stop}
+    about |= {"rounds": asking.rounds, "sandbox": sandbox if tools else None, "batch_rows": batch_rows}
+    results = {}
+    with jax.set_mesh(devices):
+        for name in sets:
+            results[name] = _solve_set(name, asked[name], asking, where, about)
+    record = {**about, "files": files, "graders": _versions(), "results": results}
+    processes.on_first(lambda: config_lib.write_json(where / "summary.json", record))
+    print(f"solve: done, {where}/summary.json")
+    return record
+
+
+def _check(
+    sets: Sequence[str],
+    samples: int,
+    temperature: float,
+    questions: int | None,
+    rounds: int,
+    shots: int | None,
+    examples: Mapping[str, str],
+) -> None:
+    names = config_lib.as_list(sets, str, "solve.sets")
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"solve.sets {names!r}: name each set once, of {', '.join(SETS)}")
+    config_lib.at_least(1, **{"solve.samples": samples, "solve.rounds": rounds})
+    if questions is not None:
+        config_lib.at_least(1, **{"solve.questions": questions})
+    if shots is not None:
+        config_lib.at_least(0, **{"solve.shots": shots})
+    if samples > 1 and temperature == 0:
+        raise UserError(f"solve.samples = {samples} at temperature 0 are all the same: set solve.temperature above 0")
+    if unknown := sorted(set(examples) - set(names)):
+        raise UserError(f"solve.examples names {unknown[0]!r}, which is not in solve.sets {tuple(names)}")
+    for package in GRADERS:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"solve compares answers with {package}: pip install latex2sympy2_extended[antlr4_13_2]")
+
+
+def _solve_set(
+    name: str, questions: Sequence[Question], asking: _Asking, folder: Path, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Asks what is left of a set; every process computes, the first judges and writes."""
+    examples = asking.examples_of(name)
+    prompt_of = asking.prompts(name, examples)
+    first = prompt_of(questions[0])
+    ids = asking.generator.encode(first.text)[:FIRST_IDS] if first else []
+    about = {**about, "set": name, "questions": len(questions), "texts": _hash(questions), "examples": _hash(examples)}
+    about |= {"first_prompt": first.text if first else None, "first_ids": ids}
+    file = Lines(str(folder / f"{name}.jsonl"), about, len(questions))
+    together = max(1, BATCHES * asking.generator.batch_rows // asking.samples)
+    with contextlib.closing(Grader()) as grader, progress(len(questions), file.done, name, "question") as bar:
+        judge = Judge(grader)
+        rounds = ask(questions, prompt_of, asking.attempts, asking.samples, together, file.done, asking.sampling.seed)
+        for answered in rounds:
+            file.append([judged(*one, judge) if processes.first() else {} for one in answered])
+            bar.update(len(answered))
+        lost = grader.symbolic.lost
+    summary = processes.on_first(lambda: {"first_ids": ids, **summarise(_rows(file.path)), "not_compared": lost})
+    low, high = summary["interval"]
+    print(f"  {name}: {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}) of {summary['questions']}", end="")
+    print(f", majority {summary['majority']['accuracy']:.3f}" if "majority" in summary else "")
+    return summary
+
+
+def _hash(texts: Sequence[Question] | Sequence[Example]) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def _rows(path: Path) -> list[Row]:
+    return [record.fields or {} for record in readers.records(str(path), ())]
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in GRADERS}

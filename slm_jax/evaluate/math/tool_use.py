@@ -1,0 +1,87 @@
+"""Tool-integrated reasoning in ToRA's format (arXiv 2309.17452): a model writes programs and reads what they print.
+
+<|user|>
+QUESTION
+<|assistant|>
+```python
+PROGRAM
+```
+```output
+WHAT IT WROTE
+```
+and so on, to an answer in \\boxed{}
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from slm_jax.evaluate.generation import Complete
+from slm_jax.evaluate.math.chain_of_thought import Attempt
+from slm_jax.evaluate.math.prompts import Prompt
+from slm_jax.evaluate.math.sandbox import Ran
+from slm_jax.evaluate.sampling import Sampling
+
+STOP = ("</s>", "\n\n---", "```output")
+RESULT_CHARACTERS = 1000  # of what a program wrote, shown to the model
+
+RunAll = Callable[[Sequence[str]], list[Ran]]
+
+
+def tool_prompt(question: str) -> Prompt:
+    return Prompt(f"<|user|>\n{question}\n<|assistant|>\n", 0)
+
+
+def program(text: str) -> str | None:
+    """The program that a text ends with: what stands in its last ```python block, if nothing stands behind it."""
+    _, opening, after = text.rpartition("```python\n")
+    code, closing, rest = after.partition("```")
+    return code if opening and closing and not rest.strip() else None
+
+
+def attempts_with_tools(
+    complete: Complete,
+    sampling: Sampling,
+    prompts: Sequence[str],
+    run_all: RunAll,
+    rounds: int,
+    has_room: Callable[[str], bool],
+) -> list[Attempt]:
+    """Lets a model solve problems with programs.
+
+    Args:
+        complete: continues texts.
+        sampling: how; its `stop` is replaced by ToRA's.
+        prompts: of `tool_prompt`.
+        run_all: runs programs, each for itself: none sees what an earlier one defined.
+        rounds: how often a model writes, at most: it may run one program less than that.
+        has_room: whether the model can read a text and write what `sampling` allows behind it.
+
+    Returns:
+        One attempt a prompt.
+    """
+    written = [""] * len(prompts)
+    ended = ["context"] * len(prompts)
+    programs: list[tuple[str, ...]] = [()] * len(prompts)
+    active = [place for place in range(len(prompts)) if has_room(prompts[place])]
+    for number in range(rounds):
+        if not active:
+            break
+        how = dataclasses.replace(sampling, stop=STOP, seed=(sampling.seed + number) % 2**32)
+        found = complete([prompts[place] + written[place] for place in active], how)
+        to_run: list[tuple[int, str]] = []
+        for place, continuation in zip(active, found, strict=True):
+            written[place] += continuation.text
+            ended[place] = continuation.ended
+            code = program(continuation.text) if continuation.ended == "stop" and number + 1 < rounds else None
+            if code is not None:
+                to_run.append((place, code))
+        ran = run_all([code for _, code in to_run]) if to_run else []
+        active = []
+        for (place, _), result in zip(to_run, ran, strict=True):
+            written[place] = written[place].rstrip("\n") + f"\n```output\n{result.shown(RESULT_CHARACTERS)}\n```\n"
+            programs[place] += (result.ended,)
+            if has_room(prompts[place] + written[place]):
+                active.append(place)
+            else:
+                ended[place] = "context"
+    return [Attempt(*parts) for parts in zip(written, ended, programs, strict=True)]

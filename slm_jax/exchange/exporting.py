@@ -1,0 +1,115 @@
+"""Stage `export`: a model directory -> a model directory of Hugging Face."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+
+from slm_jax import config as config_lib
+from slm_jax import mesh as mesh_lib
+from slm_jax import processes
+from slm_jax.data.tokenizer_files import tokenizer_files
+from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.errors import UserError
+from slm_jax.mesh import MeshConfig
+from slm_jax.metrics import progress
+from slm_jax.models.huggingface import Tensor, tensors, to_theirs
+from slm_jax.models.huggingface_config import write_config
+from slm_jax.models.tensor_files import DTYPES, NAMES, write_tensors
+from slm_jax.score.reference import TrainedModel, load_model, run_vocabulary
+
+LOCK = "lock"
+
+
+@gin.configurable("export")  # pyright: ignore[reportCallIssue] (which takes it for one without arguments)
+def export_model(
+    source: str,
+    target: str,
+    step: int | None = None,
+    dtype: str = "float32",
+    file_gigabytes: float = 5.0,
+    mesh: MeshConfig | None = None,
+) -> None:
+    """Exports a model as a directory that transformers loads: config.json, safetensors, tokenizer files.
+
+    `AutoModelForCausalLM.from_pretrained(target)` gives the same logits. The directory appears when it is complete.
+
+    Args:
+      source: model directory: a train run, an average or an import.
+      target: directory to be made.
+      step: checkpoint; None is the last.
+      dtype: float32, bfloat16 or float16, of the weights; float32 loses nothing.
+      file_gigabytes: weights are split into files of at most this size.
+      mesh: how devices hold the parameters.
+    """
+    if dtype not in NAMES:
+        raise UserError(f"export.dtype {dtype!r}: take {', '.join(NAMES)}")
+    if file_gigabytes <= 0:
+        raise UserError(f"export.file_gigabytes is {file_gigabytes}, must be above 0")
+    where = Path(target)
+    if processes.on_first(where.exists):
+        raise UserError(f"{target} exists: choose another export.target, or delete it")
+    devices = mesh_lib.make_mesh(mesh)
+    config_lib.print_unused()
+    model = load_model(source, devices, step)
+    words = run_vocabulary(source, model.vocabulary_hash)
+    settings = write_config(model.config, dtype)
+    print(f"export: step {model.step} of {source} as {settings['model_type']} in {dtype} -> {target}", flush=True)
+    partial = where.with_name(where.name + ".partial")
+    with contextlib.ExitStack() as stack:
+        busy = f"another process is exporting to {target}: wait for it, or choose another export.target"
+        stack.enter_context(processes.lock(partial / LOCK, busy))
+        processes.on_first(lambda: _empty(partial))
+        _write_weights(partial, model, dtype, int(file_gigabytes * 1e9))
+        processes.on_first(lambda: _finish(partial, where, settings, words))
+    print(f"export: done, {target}")
+
+
+def _empty(partial: Path) -> None:
+    """Removes what a killed export left."""
+    for path in partial.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+
+
+def _write_weights(directory: Path, model: TrainedModel, dtype: str, max_bytes: int) -> None:
+    """All processes gather each tensor, the first writes it."""
+    wanted = tensors(model.config)
+    arrays = _arrays(model, wanted, DTYPES[NAMES[dtype]])
+    if processes.first():
+        write_tensors(directory, [(tensor.name, tensor.shape) for tensor in wanted], dtype, max_bytes, arrays)
+    else:
+        for _ in arrays:
+            pass
+
+
+def _arrays(model: TrainedModel, wanted: list[Tensor], dtype: np.dtype) -> Iterator[np.ndarray]:
+    leaves = {mesh_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
+    of_layer = jax.jit(lambda leaf, layer: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False))
+    with progress(len(wanted), 0, "export", "tensor") as bar:
+        for tensor in wanted:
+            held = [leaves[path] if tensor.layer is None else of_layer(leaves[path], tensor.layer)
+                    for path in tensor.paths]  # fmt: skip
+            whole = to_theirs(mesh_lib.to_host(held), tensor)
+            with np.errstate(over="ignore"):
+                cast = whole.astype(dtype)
+            if np.isfinite(whole).all() and not np.isfinite(cast).all():
+                raise UserError(f"{tensor.name} has values beyond {dtype}: take export.dtype = 'bfloat16' or 'float32'")
+            yield cast
+            bar.update()
+
+
+def _finish(partial: Path, target: Path, settings: dict[str, Any], words: Vocabulary) -> None:
+    """Writes what is small, and gives the directory its name."""
+    for name, content in tokenizer_files(words).items():
+        (partial / name).write_bytes(content)
+    ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
+    config_lib.write_json(partial / "config.json", settings | ids)
+    config_lib.write_json(partial / "generation_config.json", ids)
+    (partial / LOCK).unlink()
+    os.rename(partial, target)

@@ -1,0 +1,150 @@
+"""Stage `import`: a model from elsewhere -> a model directory."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gin
+from jax.sharding import Mesh
+
+from slm_jax import config as config_lib
+from slm_jax import mesh as mesh_lib
+from slm_jax import processes
+from slm_jax.checkpoint import save_params
+from slm_jax.data.llama2c_vocabulary import read_tokenizer_bin
+from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
+from slm_jax.errors import UserError
+from slm_jax.mesh import MeshConfig
+from slm_jax.metrics import progress
+from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
+from slm_jax.models.llama2c import Llama2cFile
+from slm_jax.models.weights import HuggingFaceWeights, Weights, load_params
+
+PICKLE_STARTS = (b"PK", b"\x80")  # torch's zip of pickles, and a pickle
+
+
+@gin.configurable("import")  # pyright: ignore[reportCallIssue] (which takes it for one without arguments)
+def import_model(
+    source: str,
+    target: str,
+    vocabulary: str | None = None,
+    compute_dtype: str | None = None,
+    vocab_multiple: int = 1,
+    mesh: MeshConfig | None = None,
+) -> None:
+    """Imports a model: afterwards it is scored with, trained from, evaluated and continued like a trained run.
+
+    Killed at any instant it leaves no checkpoint, and the same command starts again.
+
+    Args:
+      source: a model directory of Hugging Face (config.json, *.safetensors, tokenizer files) of the families Llama 2
+        and 3, Mistral, Qwen2 and 2.5, Qwen3, GPT-NeoX; or a .bin file of llama2.c.
+      target: model directory to be made.
+      vocabulary: tokenizer.json, tokenizer.model, tokenizer.bin (of llama2.c) or a directory with one, where it is not
+        that of the source.
+      compute_dtype: float32 or bfloat16, in which the model computes from then on; None is bfloat16 for weights in 16
+        bits, else float32. Weights are kept as they are.
+      vocab_multiple: embedding and head are padded to a multiple of it, so that a mesh can split them.
+      mesh: how devices hold the parameters.
+    """
+    config_lib.at_least(1, **{"import.vocab_multiple": vocab_multiple})
+    devices = mesh_lib.make_mesh(mesh)
+    weights = _open(Path(source).expanduser())
+    model = dataclasses.replace(weights.config, vocab_multiple=vocab_multiple)
+    if compute_dtype is not None:
+        model = dataclasses.replace(model, compute_dtype=compute_dtype)
+    words = _vocabulary(vocabulary or source, source, model)
+    config_lib.print_unused()
+    where, origin = Path(target), _origin(source, weights, words, model)
+    with contextlib.ExitStack() as stack:
+        busy = f"another process is importing into {target}: wait for it, or choose another import.target"
+        stack.enter_context(processes.lock(where / "lock", busy))
+        if processes.on_first(lambda: _begin(where, origin, words)):
+            print(f"import: {target} is there already, made of the same files")
+            return
+        print(_describe(source, target, weights, model, words), flush=True)
+        _import(where, weights, model, words, devices)
+    print(f"import: done, {target}")
+
+
+def _open(source: Path) -> Weights:
+    if source.is_dir():
+        return HuggingFaceWeights(source)
+    try:
+        with source.open("rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise UserError(f"import.source {source}: {error.strerror}: a directory or a .bin file of llama2.c") from error
+    if start.startswith(PICKLE_STARTS):
+        raise UserError(
+            f"{source} is pickled, and reading a pickle can run what it likes: give the directory of its safetensors, "
+            "or, where you trust it, save the model as such with transformers (save_pretrained)"
+        )
+    return Llama2cFile(source)
+
+
+def _vocabulary(path: str, source: str, model: ModelConfig) -> Vocabulary:
+    if path == source and Path(source).is_file():
+        raise UserError(f"{source} brings no vocabulary: name its tokenizer.bin or tokenizer.model, --vocabulary=PATH")
+    try:
+        found = read_tokenizer_bin(Path(path)) if path.endswith(".bin") else load_vocabulary(path)
+    except UserError as error:
+        raise UserError(f"{error} (--vocabulary=PATH)") from error
+    assert model.vocab_size is not None
+    if found.size > model.vocab_size:
+        raise UserError(
+            f"vocabulary {path} has {found.size} ids, the model of {source} embeds {model.vocab_size}: name the one it "
+            "was trained with, --vocabulary=PATH"
+        )
+    return found
+
+
+def _origin(source: str, weights: Weights, words: Vocabulary, model: ModelConfig) -> dict[str, Any]:
+    """run.json of the model directory: what it was made of, in the form of a run's."""
+    files = [{"name": file.name, "bytes": file.stat().st_size} for file in weights.files()]
+    identity = {
+        "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
+        "initial": f"import of {source}",
+        "vocabulary_hash": words.content_hash,
+        "corpora": {},
+        "references": {},
+    }
+    sizes = {"ids": words.size, "embedded": model.vocab_size, "padded": model.padded_vocab_size}
+    imported = {"source": str(Path(source).expanduser().absolute()), "files": files, "vocabulary": sizes}
+    return config_lib.to_json({"identity": identity, "imported": imported, "settings": {"model": model}, "starts": []})
+
+
+def _begin(target: Path, origin: dict[str, Any], words: Vocabulary) -> bool:
+    """Whether the import is done already. If not, everything but the checkpoint is written."""
+    path = target / "run.json"
+    if any(step.name.isdecimal() for step in (target / "checkpoints").glob("*")):
+        before = json.loads(path.read_text()) if path.exists() else {}
+        if all(before.get(name) == origin[name] for name in ("identity", "imported", "settings")):
+            return True
+        raise UserError(f"{target} holds another model already: choose another import.target, or delete it")
+    words.save(target / "vocabulary")
+    config_lib.write_json(path, origin | {"starts": [config_lib.environment()]})
+    return False
+
+
+def _describe(source: str, target: str, weights: Weights, model: ModelConfig, words: Vocabulary) -> str:
+    padding = f" of {model.vocab_size:,} that are embedded" if model.vocab_size != words.size else ""
+    kept = sorted({str(weights.dtype("embed/embedding")), str(weights.dtype("final_norm/scale"))})
+    return (
+        f"import: {model.parameter_count():,} parameters of {source} in {' and '.join(kept)}, computing in "
+        f"{model.compute_dtype} -> {target}\n"
+        f"  vocabulary: {words.kind} of {words.size:,} ids{padding}; BOS {words.bos_id}, EOS {words.eos_id}, padding "
+        f"{words.pad_id}\n  rows of up to {model.max_length:,} tokens"
+    )
+
+
+def _import(target: Path, weights: Weights, model: ModelConfig, words: Vocabulary, devices: Mesh) -> None:
+    about = {"model": model, "vocabulary_hash": words.content_hash, "run": str(target)}
+    size = sum(file.stat().st_size for file in weights.files())
+    with progress(size, 0, "import", "B") as bar:
+        bar.unit_scale = True
+        params = load_params(weights, model, devices, bar.update)
+        bar.total = bar.n
+    save_params(target, 0, params, config_lib.to_json(about))

@@ -1,0 +1,139 @@
+"""Scoring by a reference with another vocabulary: it reads the text of the corpus in its own tokens.
+
+What it reads at a time is what the model that trains reads at a time: a segment of a row, with its own BOS before it,
+also where the segment goes on with a document that was cut. Its losses come back through the bytes of the text, see
+`slm_jax.data.alignment`.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from slm_jax.data.alignment import Aligned, Aligner, carried
+from slm_jax.data.batches import Batch, make_batch, read_ahead, read_batch
+from slm_jax.data.corpus import Corpus
+from slm_jax.data.metadata import prefix_tokens
+from slm_jax.data.packing import pack_whole
+from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.errors import UserError
+from slm_jax.models.config import ModelConfig
+
+LONGER = 4  # the reference's rows hold so many tokens for one of the corpus', if it reads so many
+
+
+class Segment(NamedTuple):
+    """Where a segment lies, which of its tokens the reference reads, and as what."""
+
+    row: int
+    places: Int[np.ndarray, "T"]
+    aligned: Aligned
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Sequences of any length as rows of one length: longer ones in overlapping windows.
+
+    tokens, segment_ids: the rows [R, L]. sources: for each sequence and window, as (first, end) in the sequence of what
+    counts, and where in the flat rows that lies.
+    """
+
+    tokens: Int[np.ndarray, "R L"]
+    segment_ids: Int[np.ndarray, "R L"]
+    sources: list[list[tuple[int, int, int]]]
+
+    def gathered(self, values: Float[np.ndarray, "R L"]) -> Iterator[np.ndarray]:
+        """What stands in the rows, sequence by sequence."""
+        flat = values.reshape(-1)
+        for parts in self.sources:
+            yield np.concatenate([flat[at : at + end - first] for first, end, at in parts])
+
+
+def windows(sequences: list[np.ndarray], length: int) -> Windows:
+    """Of a sequence longer than a row, every window but the first begins half a row after the one before, and counts
+    from where that one ended: what counts has at least half a row before it."""
+    starts = [list(range(0, max(1, len(s) - length + (half := max(1, length // 2))), half)) for s in sequences]
+    pieces = [(number, start) for number, many in enumerate(starts) for start in many]
+    lengths = np.array([min(length, len(sequences[number]) - start) for number, start in pieces], np.int64)
+    packed = pack_whole(lengths, length)
+    shape = (packed.num_rows, length)
+    tokens, segment_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    sources: list[list[tuple[int, int, int]]] = [[] for _ in sequences]
+    for (number, start), size, row, offset, segment in zip(pieces, *packed[2:6], strict=True):
+        place = (row, slice(offset, offset + size))
+        tokens[place], segment_ids[place] = sequences[number][start : start + size], segment
+        first = sources[number][-1][1] if sources[number] else 0
+        sources[number].append((first, int(start + size), int(row * length + offset + first - start)))
+    return Windows(tokens, segment_ids, sources)
+
+
+class OtherVocabulary:
+    """Losses of rows by a reference with another vocabulary."""
+
+    def __init__(self, ours: Vocabulary, theirs: Vocabulary, model: ModelConfig, row_length: int, removed: bool):
+        """`removed`: metadata before documents is not read."""
+        self._aligner, self._removed = Aligner(ours, theirs), removed
+        self._length = min(model.max_length, LONGER * row_length)
+        if model.vocab_size is not None and theirs.size > model.vocab_size:
+            raise UserError(
+                f"the reference embeds {model.vocab_size} ids, its vocabulary has {theirs.size}: import it again"
+            )
+
+    def chunks(
+        self, table: Corpus, ranges: Sequence[tuple[int, int]], score: Callable[[Batch], np.ndarray], batch_rows: int
+    ) -> Generator[dict[str, np.ndarray], None, None]:
+        """The losses of ranges of rows; the text of the next is translated while the devices score. `score` as in
+        `losses`. Says at the end how many tokens have none."""
+
+        def translated(number: int) -> tuple[Batch, list[Segment]]:
+            rows = np.arange(*ranges[number])
+            batch = read_batch([table], np.zeros(len(rows), np.int64), rows)
+            return batch, self.segments(batch)
+
+        unread, tokens = 0, 0
+        with contextlib.closing(read_ahead(translated, 0, len(ranges))) as ahead:
+            for batch, segments in ahead:
+                loss = self.losses(batch, segments, score, batch_rows)
+                counts = batch.loss_mask & (batch.positions > 0)
+                unread, tokens = unread + int((np.isnan(loss) & counts).sum()), tokens + int(counts.sum())
+                yield {"loss": loss}
+        print(f"score: {unread:,} of {tokens:,} tokens stand for text that the reference could not read: no loss")
+
+    def segments(self, batch: Batch) -> list[Segment]:
+        """All segments of rows on the host, each in the reference's tokens."""
+        unread = (
+            prefix_tokens(batch.segment_ids, batch.loss_mask) if self._removed else np.zeros(batch.tokens.shape, bool)
+        )
+        found = []
+        for row, ids in enumerate(batch.segment_ids):
+            for segment in range(1, int(ids.max()) + 1):
+                places = np.flatnonzero((ids == segment) & ~unread[row])
+                aligned = self._aligner.align(batch.tokens[row, places], batch.loss_mask[row, places])
+                found.append(Segment(row, places, aligned))
+        return found
+
+    def losses(
+        self, batch: Batch, segments: list[Segment], score: Callable[[Batch], np.ndarray], batch_rows: int
+    ) -> Float[np.ndarray, "B L"]:
+        """The loss of each token of rows on the host; 0 where it has no predecessor in its segment or is not read, NaN
+        where the reference's text is not its.
+
+        score: a batch of `batch_rows` rows in the reference's tokens -> its losses.
+        """
+        rows = windows([segment.aligned.ids for segment in segments], self._length)
+        found = []
+        for first in range(0, len(rows.tokens), batch_rows):
+            tokens, ids = (x[first : first + batch_rows] for x in (rows.tokens, rows.segment_ids))
+            padding = ((0, batch_rows - len(tokens)), (0, 0))
+            tokens, ids = np.pad(tokens, padding), np.pad(ids, padding)
+            found.append(score(make_batch(tokens, ids, ids > 0)))
+        result = np.zeros(batch.tokens.shape, np.float32)
+        theirs = rows.gathered(np.concatenate(found)) if found else iter(())
+        for segment, losses in zip(segments, theirs, strict=True):
+            known = segment.aligned.ids != self._aligner.theirs.unk_id  # what it takes for unknown, it has not read
+            result[segment.row, segment.places] = carried(np.where(known, losses, np.nan), segment.aligned)
+        result[batch.positions == 0] = 0.0
+        return result

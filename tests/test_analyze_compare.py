@@ -1,0 +1,297 @@
+"""The report on runs: its numbers are those of their files, seeds stand together, and what is not finished says so."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import browser as browsers
+import numpy as np
+import pytest
+import toy
+
+from slm_jax.analyze import describe
+from slm_jax.analyze.compare import analyze_report
+from slm_jax.analyze.runs import group_seeds, read_run, short_names
+from slm_jax.analyze.tables import Cell, Table
+from slm_jax.data.corpus import Corpus
+from slm_jax.evaluate.flops import run_flops
+from slm_jax.evaluate.perplexity import HeldOut
+from slm_jax.metrics import read_metrics
+from slm_jax.score.selection import Selection
+
+HOSTILE = "<img src=x onerror=alert(1)>|`$a$"
+STEP_FLOPS = toy.MODEL.flops_per_token(toy.ROW_LENGTH) * toy.ROW_LENGTH * 8
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, reference, tmp_path_factory) -> Path:
+    """`causal` with two seeds, `selective`, `stopped` in its second start at step 4 of 6, and one of a hostile name."""
+    here = tmp_path_factory.mktemp("compare")
+    table = Corpus.open(shutil.copytree(corpus.path, here / "corpus"))
+    about = {"run": str(reference), "step": 3, "fingerprint": "f", "parameters": toy.MODEL.parameter_count()}
+    loss = np.random.default_rng(0).uniform(2, 6, (table.num_rows, table.row_length)).astype(np.float32)
+    table.create_score("reference", reference=about).write(0, {"loss": loss})
+    settings = {"evaluators": [HeldOut("target", table.path, rows=16)], "evaluate_every": 2, "checkpoint_every": 3}
+    for name, seed in (("causal", 0), ("seed1/causal", 1)):
+        toy.train_here(here / name, [toy.phase(table)], seed=seed, **settings)
+    toy.train_here(here / "selective", [toy.phase(table, selection=Selection(ratio=0.5))], **settings)
+    stopped = shutil.copytree(here / "causal", here / "stopped")
+    (stopped / "summary.json").unlink()
+    shutil.rmtree(stopped / "checkpoints" / "6")
+    lines = (stopped / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] <= 4]
+    (stopped / "metrics.jsonl").write_text("\n".join(kept) + '\n{"step": 5, "lo')
+    change(stopped, lambda run: run["starts"].append(run["starts"][0]))
+    shutil.copytree(here / "selective", here / HOSTILE)
+    return here
+
+
+def change(run: Path, how: Any) -> None:
+    about = json.loads((run / "run.json").read_text())
+    how(about)
+    (run / "run.json").write_text(json.dumps(about))
+
+
+@pytest.fixture(scope="module")
+def report(runs, shell) -> Path:
+    """The folder that the command writes."""
+    names = ["causal", "selective", "seed1/causal", "stopped", HOSTILE]
+    code, output, errors = shell("analyze", "report", *names, "--output=report", folder=runs)
+    assert code == 0, errors
+    assert output.splitlines()[0].startswith("report: causal (2 seeds), selective, stopped (unfinished), <img")
+    return runs / "report"
+
+
+def table_of(report: Path, name: str) -> dict[str, dict[str, str]]:
+    with (report / "tables" / f"{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {row[next(iter(row))]: row for row in rows}
+
+
+def last(run: Path, name: str) -> float:
+    return [row[name] for row in read_metrics(run) if name in row][-1]
+
+
+def test_losses_are_means_over_seeds_with_their_range(runs, report):
+    found = table_of(report, "losses")
+    assert list(found) == ["causal (2 seeds)", "selective", "stopped (unfinished)", HOSTILE]
+    for heading, name in (("target loss", "target/loss"), ("target bits per byte", "target/bits_per_byte")):
+        seeds = [last(runs / "causal", name), last(runs / "seed1" / "causal", name)]
+        line = found["causal (2 seeds)"]
+        assert float(line[heading]) == pytest.approx(np.mean(seeds), rel=1e-12)
+        assert [float(line[f"{heading}, {edge}"]) for edge in ("lowest", "highest")] == sorted(seeds)
+        assert float(found["selective"][heading]) == last(runs / "selective", name)
+    step_6 = [row for row in read_metrics(runs / "selective") if "loss" in row][-1]
+    assert float(found["selective"]["training loss"]) == step_6["loss"]
+    assert float(found["stopped (unfinished)"]["target loss"]) == last(runs / "stopped", "target/loss")
+    every = table_of(report, "losses_of_runs")
+    assert set(every) == {"causal", "selective", "seed1/causal", "stopped (unfinished)", HOSTILE}
+    assert float(every["seed1/causal"]["target loss"]) == last(runs / "seed1" / "causal", "target/loss")
+    page = text_of(report)
+    difference = last(runs / "selective", "target/loss") - float(found["causal (2 seeds)"]["target loss"])
+    assert f"{difference:+.3f}".replace("-", "−") in page
+    sources = table_of(report, "losses_by_source")
+    assert set(sources) == {"training, a", "training, b", "target, a", "target, b"}
+    assert float(sources["target, a"]["selective"]) == last(runs / "selective", "target/loss/a")
+
+
+def text_of(report: Path) -> str:
+    page = (report / "report.html").read_text()
+    body = re.sub(r"<style.*?</style>", "", page.split("<body>")[1].split("<script")[0], flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
+
+
+def test_what_runs_were_and_how_far_they_came(report):
+    page, found = text_of(report), table_of(report, "runs")
+    assert found["causal"]["seed"] == "0, 1" and found["causal"]["state"] == "finished"
+    assert found["stopped"]["state"] == "unfinished: step 4 of 6; resumed, 2 starts"
+    assert found["selective"]["trains on"] == "50 % by excess, per batch, column reference"
+    assert found["causal"]["rows from"].startswith("100 % ") and found["causal"]["learning rate"].startswith(
+        "0 to 0.01"
+    )
+    assert "Not finished, so their numbers are those of fewer steps: stopped (unfinished: step 4 of 6" in page
+    assert "2 layers of 32, 2 heads, vocabulary 260" in page and "random parameters" in page
+
+
+def test_costs_count_scoring_and_the_reference(runs, report):
+    found = table_of(report, "costs")
+    causal, selective, stopped = (found[name] for name in ("causal (2 seeds)", "selective", "stopped (unfinished)"))
+    flops = 6 * STEP_FLOPS / 1e12
+    for line, training, scoring in ((causal, 1, 0), (selective, 1, 1 / 3), (stopped, 4 / 6, 0)):
+        assert float(line["TFLOP training"]) == pytest.approx(training * flops)
+        assert float(line["TFLOP scoring"]) == pytest.approx(scoring * flops)
+        assert float(line["TFLOP, both"]) == pytest.approx((training + scoring) * flops)
+    assert float(selective["TFLOP training of the reference"]) == pytest.approx(flops / 2)  # its checkpoint of step 3
+    assert int(float(stopped["steps"])) == 4
+    summary = json.loads((runs / "selective" / "summary.json").read_text())
+    assert float(selective["tokens trained"]) == summary["tokens_trained"] < float(selective["tokens seen"])
+    assert float(selective["seconds"]) == summary["seconds"]
+    assert 0 < float(stopped["seconds"]) < float(table_of(report, "costs")["causal (2 seeds)"]["seconds, highest"])
+
+
+def test_flops_of_what_is_known(runs, tmp_path):
+    settings = json.loads((runs / "selective" / "run.json").read_text())["settings"]
+    [phase] = settings["phases"]
+
+    def with_(**selection: Any) -> dict[str, Any]:
+        return settings | {"phases": [phase | {"selection": phase["selection"] | selection}]}
+
+    assert run_flops(settings, 2).training == pytest.approx(2 * STEP_FLOPS)
+    filtered = run_flops(with_(gradient="filtered", score="loss"))
+    assert filtered.training == pytest.approx(6 * STEP_FLOPS * 2 / 3) and filtered.scoring == 0
+    assert run_flops(settings | {"micro_batches": 2}).training == pytest.approx(6 * STEP_FLOPS * 4 / 3)
+    assert run_flops(with_(scope="sequence") | {"micro_batches": 2}).training == pytest.approx(6 * STEP_FLOPS)
+    long = settings | {"phases": [phase | {"steps": 600}]}
+    rows = Corpus.open(phase["mixture"][0]["corpus"]).num_rows
+    assert run_flops(long).scoring == pytest.approx(rows / 8 * STEP_FLOPS / 3)  # a row is scored once
+    gone = run_flops(with_(reference="gone"))
+    assert gone.training == run_flops(settings).training and gone.scoring is None and gone.reference is None
+    nowhere = settings | {"phases": [phase | {"mixture": [phase["mixture"][0] | {"corpus": str(tmp_path)}]}]}
+    assert run_flops(nowhere) == (None, None, None)
+
+
+def test_groups_are_of_seeds_and_nothing_else(runs):
+    causal, other, selective = (read_run(str(runs / name)) for name in ("causal", "seed1/causal", "selective"))
+
+    def sizes(*of: Any) -> list[int]:
+        return [len(group.runs) for group in group_seeds(of)]
+
+    assert sizes(causal, selective, other) == [2, 1]
+    assert sizes(causal, causal._replace(path="copy")) == [1, 1]  # the same seed again
+    assert sizes(causal, other._replace(path="elsewhere/name")) == [2]  # equal but for the seed, whatever the name
+    longer = causal.settings | {"phases": [causal.settings["phases"][0] | {"batch_rows": 16}]}
+    assert sizes(causal, other._replace(settings=longer)) == [1, 1]
+    assert sizes(causal, other._replace(done=5, finished=False)) == [1, 1]
+    # Under seed folders each has its own reference and start; elsewhere those make another experiment.
+    own = [run._replace(identity=run.identity | {"initial": f"base{run.seed}"}) for run in (causal, other)]
+    assert sizes(*own) == [2]
+    assert sizes(own[0], own[1]._replace(path="elsewhere/causal")) == [1, 1]
+    [group] = group_seeds([own[1], own[0]])
+    assert group.name == "causal" and group.label == "causal (2 seeds)"
+
+
+def test_names_leave_out_what_is_the_same():
+    assert short_names(["runs/a/x", "runs/b/x/", "runs/b/y"]) == ["a/x", "b/x", "b/y"]
+    assert short_names(["runs/a", "runs/a/b"]) == ["a", "a/b"]
+    assert short_names(["one"]) == ["one"]
+
+
+def test_what_the_stage_evaluate_found_is_there_too(runs, tmp_path):
+    run = Path(shutil.copytree(runs / "selective", tmp_path / "run"))
+    (run / "evaluate").mkdir()
+    for step, loss in ((3, 5.5), (6, 4.25)):
+        record = {"step": step, "results": {"held/loss": loss, "held/loss/a": 1.0, "held/none": None}}
+        (run / "evaluate" / f"{step}.json").write_text(json.dumps(record))
+    (run / "evaluate" / "half.json").write_text('{"step": 9, "resu')
+    analyze_report([str(run)], str(tmp_path / "report"))
+    found = table_of(tmp_path / "report", "losses")["run"]
+    assert found["held loss (evaluate, step 6)"] == "4.25" and "held loss (evaluate, step 3)" not in found
+    assert "held, a (evaluate, step 6)" in table_of(tmp_path / "report", "losses_by_source")
+
+
+def test_phases_mixtures_and_schedules_in_words():
+    draw = {"corpus": "runs/crawl", "share": 0.5, "replay": None}
+    ramp = {"start": 0.0, "legs": [{"to": 1.0, "steps": None, "shape": "linear"}]}
+    phase = {
+        "mixture": [draw, draw | {"corpus": "runs/clean", "replay": "in_order"}],
+        "selection": {"score": "loss", "ratio": 0.6, "threshold": None, "scope": "sequence", "gradient": "filtered"},
+        "keep_ratio": ramp,
+        "reset_optimizer": True,
+        "toward_start": 0.1,
+    }
+    assert describe.mixture(phase) == "50 % crawl + 50 % clean (replay, in order)"
+    words = "up to 60 %, 0 to 1 linear over the rest by loss, per sequence, filtered gradient, moments forgotten, "
+    assert describe.objective(phase) == f"{words}pulled back by 0.1"
+    assert describe.mixture({"mixture": [draw | {"share": None}, draw | {"share": 0.05}]}).startswith("the rest ")
+    above = phase | {"selection": phase["selection"] | {"threshold": 2.0}, "reset_optimizer": False, "toward_start": 0}
+    assert describe.objective(above) == "above 2 by loss, per sequence, filtered gradient"
+    legs = [{"to": 0.003, "steps": 0.05, "shape": "linear"}, {"to": 1e-4, "steps": 100, "shape": "cosine"}]
+    assert describe.schedule({"start": None, "legs": legs}) == (
+        "from where it was to 0.003 linear over 5 %, to 0.0001 cosine over 100 steps"
+    )
+
+
+def test_tables_as_markdown_and_csv():
+    cells = [Cell("1.500", "−0.200", "better", "1.400 to 1.600", 1.5, (1.4, 1.6)), Cell("–")]
+    table = Table("t", ["run", "loss", "b|c"], [("a <b> | c", cells), ("plain", [Cell("2.000", value=2.0), Cell("3")])])
+    assert table.markdown().splitlines() == [
+        "| run | loss | b\\|c |",
+        "| --- | ---: | ---: |",
+        "| a &lt;b> \\| c | 1.500 (1.400 to 1.600; −0.200) | – |",
+        "| plain | 2.000 | 3 |",
+    ]
+    assert table.csv().splitlines() == [
+        'run,loss,"loss, lowest","loss, highest",b|c',
+        "a <b> | c,1.5,1.4,1.6,",
+        "plain,2.0,2.0,2.0,3",
+    ]
+
+
+def test_figures_are_files_and_stand_alone(report):
+    figures = sorted(path.stem for path in (report / "figures").glob("*.svg"))
+    assert {"target", "training", "learning_rate", "selected_and_unselected_selective"} <= set(figures)
+    for name in figures:
+        svg = (report / "figures" / f"{name}.svg").read_text()
+        assert svg.startswith("<?xml") and "currentColor" not in svg and "#123456" not in svg
+        assert (report / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (report / "report.html").read_text()
+    assert page.count("<svg") == len(figures) == page.count('download="') / 2
+    loads = re.findall(r'(?:src|href)="(?!#)([^"]{0,20})', page)
+    assert set(loads) == {"data:image/png;base6", "data:image/svg+xml;b"}
+    assert not re.search(r"<(link|img|iframe|object)\b|@import|https?://", page.replace("http://www.w3.org", ""))
+    assert len(re.findall(r"<script", page)) == 2  # the page's own and the copies
+
+
+def test_the_same_runs_give_the_same_page(runs, report, tmp_path, monkeypatch):
+    monkeypatch.chdir(runs)
+    analyze_report(["causal", "selective", "seed1/causal", "stopped", HOSTILE], str(tmp_path / "again"))
+    assert (tmp_path / "again" / "report.html").read_text() == (report / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ([], "no runs to compare: name run directories behind `analyze report`"),
+        (["corpus"], "is no train run (no run.json): name directories that `train` has written"),
+        (["damaged"], "run.json is damaged"),
+    ],
+)
+def test_mistakes_are_one_line(names, message, runs, tmp_path):
+    (runs / "damaged").mkdir(exist_ok=True)
+    (runs / "damaged" / "run.json").write_text('{"settings": {}}')
+    assert message in toy.refusal(analyze_report, [str(runs / name) for name in names], str(tmp_path / "report"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_has_only_begun(runs, tmp_path):
+    """Started, and no step done: it is in the report, with nothing measured."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(runs / "causal" / "run.json", begun)
+    analyze_report([str(begun)], str(tmp_path / "report"))
+    assert "unfinished: step 0 of 6" in text_of(tmp_path / "report")
+    assert table_of(tmp_path / "report", "costs")["begun (unfinished)"]["steps"] == "0.0"
+
+
+def test_in_a_browser(report, tmp_path):
+    """Nothing complains, a name that looks like markup is text, tables can be copied, and paper is white."""
+    with browsers.chromium(tmp_path) as driver:
+        driver.get((report / "report.html").as_uri())
+        assert HOSTILE in driver.find_element("css selector", "main").text
+        assert not driver.find_elements("css selector", "main img")
+        line = driver.find_element("css selector", '.copies[data-table="losses"]')
+        for button, form in zip(line.find_elements("css selector", "button"), ("Markdown", "CSV"), strict=True):
+            button.click()
+            browsers.until(lambda form=form: line.find_element("css selector", "output").text == f"{form} copied")
+        driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
+        copied = driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+        assert copied == (report / "tables" / "losses.csv").read_text()
+        media = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        style = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
+        assert driver.execute_script(style) == ["rgb(255, 255, 255)", "rgb(0, 0, 0)"]
+        assert not line.is_displayed()
+        assert browsers.complaints(driver) == []

@@ -1,0 +1,250 @@
+"""`analyze dynamics`: from score columns, or a run's checkpoints, to classes, numbers, figures and text."""
+
+import json
+import re
+import shutil
+import xml.etree.ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy
+
+from slm_jax.analyze.columns import read_rows
+from slm_jax.analyze.dynamics import analyze_dynamics
+from slm_jax.analyze.text import context, one_line, shown, token_texts
+from slm_jax.analyze.trajectories import CLASSES
+from slm_jax.data.corpus import Corpus
+from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
+
+HOSTILE = ["<script>alert(1)</script>", "</div>", "&amp;", '" onmouseover="x', "a\x00b", "日本語", "😀", "שלום", "\nx"]
+FIGURES = {"classes", "classes_by_source", "fluctuating_hh", "fluctuating_ll"}
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory) -> Corpus:
+    """A corpus with the columns of three checkpoints, no model's: the loss of a token follows from its id alone."""
+    path = tmp_path_factory.mktemp("held") / "held"
+    corpus = toy.write_corpus(path, seed=3, rows=24, row_length=48, words=[*toy.WORDS, *HOSTILE])
+    kind = corpus.read(np.arange(24))["tokens"] % 4
+    of_class = np.array([[[5.0, 6.5, 5.0], [2.0, 2.2, 2.5], [4.0, 3.0, 1.0], [1.0, 0.5, 1.0]]])
+    for number, step in enumerate((0, 10, 20)):
+        toy.write_score(corpus, f"causal-{step}", of_class[0, kind, number].astype(np.float32), step)
+    return corpus
+
+
+@pytest.fixture(scope="module")
+def analyzed(held, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("analyzed") / "dynamics"
+    analyze_dynamics(held.path, columns="causal-*", output=str(folder), examples=3, documents=6)
+    return folder
+
+
+def test_what_is_written_is_what_the_losses_say(held, analyzed):
+    record = json.loads((analyzed / "dynamics.json").read_text())
+    rows = read_rows(held.path, None)
+    kinds = rows.tokens % 4
+    classes = np.load(analyzed / "classes.npy", allow_pickle=False)
+    np.testing.assert_array_equal(classes, np.where(rows.valid, kinds, -1))
+    assert [about["step"] for about in record["checkpoints"]] == [0, 10, 20]
+    assert record["tokens"] == rows.valid.sum() and record["without_class"] == 0
+    for kind, name in enumerate(CLASSES):
+        about = record["classes"][name]
+        assert about["tokens"] == (kinds[rows.valid] == kind).sum()
+        assert about["share"] == pytest.approx(about["tokens"] / record["tokens"])
+    assert record["classes"]["H→L"]["mean_loss"] == pytest.approx([4.0, 3.0, 1.0])
+    assert record["classes"]["H→H"]["deviation_median"] == pytest.approx(np.sqrt(0.5))
+    assert sum(about["tokens"] for about in record["by_source"].values()) == record["tokens"]
+    assert record["fingerprint"] == held.fingerprint
+
+
+def test_examples_stand_in_their_text(held, analyzed):
+    record = json.loads((analyzed / "dynamics.json").read_text())
+    rows, vocabulary = read_rows(held.path, None), held.vocabulary()
+    for name in ("H→H", "L→L"):
+        examples = record["fluctuating"][name]
+        assert len(examples) == 3
+        for about in examples:
+            token = int(rows.tokens[about["row"], about["place"]])
+            assert CLASSES[token % 4] == name
+            assert len(about["losses"]) == 3 and about["token"]
+            around = about["before"] + about["token"] + about["behind"]
+            inside = rows.segment_ids[about["row"]] == rows.segment_ids[about["row"], about["place"]]
+            whole = shown(vocabulary.decode(rows.tokens[about["row"], inside].tolist()))
+            assert around.replace("\ufffd", "").replace("</s>", "") in whole
+
+
+def test_figures_are_whole_and_need_nothing_from_elsewhere(analyzed):
+    assert {path.stem for path in analyzed.glob("*.png")} == {path.stem for path in analyzed.glob("*.svg")} == FIGURES
+    assert not list(analyzed.glob("*.partial"))
+    for path in analyzed.glob("*.svg"):
+        root = xml.etree.ElementTree.fromstring(path.read_bytes())
+        links = [value for node in root.iter() for name, value in node.attrib.items() if name.endswith("href")]
+        assert all(link.startswith("#") for link in links)
+    for path in analyzed.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG") and len(path.read_bytes()) > 5000
+
+
+class Page(HTMLParser):
+    """Tags, and the text of the spans of tokens, by class."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags, self.tokens, self.attributes = set(), [], set()
+        self.in_text, self.mark = 0, None
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        values = dict(attrs)
+        self.in_text = values.get("class") == "text" if tag == "div" else self.in_text
+        if tag == "span" and self.in_text:
+            self.tokens.append((values["class"], "", values.get("title", "")))
+            self.mark = values["class"]
+
+    def handle_endtag(self, tag):
+        self.mark = None if tag == "span" else self.mark
+        self.in_text = False if tag == "div" else self.in_text
+
+    def handle_data(self, data):
+        if self.mark is not None:
+            mark, text, title = self.tokens[-1]
+            self.tokens[-1] = (mark, text + data, title)
+
+
+def test_text_stays_text(held, analyzed):
+    """Nothing of the corpus becomes a tag, an attribute or a script; every token is shaded by its class."""
+    source = (analyzed / "text.html").read_text()
+    page = Page(source)
+    assert page.tags <= {
+        "html", "head", "meta", "title", "style", "body", "main", "h1", "p", "ul", "li", "label", "input", "span",
+        "article", "header", "div", "bdi"}  # fmt: skip
+    assert not any(name.startswith("on") for name in page.attributes) and "src" not in page.attributes
+    assert "default-src 'none'" in source and "\x00" not in source
+    text = "".join(text for _, text, _ in page.tokens)
+    assert all(word in text for word in ("<script>alert(1)</script>", "日本語", "😀", "שלום", "a\u2400b"))
+    marks = {"hh": "H→H", "lh": "L→H", "hl": "H→L", "ll": "L→L"}
+    for mark, _, title in page.tokens:
+        mark = mark.split()[0]
+        assert title.startswith(f"{marks[mark]}: line ") if mark in marks else (mark == "none" and not title)
+
+
+def test_tokens_add_up_to_their_text():
+    texts = [" ".join(HOSTILE), "a ▁ b  c\n\n12345", "ﬁ e\u0301 \U0001f468\u200d\U0001f469", ""]
+    for vocabulary in (ByteVocabulary(), train_sentencepiece(["the cat sat on the mat " * 20, *texts], 350)):
+        for text in texts:
+            ids = vocabulary.encode(text)
+            pieces = token_texts(vocabulary, ids)
+            assert "".join(pieces) == text and len(pieces) == len(ids)
+            with_control = token_texts(vocabulary, [vocabulary.bos_id, *ids, vocabulary.eos_id])
+            assert "".join(with_control) == text and with_control[0] == ""
+            if cut := vocabulary.encode("😀")[:-1]:
+                assert "".join(token_texts(vocabulary, [*ids, *cut])).startswith(text)
+
+
+def test_the_text_around_a_token_ends_with_its_document(held):
+    rows, vocabulary = read_rows(held.path, None), held.vocabulary()
+    row = 0
+    for place in np.flatnonzero(rows.valid[row])[:20].tolist():
+        before, own, behind = context(rows, vocabulary, row, place, width=100)
+        inside = rows.segment_ids[row] == rows.segment_ids[row, place]
+        document = shown(vocabulary.decode(rows.tokens[row, inside].tolist()))
+        if rows.tokens[row, place] > vocabulary.eos_id and "\ufffd" not in own:
+            assert before + own + behind == document or own in document
+    assert one_line("a\nb\tc\x07") == "a↵b⇥c␇"
+
+
+def test_named_columns_thresholds_and_rows(held, tmp_path):
+    record = analyze_dynamics(
+        held.path, columns="causal-20,causal-0", rows=5, rise=9.0, fall=1.5, high=1.0, output=str(tmp_path / "out")
+    )
+    assert [about["name"] for about in record["checkpoints"]] == ["causal-20", "causal-0"]  # as named
+    assert record["high"] == 1.0 and np.load(tmp_path / "out" / "classes.npy").shape == (5, 48)
+    assert record["classes"]["H→L"]["tokens"] == record["classes"]["L→H"]["tokens"] == 0
+    assert record["classes"]["L→L"]["share"] == pytest.approx(record["by_source"]["a"]["L→L"], abs=0.2)
+
+
+def test_a_run_s_checkpoints_are_scored_where_that_is_asked_for(corpus_copy, reference, shell, tmp_path):
+    """As a command. The columns are those of the stage `score`, and a second call scores nothing."""
+    arguments = ["analyze", "dynamics", f"--corpus={corpus_copy.path}", f"--run={reference}", "--output=out"]
+    code, _, errors = shell(*arguments, folder=tmp_path)
+    assert code == 1 and "lacks the losses of 2 of the 2 checkpoints" in errors and "--score_missing" in errors
+    code, output, _ = shell(*arguments, "--score_missing", folder=tmp_path)
+    assert code == 0 and output.count("score: done") == 2
+    assert re.search(r"\d+ tokens, 2 checkpoints: H→H [\d.]+%", output)
+    again = Corpus.open(corpus_copy.path)
+    assert again.score_names() == ["run-3", "run-6"] and again.score("run-6").reference["step"] == 6
+    rows = np.arange(again.num_rows)
+    losses = [again.read(rows, [f"scores/run-{step}/loss"])[f"scores/run-{step}/loss"] for step in (3, 6)]
+    valid = read_rows(again.path, None).valid
+    classes = np.load(tmp_path / "out" / "classes.npy", allow_pickle=False)
+    assert ((losses[1] - losses[0] < -0.2)[valid] == (classes == CLASSES.index("H→L"))[valid]).mean() > 0.999
+    code, output, _ = shell(*arguments, "--score_missing", folder=tmp_path)
+    assert code == 0 and "score:" not in output
+
+
+@pytest.fixture(scope="module")
+def traced(corpus, tmp_path_factory) -> Path:
+    """A run that stored the losses of 4 rows at steps 0, 2 and 4, and kept one checkpoint."""
+    from slm_jax.evaluate.perplexity import HeldOut
+
+    run = tmp_path_factory.mktemp("traced") / "run"
+    evaluators = [HeldOut("trace", corpus.path, rows=4, keep_tokens=True)]
+    phases = [toy.phase(corpus, steps=4)]
+    toy.train_here(run, phases, evaluators=evaluators, evaluate_every=2, checkpoint_every=4, keep_checkpoints=1)
+    return run
+
+
+def test_losses_stored_in_training_serve_as_well(traced, corpus):
+    record = analyze_dynamics(run=str(traced), trace="trace")
+    assert [about["step"] for about in record["checkpoints"]] == [0, 2, 4] and record["rows"] == 4
+    assert record["classes"]["H→L"]["share"] > 0.5 and record["corpus"] == corpus.path
+    assert (traced / "dynamics" / "text.html").exists()
+
+
+def test_where_a_run_began_is_its_step_0(traced, corpus_copy, reference, tmp_path):
+    """The run that it started from is scored as step 0 where its own checkpoint 0 is gone."""
+    run = tmp_path / "branch"
+    phases = [toy.phase(corpus_copy, steps=2)]
+    toy.train_here(run, phases, initial=str(reference), initial_step=3, checkpoint_every=2, keep_checkpoints=1)
+    shutil.rmtree(run / "checkpoints" / "0", ignore_errors=True)
+    with toy.one_device():
+        record = analyze_dynamics(corpus_copy.path, str(run), score_missing=True)
+    assert [about["name"] for about in record["checkpoints"]] == ["branch-0", "branch-2"]
+    about = Corpus.open(corpus_copy.path).score("branch-0").reference
+    assert about["run"] == str(reference) and about["step"] == 3
+
+
+def test_mistakes_are_one_line(held, traced, reference, tmp_path):
+    def message(*arguments, **settings) -> str:
+        return toy.refusal(analyze_dynamics, *arguments, **{"output": str(tmp_path / "none"), **settings})
+
+    run = str(reference)
+    assert "analyze_dynamics.corpus is missing" in message(run=run)
+    assert "a run or columns, one of the two" in message(held.path)
+    assert "a run or columns, one of the two" in message(held.path, run, columns="causal-*")
+    assert "no score of corpus" in (line := message(held.path, columns="other-*")) and "causal-0" in line
+    assert "has no score 'other'" in message(held.path, columns="causal-0,other")
+    assert "name one twice" in message(held.path, columns="causal-0,causal-0")
+    assert "causal-10 is the only checkpoint" in message(held.path, columns="causal-10")
+    assert "has no checkpoint of step 5: it has 3, 6" in message(held.path, run, steps=[5])
+    assert "no corpus at" in message(str(tmp_path / "nowhere"), run)
+    assert "holds no checkpoints" in message(held.path, str(tmp_path))
+    assert "analyze_dynamics.rows is 0" in message(held.path, columns="causal-*", rows=0)
+    assert "no token losses of an evaluator 'other' (it has trace)" in message(run=str(traced), trace="other")
+    assert "no token losses of an evaluator 'trace' (it has none)" in message(run=run, trace="trace")
+    assert "give analyze_dynamics.run" in message(held.path, trace="trace")
+    assert "local folder" in message(held.path, columns="causal-*", output="gs://bucket/x")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_counts_once_and_a_column_without_numbers_is_no_class(held, tmp_path):
+    corpus = Corpus.open(shutil.copytree(held.path, tmp_path / "held"))
+    shutil.copytree(Path(corpus.path) / "scores" / "causal-0", Path(corpus.path) / "scores" / "causal-5")
+    line = toy.refusal(analyze_dynamics, corpus.path, columns="causal-*", output=str(tmp_path / "out"))
+    assert "'causal-0' and 'causal-5'" in line and "same model" in line
+    toy.write_score(corpus, "other-30", np.full((24, 48), np.nan, np.float32), 30)
+    line = toy.refusal(analyze_dynamics, corpus.path, columns="causal-0,other-30", output=str(tmp_path / "out"))
+    assert "no token of" in line and "finite loss" in line

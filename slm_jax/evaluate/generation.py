@@ -61,8 +61,17 @@ class Generator:
         self.speed = Speed()
         self._num_ids = min(model.vocab_size, vocabulary.size)
         self._programs: dict[Hashable, Callable[..., Any]] = {}
-        with jax.set_mesh(mesh):
-            self._params = jax.jit(lambda params: forward.in_compute_dtype(params, model))(params)
+        self._in_compute_dtype = jax.jit(lambda params: forward.in_compute_dtype(params, model))
+        self.load(params)
+
+    def load(self, params: Params) -> None:
+        """Other parameters of the same model from here on; nothing is compiled again."""
+        with jax.set_mesh(self.mesh):
+            self._params = self._in_compute_dtype(params)
+
+    def unload(self) -> None:
+        """Frees the memory of the parameters, until others are loaded."""
+        self._params = {}
 
     def complete(self, texts: Sequence[str], sampling: Sampling, prefix: str = "") -> list[Continuation]:
         """Continues texts, each behind BOS and the prefix; see `continue_ids`."""

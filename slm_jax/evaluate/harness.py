@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gin
+import numpy as np
 
 from slm_jax import config as config_lib
 from slm_jax.errors import UserError
@@ -112,6 +113,11 @@ class Zoo:
         Raises:
           UserError: its data cannot be had; it runs what the model wrote, and may not.
         """
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED  # pyright: ignore[reportMissingImports]
+
+        # Some tasks shuffle their choices as they are loaded.
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
         spec: Any = form.task
         if form.changes:
             spec = {"group": f"{form.task}_{form.label}", "task": [{"task": form.task, **form.changes}]}
@@ -130,21 +136,28 @@ class Zoo:
             )
         return loaded
 
+    def ask(self, answers: Answers, loaded: dict[str, Any], form: Form, harness: Harness) -> dict[str, Any]:
+        """What lm_eval returns for what `load` has loaded: the numbers of its simple_evaluate, and each sample."""
+        from lm_eval.defaults import DEFAULT_OTHER_SEED  # pyright: ignore[reportMissingImports]
+        from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 
-def ask(answers: Answers, loaded: dict[str, Any], form: Form, harness: Harness) -> dict[str, Any]:
-    """What lm_eval's simple_evaluate returns for what `Zoo.load` has loaded."""
-    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
-
-    found = simple_evaluate(
-        model=lm_eval_model(answers, harness.chat),
-        tasks=[loaded["groups"].get(name) or loaded["tasks"][name] for name in outermost(loaded)],
-        num_fewshot=form.shots if harness.shots is None else harness.shots,
-        samples=_chosen(loaded["tasks"], form.sampled, harness.limit),
-        bootstrap_iters=BOOTSTRAP,
-        apply_chat_template=harness.chat is not None,
-        confirm_run_unsafe_code=True,  # `Zoo.load` has asked
-    )
-    return json.loads(json.dumps(found, default=_plain))
+        shots = form.shots if harness.shots is None else harness.shots
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")  # 0 there is meant to stay
+            if own is None or (own != 0 and shots is not None):
+                task.set_config(key="num_fewshot", value=shots or 0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        found = evaluate(
+            lm_eval_model(answers, harness.chat),
+            loaded,
+            samples=_chosen(loaded["tasks"], form.sampled, harness.limit),
+            bootstrap_iters=BOOTSTRAP,
+            apply_chat_template=harness.chat is not None,
+            fewshot_as_multiturn=harness.chat is not None,
+            confirm_run_unsafe_code=True,  # `load` has asked
+        )
+        about = {"model": "slm_jax", "fewshot_seed": DEFAULT_OTHER_SEED, "bootstrap_iters": BOOTSTRAP}
+        return json.loads(json.dumps({**(found or {}), "config": about}, default=_plain))
 
 
 def outermost(loaded: dict[str, Any]) -> list[str]:

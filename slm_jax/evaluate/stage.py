@@ -15,14 +15,17 @@ from slm_jax import processes
 from slm_jax.errors import UserError
 from slm_jax.evaluate.answers import Answers
 from slm_jax.evaluate.harness import Harness, Zoo
+from slm_jax.evaluate.multiple_choice import MultipleChoice
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.evaluate.request_cache import RequestCache
+from slm_jax.evaluate.samples import Samples
 from slm_jax.evaluate.task_table import table
 from slm_jax.evaluate.tasks import RECORD, columns_of, prefixes, run_tasks
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.score.reference import TrainedModel, load_model, run_vocabulary
 
+EVALUATORS = (HeldOut, MultipleChoice, Samples)
 REQUESTS = "requests.jsonl"
 
 
@@ -132,8 +135,9 @@ def _run_evaluators(
 def _checked(evaluators: Sequence[Any]) -> list[Any]:
     """One HeldOut where none is named; each name once."""
     evaluators = config_lib.as_list(evaluators, object, "evaluate.evaluators") or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
-    if strange := [evaluator for evaluator in evaluators if not hasattr(evaluator, "bind")]:
-        raise UserError(f"evaluate.evaluators takes a list: [@HeldOut()]; it was given {strange[0]!r}")
+    if strange := [evaluator for evaluator in evaluators if not isinstance(evaluator, EVALUATORS)]:
+        known = ", ".join(f"@{kind.__name__}()" for kind in EVALUATORS)
+        raise UserError(f"evaluate.evaluators takes a list of {known}; it was given {strange[0]!r}")
     names = [evaluator.name for evaluator in evaluators]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate.evaluators: two are called {max(names, key=names.count)!r}; give each its own name")

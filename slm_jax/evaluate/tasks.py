@@ -15,7 +15,7 @@ from slm_jax import config as config_lib
 from slm_jax import processes
 from slm_jax.errors import UserError
 from slm_jax.evaluate.answers import Answers
-from slm_jax.evaluate.harness import Harness, Zoo, ask, outermost, scored
+from slm_jax.evaluate.harness import Harness, Zoo, outermost, scored
 from slm_jax.evaluate.multiple_choice import Scored, measures
 from slm_jax.evaluate.suites import HOSTS, SUITES, UNCONDITIONAL, Column, Form, host_prefix
 from slm_jax.evaluate.task_table import averages
@@ -59,6 +59,11 @@ def prefixes(
     for name in names:
         if name not in CONDITIONS:
             raise UserError(f"evaluate.conditions: {name!r} is unknown: known are {', '.join(CONDITIONS)}")
+    if "\\n" in (given or ""):
+        raise UserError(
+            f"evaluate.prefix {given!r} has a backslash and an n where a line should end: a shell needs "
+            "--prefix=$'URL: en.wikipedia.org\\n\\n' for it"
+        )
     if ("given" in names) != (given is not None):
         raise UserError("evaluate.prefix and the condition 'given' belong together: name both, or none of them")
     tasks = list(dict.fromkeys(form.task for column in columns for form in column.forms))
@@ -105,7 +110,9 @@ def run_tasks(
                 result = _result(answers, zoo, form, tasks, harness, output / condition)
             about = {"prefix": prefix_of[form.task], **dataclasses.asdict(asked)}
             found[condition][column.name][form.label or form.task] = result | {"asked": about}
-    best = {condition: {name: _best(forms) for name, forms in results.items()} for condition, results in found.items()}
+    best = {
+        condition: {name: best_form(forms) for name, forms in results.items()} for condition, results in found.items()
+    }
     return {
         "columns": list(columns),
         "results": found,
@@ -118,13 +125,13 @@ def _result(
     answers: Answers, zoo: Zoo, form: Form, loaded: dict[str, Any], harness: Harness, folder: Path
 ) -> dict[str, Any]:
     """One form's value, and what it rests on."""
-    results = ask(answers, loaded, form, harness)
+    results = zoo.ask(answers, loaded, form, harness)
     likelihoods = _likelihoods(loaded, results)
     if form.metric == UNCONDITIONAL:
         alone = dataclasses.replace(form, shots=0, changes={**form.changes, "doc_to_text": "Answer:"})
         again = zoo.load(alone)
-        without = ask(answers, again, alone, dataclasses.replace(harness, shots=None))
-        values = {UNCONDITIONAL: _unconditional(likelihoods, _likelihoods(again, without))}
+        without = zoo.ask(answers, again, alone, dataclasses.replace(harness, shots=None))
+        values = {UNCONDITIONAL: unconditional(likelihoods, _likelihoods(again, without))}
     else:
         values = _values(loaded, results)
     metric = form.metric or next(iter(values))
@@ -173,7 +180,7 @@ def _numbers(results: Mapping[str, Any], task: str) -> list[str]:
     return [name for name in names if isinstance(found[name], (int, float))]
 
 
-def _unconditional(asked: Mapping[Any, Scored], alone: Mapping[Any, Scored]) -> dict[str, Any]:
+def unconditional(asked: Mapping[Any, Scored], alone: Mapping[Any, Scored]) -> dict[str, Any]:
     """Accuracy of log p(choice | question) - log p(choice | "Answer:") (OLMES, arXiv 2406.08446)."""
     gains = [
         question._replace(totals=np.subtract(question.totals, alone[place].totals).tolist())
@@ -190,7 +197,7 @@ def _write(folder: Path, name: str, results: dict[str, Any]) -> None:
     config_lib.write_json(folder / f"{name}.json", {key: value for key, value in results.items() if key != "samples"})
 
 
-def _best(forms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def best_form(forms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """The form with the highest value, and what it is called; None where a column has none."""
     if not forms:
         return None

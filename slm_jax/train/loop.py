@@ -75,7 +75,7 @@ def train(
         boundaries stay always.
       log_every: steps between rows of metrics.jsonl.
       evaluate_every: steps between evaluations, made at step 0 and at the end too.
-      evaluators: HeldOut and the like.
+      evaluators: HeldOut, MultipleChoice, Samples.
       max_unusable: share of a batch whose scores may be not finite before the run stops.
       dry_run: print the plan, draw it as <run_dir>/plan.png, and stop.
       allow_equal_reference: train on excess loss although reference and initial model are one (excess is 0 at first).

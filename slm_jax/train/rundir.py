@@ -125,7 +125,8 @@ def describe(run_dir: str, model: ModelConfig, plan: Plan, devices: Mesh, step: 
 def write_evaluation(
     run_dir: str, writer: MetricsWriter, step: int, results: Iterable[Iterable[tuple[str, Any]]]
 ) -> None:
-    """One metric row of all evaluators' numbers; their arrays as `token_losses/<name>/<step>.npy`.
+    """One metric row of all evaluators' numbers; their arrays as `token_losses/<name>/<step>.npy`, their lists as the
+    lines of `samples/<name>/<step>.jsonl`.
 
     All processes evaluate, the first writes.
     """
@@ -138,6 +139,8 @@ def write_evaluation(
                 path = Path(run_dir) / "token_losses" / name.split("/")[0] / f"{step}.npy"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 np.save(path, value)
+            elif isinstance(value, list):
+                config_lib.write_json_lines(Path(run_dir) / "samples" / name.split("/")[0] / f"{step}.jsonl", value)
             else:
                 row[name] = value
     if row:

@@ -1,0 +1,194 @@
+"""The suites' tables, what their forms ask, conditions, results as a table, and mistakes in one line."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import toy
+
+from slm_jax.evaluate.harness import Harness, Zoo, chat_text, sampling_of, scored
+from slm_jax.evaluate.multiple_choice import Scored
+from slm_jax.evaluate.sampling import Sampling
+from slm_jax.evaluate.stage import evaluate
+from slm_jax.evaluate.suites import HOSTS, MECO_FORMS, SUITES, Column, Form, host_prefix
+from slm_jax.evaluate.task_table import averages, table
+from slm_jax.evaluate.tasks import best_form, columns_of, prefixes, unconditional
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory):
+    """What lm_eval's libraries keep goes to a folder of the tests, and they look for nothing elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            patch.setenv(name, "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def zoo(offline) -> Zoo:
+    """With all of lm_eval's own tasks."""
+    zoo = Zoo(None, offline=True, run_model_code=False)
+    zoo.check(["mmlu"])
+    return zoo
+
+
+def test_suites_name_what_lm_eval_has(zoo):
+    zoo.check([form.task for suite in SUITES.values() for column in suite.columns for form in column.forms])
+    assert {name: len(suite.columns) for name, suite in SUITES.items()} == {
+        "meco": 10,
+        "rho1_general": 15,
+        "continual": 17,
+    }
+    groups = [column.group for column in SUITES["continual"].columns]
+    assert groups.count("average") == 13 and groups.count("German") == 4
+    assert {form.task for column in SUITES["meco"].columns for form in column.forms} == set(HOSTS)
+    assert host_prefix(HOSTS["mmlu"]) == "URL: www.testprepportal.com\n\n"
+    assert all(column.forms or column.note for suite in SUITES.values() for column in suite.columns)
+
+
+# A question of each data set, with the fields that it has there; the context, the answers, and the right one.
+ARC = {"question": "Q?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"}
+FIVE = {"question": "Q?", "choices": {"text": list("abcde"), "label": list("ABCDE")}, "answerKey": "D"}
+SWAG = {"ind": 0, "activity_label": "Farm", "ctx_a": "Hens.", "ctx_b": "they", "endings": list("abcd"), "label": "3"}
+BOOK = {"question_stem": "Q?", "choices": {"text": list("abcd"), "label": list("ABCD")}, "answerKey": "B"}
+PHYSICAL = {"goal": "Q?", "sol1": "a", "sol2": "b", "label": 1}
+SOCIAL = {"context": "C.", "question": "Q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"}
+GRANDE = {"sentence": "The _ swims.", "option1": "hen", "option2": "duck", "answer": "2"}
+LINES = ["\n A. a", "\n B. b", "\n C. c", "\n D. d", "\n E. e"]
+ASKED = {
+    ("arc_easy", "choices"): (ARC, f"Question: Q?{''.join(LINES[:3])}\nAnswer:", "A B C", 1),
+    ("arc_easy", "cloze"): (ARC, "Question: Q?\nAnswer:", "a b c", 1),
+    ("commonsense_qa", "choices"): (FIVE, f"Question: Q?{''.join(LINES)}\nAnswer:", "A B C D E", 3),
+    ("commonsense_qa", "cloze"): (FIVE, "Question: Q?\nAnswer:", "a b c d e", 3),
+    ("hellaswag", "choices"): (SWAG, f"Question: Farm: Hens. They{''.join(LINES[:4])}\nAnswer:", "A B C D", 3),
+    ("hellaswag", "cloze"): (SWAG, "Farm: Hens. They", "a b c d", 3),
+    ("openbookqa", "choices"): (BOOK, f"Question: Q?{''.join(LINES[:4])}\nAnswer:", "A B C D", 1),
+    ("openbookqa", "cloze"): (BOOK, "Question: Q?\nAnswer:", "a b c d", 1),
+    ("piqa", "choices"): (PHYSICAL, f"Question: Q?{''.join(LINES[:2])}\nAnswer:", "A B", 1),
+    ("piqa", "cloze"): (PHYSICAL, "Question: Q?\nAnswer:", "a b", 1),
+    ("social_iqa", "choices"): (SOCIAL, f"Question: C. Q?{''.join(LINES[:3])}\nAnswer:", "A B C", 2),
+    ("social_iqa", "cloze"): (SOCIAL, "Question: C. Q?\nAnswer:", "a b c", 2),
+    ("winogrande", "choices"): (GRANDE, "Question: The _ swims.\n A. hen\n B. duck\nAnswer:", "A B", 1),
+    ("winogrande", "cloze"): (GRANDE, "The hen", "swims. swims.", 1),
+}
+
+
+@pytest.mark.parametrize("name", ASKED, ids="_".join)
+def test_forms_of_olmes_ask_what_they_should(name, zoo, tmp_path):
+    """With one example, the same question with its right answer, before the question."""
+    row, context, answers, gold = ASKED[name]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    (form,) = (form for forms in MECO_FORMS.values() for form in forms if (form.task, form.label) == name)
+    changes = dict.fromkeys(("training_split", "validation_split", "test_split"), "train") | {"num_fewshot": 1}
+    changes |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"train": str(data)}}}
+    loaded = zoo.load(dataclasses.replace(form, changes={**form.changes, **changes}))
+    (task,) = loaded["tasks"].values()
+    task.build_all_requests(limit=1)
+    asked = [instance.args for instance in task.instances]
+    expected = [f" {answer}" for answer in answers.split()]
+    assert [answer for _, answer in asked] == expected
+    before = "The duck" if name == ("winogrande", "cloze") else context  # there the options are in the context
+    assert asked[0][0] == f"{before}{expected[gold]}\n\n{context}"
+    likelihoods = scored(task, {"doc": task.eval_docs[0], "filtered_resps": [(-1.0, True)] * len(asked)})
+    assert likelihoods is not None and likelihoods.gold == gold and len(likelihoods.totals) == len(expected)
+
+
+def test_columns_and_conditions():
+    assert [column.name for column in columns_of("meco, mine", False)][-2:] == ["TruQA", "mine"]
+    code = {column.name: column for column in columns_of("rho1_general", False)}["HumanEval"]
+    assert not code.forms and "--run_model_code" in code.note
+    assert all(column.forms for column in columns_of("rho1_general", True))
+    assert "it names boolq twice" in toy.refusal(columns_of, "boolq,boolq", False)
+    assert "takes tasks or suites (meco, rho1_general, continual)" in toy.refusal(columns_of, " , ", False)
+
+    columns, harness = columns_of("mmlu,mine", False), Harness(hosts={"mine": "www.mine.org"})
+    found = prefixes(columns, "none,right,wrong,unrelated", None, harness)
+    assert found["none"] == {"mmlu": "", "mine": ""}
+    assert found["right"] == {"mmlu": "URL: www.testprepportal.com\n\n", "mine": "URL: www.mine.org\n\n"}
+    assert all(found["wrong"][task] not in (found["right"][task], "") for task in ("mmlu", "mine"))
+    assert found["unrelated"]["mmlu"] == "URL: boards.4chan.org\n\n"
+    assert prefixes(columns, None, "Hello ", harness) == {"given": {"mmlu": "Hello ", "mine": "Hello "}}
+    assert list(prefixes(columns, "none,given", "Hello ", harness)) == ["none", "given"]
+    assert "'best' is unknown: known are none, given" in toy.refusal(prefixes, columns, "best", None, harness)
+    assert "belong together" in toy.refusal(prefixes, columns, "none", "Hello", harness)
+    assert "a shell needs --prefix=$'URL: en" in toy.refusal(prefixes, columns, None, r"URL: a.org\n\n", harness)
+    assert "belong together" in toy.refusal(prefixes, columns, "given", None, harness)
+    line = toy.refusal(prefixes, columns, "right", None, Harness())
+    assert "no host is known for task mine: set Harness.hosts = {'mine': 'www.example.org'}" in line
+
+
+def result(value: float, **more) -> dict:
+    asked = {"requests": 4, "truncated": 0, "dropped_tokens": 0, **more}
+    values = {"acc,none": {"value": value, "stderr": 0.1}}
+    return {**values["acc,none"], "metric": "acc,none", "values": values, "choices": {}, "asked": asked}
+
+
+def test_a_suite_as_a_table():
+    """The better form counts; what was not measured is left out of the mean, and that is said."""
+    form = Form("t", "acc,none")
+    columns = [
+        *(Column("one", (form,)), Column("two", (form,))),
+        *(Column("none", (), "there is none"), Column("t", (form,), group="")),
+    ]
+    worse, better = result(0.4), result(0.5, truncated=1, dropped_tokens=1234)
+    results = {"one": {"choices": worse, "cloze": better}, "two": {"t": result(0.25)}, "none": {}}
+    results["t"] = {"t": result(1.0)}
+    best = {name: best_form(forms) for name, forms in results.items()}
+    assert best["one"] == {"form": "cloze", **{name: better[name] for name in better if name != "asked"}}
+    record = {"columns": columns, "results": {"none": results}, "best": {"none": best}}
+    record["averages"] = {"none": averages(columns, best)}
+    assert record["averages"]["none"] == {"average": {"mean": 0.375, "columns": 2, "missing": 1}}
+    assert [line.split() for line in table(record).splitlines()[:6]] == [
+        ["none"],
+        ["one", "0.5000", "±", "0.1000"],
+        ["two", "0.2500", "±", "0.1000"],
+        ["none", "-"],
+        ["t", "acc", "1.0000", "±", "0.1000"],
+        ["average", "without", "1", "of", "3", "0.3750"],
+    ]
+    assert "none: there is none" in table(record)
+    assert "one cloze, behind BOS none: 1 of 4 texts lost 1,234 tokens on their left" in table(record)
+
+
+def test_what_the_answer_alone_would_get_is_taken_away():
+    """Raw, both questions are answered with the second choice; it is likely behind any question."""
+    asked = {("t", 0): Scored([-3.0, -2.0], [1, 1], 0), ("t", 5): Scored([-9.0, -2.0], [1, 1], 1)}
+    alone = {("t", 0): Scored([-5.0, -1.0], [1, 1], 0), ("t", 5): Scored([-5.0, -1.0], [1, 1], 1)}
+    assert unconditional(asked, alone) == {"value": 1.0, "stderr": 0.0}
+    assert (
+        unconditional(asked, {place: each._replace(totals=[0.0, 0.0]) for place, each in alone.items()})["value"] == 0.5
+    )
+
+
+def test_what_a_task_generates_with():
+    settings = {"until": ["\n", ""], "max_gen_toks": 5, "do_sample": False, "temperature": 0.0, "top_p": 0.5}
+    assert sampling_of(settings) == Sampling(5, stop=("\n",))
+    assert sampling_of(settings | {"do_sample": True, "temperature": 0.5}) == Sampling(5, 0.5, top_p=0.5, stop=("\n",))
+    line = toy.refusal(sampling_of, settings | {"num_beams": 4})
+    assert "a task generates with num_beams, which is not known here" in line
+    assert "generates with length_penalty" in toy.refusal(sampling_of, settings | {"length_penalty": 2})
+
+
+def test_a_chat_as_text():
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q?"}]
+    assert chat_text("tora", messages, True) == "S\n<|user|>\nQ?\n<|assistant|>\n"
+    begun = [*messages, {"role": "assistant", "content": "It is"}]
+    assert chat_text("tora", begun, False) == "S\n<|user|>\nQ?\n<|assistant|>\nIt is"
+
+
+def test_mistakes(zoo, tmp_path, monkeypatch):
+    assert "no task 'arc_esy': did you mean 'arc_easy'?" in toy.refusal(zoo.check, ["arc_esy"])
+    line = toy.refusal(zoo.load, Form("arc_easy", "acc,none"))
+    assert "task arc_easy cannot be loaded (offline was asked for): " in line and "ai2_arc" in line
+    assert "evaluators or tasks" in toy.refusal(evaluate, "run", [object()], tasks="boolq")
+    assert "Harness.chat 'chatml' is unknown: known are None, tora" in toy.refusal(Harness, chat="chatml")
+    assert "Harness.limit is 0" in toy.refusal(Harness, limit=0)
+    line = toy.refusal(evaluate, "run", tasks="boolq", include_path=str(tmp_path / "nowhere"))
+    assert "nowhere is no folder" in line
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert "pip install lm_eval" in toy.refusal(Zoo, None, False, False)

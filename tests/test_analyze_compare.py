@@ -206,7 +206,8 @@ def test_phases_mixtures_and_schedules_in_words():
     words = "up to 60 %, 0 to 1 linear over the rest by loss, per sequence, filtered gradient, moments forgotten, "
     assert describe.objective(phase) == f"{words}pulled back by 0.1"
     assert describe.mixture({"mixture": [draw | {"share": None}, draw | {"share": 0.05}]}).startswith("the rest ")
-    above = phase | {"selection": phase["selection"] | {"threshold": 2.0}, "reset_optimizer": False, "toward_start": 0}
+    high = phase["selection"] | {"threshold": 2.0, "capacity": 0.5}
+    above = phase | {"selection": high, "reset_optimizer": False, "toward_start": 0}
     assert describe.objective(above) == "above 2 by loss, per sequence, filtered gradient"
     legs = [{"to": 0.003, "steps": 0.05, "shape": "linear"}, {"to": 1e-4, "steps": 100, "shape": "cosine"}]
     assert describe.schedule({"start": None, "legs": legs}) == (

@@ -169,7 +169,7 @@ def _by_source(groups: Sequence[Group]) -> Table:
     """A line for each source, a column for each group: training losses, then every evaluator's."""
     runs = [run for group in groups for run in group.runs]
     training = dict.fromkeys(name for run in runs for name in run.training_losses() if name)
-    evaluated = dict.fromkeys(name for run in runs for name in run.evaluations() if not _of_all_sources(name))
+    evaluated = dict.fromkeys(name for run in runs for name in run.evaluations() if "/loss/" in name)
     lines: dict[str, Callable[[Run], float | None]] = {
         f"training, {name}": lambda run, name=name: run.training_losses().get(name) for name in training
     }

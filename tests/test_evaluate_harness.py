@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -138,7 +139,7 @@ def test_scores_are_those_of_lm_evals_own_class(tmp_path):
     parity = pytest.importorskip("test_models_parity")
     theirs = parity._their_model("Llama", MODEL, {})
     theirs.generation_config.pad_token_id = 0
-    ours = parity._as_ours(parity._tensors(theirs, MODEL, lambda parameter: parameter), MODEL, parity.LLAMA)
+    ours = jax.tree.map(jnp.asarray, parity._as_ours(theirs, MODEL, lambda parameter: parameter))
     mmlu, gsm8k = real("eval/mmlu_stem_test.jsonl.gz"), real("gsm8k_test.jsonl.gz")[:3]
     mmlu = mmlu[:3] + [question for question in mmlu if len(question["question"]) < 50][:5]
     rows = {

@@ -120,6 +120,7 @@ def test_a_mesh_with_all_axes_continues_as_one_device_and_the_cache_stays_where_
 def test_a_token_is_written_in_place(alone, expected):
     """A copy of the cache for each token, or even for each layer, would cost more than all the rest."""
     programs = [program.as_text() for key, program in alone._programs.items() if key[0] is decoding.advance]
+    programs = [text for text in programs if "f32[2,4,2," in text]  # other tests may have made some for fewer rows
     assert programs
     for text in programs:  # layers, rows, heads, slots, and features
         made = re.findall(r"= f32\[2,4,2,\d+,8\]\S* ([\w-]+)\(", text)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import toy
 
+from slm_jax.data.conversations import TEMPLATES, Turn, written
 from slm_jax.evaluate.harness import Harness, Zoo, chat_text, sampling_of, scored
 from slm_jax.evaluate.multiple_choice import Scored
 from slm_jax.evaluate.sampling import Sampling
@@ -174,11 +175,17 @@ def test_what_a_task_generates_with():
     assert "generates with length_penalty" in toy.refusal(sampling_of, settings | {"length_penalty": 2})
 
 
-def test_a_chat_as_text():
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q?"}]
-    assert chat_text("tora", messages, True) == "S\n<|user|>\nQ?\n<|assistant|>\n"
-    begun = [*messages, {"role": "assistant", "content": "It is"}]
-    assert chat_text("tora", begun, False) == "S\n<|user|>\nQ?\n<|assistant|>\nIt is"
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_is_written_as_for_training(name):
+    """Up to the response that comes next, and within one that is begun."""
+    template = TEMPLATES[name]
+    turns = [Turn("system", "S"), Turn("user", "Q?"), Turn("assistant", "A."), Turn("user", "And?")]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    whole = written([*turns, Turn("assistant", "It is so.")], template)[0]
+    asked = chat_text(template, messages, True)
+    assert asked + "It is so." + template.closes == whole
+    begun = chat_text(template, [*messages, {"role": "assistant", "content": "It is"}], False)
+    assert begun + " so." + template.closes == whole
 
 
 def test_mistakes(zoo, tmp_path, monkeypatch):
@@ -186,7 +193,7 @@ def test_mistakes(zoo, tmp_path, monkeypatch):
     line = toy.refusal(zoo.load, Form("arc_easy", "acc,none"))
     assert "task arc_easy cannot be loaded (offline was asked for): " in line and "ai2_arc" in line
     assert "evaluators or tasks" in toy.refusal(evaluate, "run", [object()], tasks="boolq")
-    assert "Harness.chat 'chatml' is unknown: known are None, tora" in toy.refusal(Harness, chat="chatml")
+    assert "Harness.chat 'mine' is unknown: known are None, plain, tora, chatml" in toy.refusal(Harness, chat="mine")
     assert "Harness.limit is 0" in toy.refusal(Harness, limit=0)
     line = toy.refusal(evaluate, "run", tasks="boolq", include_path=str(tmp_path / "nowhere"))
     assert "nowhere is no folder" in line

@@ -17,6 +17,7 @@ import gin
 import numpy as np
 
 from slm_jax import config as config_lib
+from slm_jax.data.conversations import TEMPLATES, Template
 from slm_jax.errors import UserError
 from slm_jax.evaluate.answers import Answers
 from slm_jax.evaluate.multiple_choice import Scored
@@ -28,15 +29,6 @@ BOOTSTRAP = 1000  # resamples for the standard error of metrics that are no mean
 SAMPLING_SEED = 0  # of the questions drawn where a suite takes a part of them
 MAX_NEW_TOKENS = 256  # lm_eval's own, where a task says nothing
 
-# What stands before and behind a message of each role, and what an answer begins with.
-CHAT_TEMPLATES: dict[str, tuple[dict[str, tuple[str, str]], str]] = {
-    # ToRA's (arXiv 2309.17452)
-    "tora": (
-        {"system": ("", "\n"), "user": ("<|user|>\n", "\n"), "assistant": ("<|assistant|>\n", "\n")},
-        "<|assistant|>\n",
-    ),
-}
-
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +36,9 @@ class Harness:
     """How tasks of lm-evaluation-harness are asked.
 
     limit: questions of each task, from the first; None for all. shots: examples before each question; None as the task
-    or the suite says. batch_tokens: tokens of a batch of log-likelihoods. batch_rows: texts generated together.
-    chat: template of the messages; None for none. hosts: task -> the host that is right for it, beside those of MeCo's
-    ten tasks. unrelated: the host that has nothing to do with any.
+    or the suite says. batch_tokens: tokens of a batch of log-likelihoods. batch_rows: texts generated together. chat:
+    template of the messages, as of Source.template; None for none. hosts: task -> the host that is right for it, beside
+    those of MeCo's ten tasks. unrelated: the host that has nothing to do with any.
     """
 
     limit: int | None = None
@@ -62,8 +54,8 @@ class Harness:
             config_lib.at_least(1, **{"Harness.limit": self.limit})
         if self.shots is not None:
             config_lib.at_least(0, **{"Harness.shots": self.shots})
-        if self.chat is not None and self.chat not in CHAT_TEMPLATES:
-            raise UserError(f"Harness.chat {self.chat!r} is unknown: known are None, {', '.join(CHAT_TEMPLATES)}")
+        if self.chat is not None and self.chat not in TEMPLATES:
+            raise UserError(f"Harness.chat {self.chat!r} is unknown: known are None, {', '.join(TEMPLATES)}")
 
 
 class Zoo:
@@ -219,7 +211,7 @@ def lm_eval_model(answers: Answers, chat: str | None = None) -> Any:
             return answers.generate([(text, sampling_of({**settings})) for text, settings in normalized])
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return chat_text(chat or "", chat_history, add_generation_prompt)
+            return chat_text(TEMPLATES[chat or ""], chat_history, add_generation_prompt)
 
     return Ours()
 
@@ -247,11 +239,13 @@ def sampling_of(settings: dict[str, Any]) -> Sampling:
     return Sampling(settings["max_gen_toks"], temperature, stop=stop, **drawn)
 
 
-def chat_text(template: str, messages: Sequence[Mapping[str, str]], answer_next: bool) -> str:
-    """Messages of a chat as one text; with what an answer begins with, where one comes next."""
-    roles, answer = CHAT_TEMPLATES[template]
-    around = [(roles[message["role"]], message["content"]) for message in messages]
-    text = "".join(before + content + behind for (before, behind), content in around)
-    if answer_next:
-        return text + answer
-    return text.removesuffix(around[-1][0][1])  # an answer that is begun, and goes on
+def chat_text(template: Template, messages: Sequence[Mapping[str, str]], answer_next: bool) -> str:
+    """Messages of a chat as they were written for training; with what opens a response, where one comes next, else
+    without what closes the last, which goes on.
+
+    Text has no EOS: that which may stand behind earlier responses in training is missing here.
+    """
+    text = template.between.join(
+        template.opens[message["role"]] + message["content"] + template.closes for message in messages
+    )
+    return text + template.between + template.opens["assistant"] if answer_next else text.removesuffix(template.closes)

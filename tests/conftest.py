@@ -21,6 +21,7 @@ if OWN_CACHE:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import toy  # noqa: E402
@@ -28,6 +29,8 @@ import toy  # noqa: E402
 from slm_jax.data.corpus import Corpus  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no mistake
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_unconfigure() -> None:

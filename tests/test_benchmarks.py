@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("step", "parts", "selection", "scoring", "prepare", "batches", "start", "torch_step", "gpu")
+SCRIPTS = ("step", "parts", "selection", "scoring", "prepare", "batches", "start", "torch_step", "generation", "gpu")
 
 
 @pytest.fixture

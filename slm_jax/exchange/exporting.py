@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,13 @@ def export_model(
         busy = f"another process is exporting to {target}: wait for it, or choose another export.target"
         stack.enter_context(processes.lock(partial / LOCK, busy))
         processes.on_first(lambda: _empty(partial))
-        _write_weights(partial, model, dtype, int(file_gigabytes * 1e9))
-        processes.on_first(lambda: _finish(partial, where, settings, words))
+        try:
+            _write_weights(partial, model, dtype, int(file_gigabytes * 1e9))
+            processes.on_first(lambda: _finish(partial, where, settings, words))
+        except Exception:
+            if processes.first():
+                shutil.rmtree(partial)
+            raise
     print(f"export: done, {target}")
 
 

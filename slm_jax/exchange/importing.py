@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def _open(source: Path) -> Weights:
         with source.open("rb") as file:
             start = file.read(2)
     except OSError as error:
-        raise UserError(f"import.source {source}: {error.strerror}: a directory or a .bin file of llama2.c") from error
+        raise UserError(
+            f"import.source {source}: {error.strerror}: download it, and give its directory or a .bin file of llama2.c"
+        ) from error
     if start.startswith(PICKLE_STARTS):
         raise UserError(
             f"{source} is pickled, and reading a pickle can run what it likes: give the directory of its safetensors, "
@@ -124,6 +127,7 @@ def _begin(target: Path, origin: dict[str, Any], words: Vocabulary) -> bool:
         if all(before.get(name) == origin[name] for name in ("identity", "imported", "settings")):
             return True
         raise UserError(f"{target} holds another model already: choose another import.target, or delete it")
+    shutil.rmtree(target / "vocabulary", ignore_errors=True)  # an import that was killed may have had another
     words.save(target / "vocabulary")
     config_lib.write_json(path, origin | {"starts": [config_lib.environment()]})
     return False

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import toy
 from test_processes import finish, start
+from tokenizer_families import save
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.vocabularies import ByteVocabulary, load_vocabulary
@@ -352,3 +353,15 @@ def test_the_named_sizes_have_names_there(size):
 
 def test_the_vocabulary_of_an_export_is_known_again(exported):
     assert load_vocabulary(exported).content_hash == ByteVocabulary().content_hash
+
+
+def test_padding_is_named_where_there_is_any(exported, tmp_path):
+    """torch trains no row of the embedding that is named as padding: a model that pads with EOS must not lose it."""
+    assert json.loads((exported / "config.json").read_text())["pad_token_id"] == ByteVocabulary.pad_id
+    words = load_vocabulary(save("llama_3", tmp_path / "llama_3"))
+    assert words.pad_id == words.eos_id
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / exporting.LOCK).touch()
+    exporting._finish(tmp_path / "partial", tmp_path / "done", {}, words)
+    ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
+    assert json.loads((tmp_path / "done" / "config.json").read_text()) == ids

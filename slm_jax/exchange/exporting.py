@@ -114,7 +114,13 @@ def _finish(partial: Path, target: Path, settings: dict[str, Any], words: Vocabu
     """Writes what is small, and gives the directory its name."""
     for name, content in tokenizer_files(words).items():
         (partial / name).write_bytes(content)
-    ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
+    ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
+    if words.pad_id not in (
+        words.bos_id,
+        words.eos_id,
+        words.unk_id,
+    ):  # torch would not train that row of the embedding
+        ids["pad_token_id"] = words.pad_id
     config_lib.write_json(partial / "config.json", settings | ids)
     config_lib.write_json(partial / "generation_config.json", ids)
     (partial / LOCK).unlink()

@@ -254,3 +254,22 @@ def test_any_vocabulary_can_be_given_to_transformers(name, tmp_path):
         ids = vocabulary.encode(text)
         assert theirs.encode(text, split_special_tokens=True) == [vocabulary.bos_id, *ids]
         assert theirs.decode(ids) == text
+
+
+def test_a_directory_with_a_sentencepiece_model(directories, tmp_path):
+    """Read by SentencePiece itself: as transformers reads it, where no text begins with a space."""
+    ours = OURS["sentencepiece of Llama"]
+    (tmp_path / "tokenizer.model").write_bytes(ours.model)
+    vocabulary = load_vocabulary(tmp_path)
+    assert vocabulary.content_hash == ours.content_hash
+    names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*HARD, SPECIAL]:
+        if not text.startswith(" "):
+            ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+            assert vocabulary.encode(text) == ids, text[:50]
+    shutil.copy(directories["llama_2"] / "tokenizer.json", tmp_path)  # which transformers would read first
+    assert load_vocabulary(tmp_path).kind == "huggingface"

@@ -8,11 +8,11 @@ import tracemalloc
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 import toy
 from test_processes import finish, start
+from tokenizer_families import save
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.vocabularies import ByteVocabulary, load_vocabulary
@@ -113,7 +113,7 @@ def test_sixteen_bits_stay_sixteen_bits(dtype, reference, exported, tmp_path):
     assert (tmp_path / "again" / SINGLE).read_bytes() == (tmp_path / "half" / SINGLE).read_bytes()
     halves, wholes = open_tensors(tmp_path / "half"), open_tensors(exported)
     for name, entry in halves.items():
-        expected = read_tensor(wholes[name]).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16)
+        expected = read_tensor(wholes[name]).astype(jax.numpy.bfloat16 if dtype == "bfloat16" else np.float16)
         np.testing.assert_array_equal(read_tensor(entry), expected)
     assert load(tmp_path / "ours").config.compute_dtype == "bfloat16"
     assert load(tmp_path / "exact").config.compute_dtype == "float32"
@@ -264,7 +264,9 @@ def test_pickles_are_refused_with_the_way_to_convert_them(copy, tmp_path):
         assert f"{name} is pickled, and reading a pickle can run what it likes" in refused(tmp_path / name)
     (copy / "pytorch_model.bin").unlink()
     assert "holds no *.safetensors" in refused(copy)
-    assert "No such file or directory: a directory or a .bin file" in refused(tmp_path / "nowhere")
+    assert "No such file or directory: download it, and give its directory or a .bin file of llama2.c" in refused(
+        tmp_path / "nowhere"
+    )
 
 
 def test_the_vocabulary_must_be_there_and_fit(copy, tmp_path):
@@ -298,7 +300,7 @@ def test_settings_that_cannot_be_are_refused(reference, exported, tmp_path, copy
         import_model(str(copy), target)
         line = toy.refusal(export_model, target, str(tmp_path / "half"), dtype="float16")
     assert "model.norm.weight has values beyond float16: take export.dtype = 'bfloat16' or 'float32'" in line
-    assert not (tmp_path / "half").exists()
+    assert not list(tmp_path.glob("half*"))
 
 
 class Zeros:
@@ -351,3 +353,15 @@ def test_the_named_sizes_have_names_there(size):
 
 def test_the_vocabulary_of_an_export_is_known_again(exported):
     assert load_vocabulary(exported).content_hash == ByteVocabulary().content_hash
+
+
+def test_padding_is_named_where_there_is_any(exported, tmp_path):
+    """torch trains no row of the embedding that is named as padding: a model that pads with EOS must not lose it."""
+    assert json.loads((exported / "config.json").read_text())["pad_token_id"] == ByteVocabulary.pad_id
+    words = load_vocabulary(save("llama_3", tmp_path / "llama_3"))
+    assert words.pad_id == words.eos_id
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / exporting.LOCK).touch()
+    exporting._finish(tmp_path / "partial", tmp_path / "done", {}, words)
+    ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
+    assert json.loads((tmp_path / "done" / "config.json").read_text()) == ids

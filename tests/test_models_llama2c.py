@@ -150,6 +150,20 @@ def test_what_is_none_of_its_files_is_refused(arrays, tmp_path):
     assert not Path(target).exists()
 
 
+def test_a_width_that_looks_like_a_pickle_is_a_width(tmp_path):
+    """640 begins with the two bytes with which a pickle begins."""
+    dim, vocab, row = 640, 3, 2
+    numbers = (dim, 1, 1, 2, 1, vocab, row)
+    count = vocab * dim + 2 * dim + 2 * dim * dim + 2 * (dim // 2) * dim + 3 * dim + dim + row * dim // 2
+    path = tmp_path / "stories.bin"
+    path.write_bytes(struct.pack("<7i", *numbers) + bytes(4 * count))
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    line = toy.refusal(import_model, str(path), str(tmp_path / "target"))
+    assert "brings no vocabulary" in line
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "is pickled" in toy.refusal(import_model, str(path), str(tmp_path / "target"))
+
+
 @pytest.mark.parametrize("as_characters", [False, True])
 def test_the_vocabulary_is_the_one_it_was_made_of(as_characters, tmp_path):
     vocabulary = read_tokenizer_bin(tokenizer_bin(tmp_path / "tokenizer.bin", as_characters))

@@ -90,7 +90,9 @@ def llama_2() -> Tokenizer:
     content = json.loads(tokenizer.to_str())
     content["pre_tokenizer"] = None
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
-    return Tokenizer.from_str(json.dumps(content))
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
 
 
 # How each names its control tokens: in tokenizer_config.json, and in config.json.

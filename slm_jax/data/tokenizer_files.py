@@ -20,9 +20,11 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
         tokenizer = _of_bytes(vocabulary)
     else:
         return files
-    names = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id, "pad_token": vocabulary.pad_id}
+    names = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
     if vocabulary.unk_id is not None:
         names["unk_token"] = vocabulary.unk_id
+    if vocabulary.pad_id not in names.values():
+        names["pad_token"] = vocabulary.pad_id
     config: dict[str, Any] = {name: vocabulary.piece(token) for name, token in names.items()}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["model_input_names"] = ["input_ids", "attention_mask"]

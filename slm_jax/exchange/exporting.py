@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,13 @@ def export_model(
         busy = f"another process is exporting to {target}: wait for it, or choose another export.target"
         stack.enter_context(processes.lock(partial / LOCK, busy))
         processes.on_first(lambda: _empty(partial))
-        _write_weights(partial, model, dtype, int(file_gigabytes * 1e9))
-        processes.on_first(lambda: _finish(partial, where, settings, words))
+        try:
+            _write_weights(partial, model, dtype, int(file_gigabytes * 1e9))
+            processes.on_first(lambda: _finish(partial, where, settings, words))
+        except Exception:
+            if processes.first():
+                shutil.rmtree(partial)
+            raise
     print(f"export: done, {target}")
 
 
@@ -108,7 +114,13 @@ def _finish(partial: Path, target: Path, settings: dict[str, Any], words: Vocabu
     """Writes what is small, and gives the directory its name."""
     for name, content in tokenizer_files(words).items():
         (partial / name).write_bytes(content)
-    ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
+    ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
+    if words.pad_id not in (
+        words.bos_id,
+        words.eos_id,
+        words.unk_id,
+    ):  # torch would not train that row of the embedding
+        ids["pad_token_id"] = words.pad_id
     config_lib.write_json(partial / "config.json", settings | ids)
     config_lib.write_json(partial / "generation_config.json", ids)
     (partial / LOCK).unlink()

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,8 @@ def import_model(
     """
     config_lib.at_least(1, **{"import.vocab_multiple": vocab_multiple})
     devices = mesh_lib.make_mesh(mesh)
-    weights = _open(Path(source).expanduser())
+    source = os.path.expanduser(source)
+    weights = _open(Path(source))
     model = dataclasses.replace(weights.config, vocab_multiple=vocab_multiple)
     if compute_dtype is not None:
         model = dataclasses.replace(model, compute_dtype=compute_dtype)
@@ -76,20 +79,25 @@ def _open(source: Path) -> Weights:
         with source.open("rb") as file:
             start = file.read(2)
     except OSError as error:
-        raise UserError(f"import.source {source}: {error.strerror}: a directory or a .bin file of llama2.c") from error
-    if start.startswith(PICKLE_STARTS):
+        raise UserError(
+            f"import.source {source}: {error.strerror}: download it, and give its directory or a .bin file of llama2.c"
+        ) from error
+    try:
+        return Llama2cFile(source)
+    except UserError as error:
+        if not start.startswith(PICKLE_STARTS):  # which may be a number of llama2.c, too
+            raise
         raise UserError(
             f"{source} is pickled, and reading a pickle can run what it likes: give the directory of its safetensors, "
             "or, where you trust it, save the model as such with transformers (save_pretrained)"
-        )
-    return Llama2cFile(source)
+        ) from error
 
 
 def _vocabulary(path: str, source: str, model: ModelConfig) -> Vocabulary:
     if path == source and Path(source).is_file():
         raise UserError(f"{source} brings no vocabulary: name its tokenizer.bin or tokenizer.model, --vocabulary=PATH")
     try:
-        found = read_tokenizer_bin(Path(path)) if path.endswith(".bin") else load_vocabulary(path)
+        found = read_tokenizer_bin(Path(path).expanduser()) if path.endswith(".bin") else load_vocabulary(path)
     except UserError as error:
         raise UserError(f"{error} (--vocabulary=PATH)") from error
     assert model.vocab_size is not None
@@ -112,7 +120,7 @@ def _origin(source: str, weights: Weights, words: Vocabulary, model: ModelConfig
         "references": {},
     }
     sizes = {"ids": words.size, "embedded": model.vocab_size, "padded": model.padded_vocab_size}
-    imported = {"source": str(Path(source).expanduser().absolute()), "files": files, "vocabulary": sizes}
+    imported = {"source": str(Path(source).absolute()), "files": files, "vocabulary": sizes}
     return config_lib.to_json({"identity": identity, "imported": imported, "settings": {"model": model}, "starts": []})
 
 
@@ -124,6 +132,7 @@ def _begin(target: Path, origin: dict[str, Any], words: Vocabulary) -> bool:
         if all(before.get(name) == origin[name] for name in ("identity", "imported", "settings")):
             return True
         raise UserError(f"{target} holds another model already: choose another import.target, or delete it")
+    shutil.rmtree(target / "vocabulary", ignore_errors=True)  # an import that was killed may have had another
     words.save(target / "vocabulary")
     config_lib.write_json(path, origin | {"starts": [config_lib.environment()]})
     return False

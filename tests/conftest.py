@@ -22,6 +22,7 @@ if OWN_CACHE:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis  # noqa: E402
+import inspector_pages  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import toy  # noqa: E402
@@ -55,6 +56,11 @@ def reference(corpus, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("reference") / "run"
     toy.train_here(run_dir, [toy.phase(corpus)], seed=100, checkpoint_every=3)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def inspected(tmp_path_factory, reference, shell) -> inspector_pages.Made:
+    return inspector_pages.make(tmp_path_factory.mktemp("inspector"), reference, shell)
 
 
 @pytest.fixture(scope="session")

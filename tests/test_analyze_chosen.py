@@ -43,6 +43,13 @@ def test_each_batch_selects_its_share_of_what_is_valid(score):
     assert (other != chosen).any() == (score == "random")
 
 
+def test_tokens_above_a_threshold():
+    loss, valid = np.linspace(0, 8, 24, dtype=np.float32).reshape(4, 6), np.ones((4, 6), bool)
+    valid[3, 5] = False
+    chosen = choose(Selection(score="loss", threshold=4.0), loss, {}, valid, 4)
+    assert (chosen == (valid & (loss > 4))).all()
+
+
 def test_what_a_selection_says_of_devices_has_no_meaning_here():
     rng = np.random.default_rng(0)
     loss, valid = rng.normal(3, 1, (6, 8)).astype(np.float32), np.ones((6, 8), bool)

@@ -220,6 +220,20 @@ def test_a_killed_process_is_replaced(grader):
     assert grader.symbolic._process is not process
 
 
+def test_an_interrupted_comparison_leaves_no_answer_for_the_next(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    symbolic = Symbolic()
+    with monkeypatch.context() as patch:
+        patch.setattr("slm_jax.evaluate.math.symbolic.select.select", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            symbolic.same("x+1", "1+x")
+    assert symbolic._process is None
+    assert not symbolic.same("x+1", "x+2") and symbolic.same("x+1", "1+x")
+    symbolic.close()
+
+
 def test_no_text_is_evaluated(tmp_path):
     """What Python would run is refused as it is by the parser, and would be if it were let through."""
     target = tmp_path / "touched"

@@ -8,19 +8,19 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from slm_jax.data.packing import positions_from_segments
-from slm_jax.score.selection import Selection, select, token_scores
+from slm_jax.score import selection as selection_lib
+from slm_jax.score.selection import Combined, Selection
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _choose(
-    selection: Selection, loss: jax.Array, columns: dict[str, jax.Array], valid: jax.Array, key: jax.Array
+    selection: Selection | Combined, loss: jax.Array, columns: dict[str, jax.Array], valid: jax.Array, key: jax.Array
 ) -> jax.Array:
-    scores = token_scores(selection, loss, columns, key)
-    return select(selection, scores, valid & jnp.isfinite(scores))
+    return selection_lib.choose(selection, loss, columns, valid, key).chosen
 
 
 def choose(
-    selection: Selection,
+    selection: Selection | Combined,
     loss: Float[np.ndarray, "N L"],
     columns: dict[str, Float[np.ndarray, "N L"]],
     valid: Bool[np.ndarray, "N L"],

@@ -5,18 +5,18 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gin
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
+from slm_jax.analyze import chosen
 from slm_jax.analyze.inspector_page import Column, Model, Rows, inspector_page
 from slm_jax.analyze.page import write_text
 from slm_jax.checkpoint import saved_steps
@@ -25,7 +25,7 @@ from slm_jax.errors import UserError
 from slm_jax.evaluate.predictions import predict_rows
 from slm_jax.mesh import MeshConfig
 from slm_jax.score.reference import check_fits, load_model
-from slm_jax.score.selection import Selection, select, token_scores
+from slm_jax.score.selection import COMBINE, Combined, Selection
 from slm_jax.score.token_loss import predicted
 
 ROWS = 64
@@ -46,7 +46,7 @@ def analyze_inspect(
     columns: Sequence[str] = (),
     kept: str | None = None,
     steps: Sequence[int] = (),
-    selection: Selection | None = None,
+    selection: Selection | Combined | None = None,
     output: str = "inspect.html",
     rows: int | None = None,
     first_row: int = 0,
@@ -66,8 +66,8 @@ def analyze_inspect(
       columns: score columns of the corpus. Those of one run are checkpoints of one model, in the order of their steps.
       kept: a HeldOut of the runs with keep_tokens on this corpus: the losses they kept while training are shown too.
       steps: of the runs' checkpoints and kept losses, only these; by default all.
-      selection: what is shown as selected, within these rows as one batch; also which column holds the reference
-        losses. By default Selection(), where the corpus has its column.
+      selection: what is shown as selected, within these rows as one batch, a Selection or several Combined; also which
+        columns hold the reference losses. By default Selection(), where the corpus has its column.
       output: the HTML file.
       rows: how many; by default 64, or as many as were kept.
       first_row: the first of them. Rows of a corpus are shuffled, so any are a sample.
@@ -85,8 +85,8 @@ def analyze_inspect(
     losses_kept = {run: _kept(run, kept, table) for run in runs} if kept else {}
     wanted = _rows(table, first_row, rows, losses_kept)
     places = {run: _steps(run, losses_kept.get(run, {}), steps) for run in runs}
-    chosen = _selection(table, selection)
-    scores = table.read(wanted, _score_names(table, chosen))
+    shown_selection = _selection(table, selection)
+    scores = table.read(wanted, _score_names(table, shown_selection))
     read = list(_from_columns(table, wanted, columns))
     devices = mesh_lib.make_mesh(mesh)
     mesh_lib.check_batch(devices, batch_rows, "analyze_inspect")
@@ -102,8 +102,8 @@ def analyze_inspect(
             measured[run] = [_column(run, step, here, table, block, how) for step in steps_of_run]
     for model, column in read:
         measured.setdefault(model, []).append(column)
-    shown = _with_selection(measured, block, scores, chosen)
-    page = inspector_page(Rows.of(table, corpus, wanted, block, shown.reference, chosen), shown.models)
+    shown = _with_selection(measured, block, scores, shown_selection)
+    page = inspector_page(Rows.of(table, corpus, wanted, block, shown.reference, shown_selection), shown.models)
     processes.on_first(lambda: write_text(output, page))
     print(f"inspect: done; open {output} ({len(page) / 1e6:.1f} MB)")
 
@@ -133,7 +133,7 @@ def _kept(run: str, name: str, table: Corpus) -> dict[int, np.ndarray]:
     return {int(file.stem): np.load(file, allow_pickle=False) for file in files}
 
 
-def _selection(table: Corpus, given: Selection | None) -> Selection | None:
+def _selection(table: Corpus, given: Selection | Combined | None) -> Selection | Combined | None:
     """The selection to show; none where it was not asked for and the corpus lacks its column."""
     selection = given or Selection()
     try:
@@ -147,16 +147,25 @@ def _selection(table: Corpus, given: Selection | None) -> Selection | None:
     return selection
 
 
-def _score_names(table: Corpus, selection: Selection | None) -> list[str]:
-    """The columns that a selection reads, and the losses of its reference."""
+def _score_names(table: Corpus, selection: Selection | Combined | None) -> list[str]:
+    """The columns that a selection reads, and the losses of its references."""
     if selection is None:
         return []
     names = list(selection.columns())
     with contextlib.suppress(UserError):  # a selection by own loss needs no reference
-        for name in selection.references:
+        for name in (name for part in selection.parts for name in part.references):
             table.score(name)
             names.append(f"scores/{name}/loss")
     return list(dict.fromkeys(names))
+
+
+def _reference(selection: Selection | Combined, scores: dict[str, np.ndarray]) -> np.ndarray | None:
+    """The reference losses to show: of the first part that has them, several references combined as it says."""
+    for part in selection.parts:
+        names = [f"scores/{name}/loss" for name in part.references]
+        if all(name in scores for name in names):
+            return np.asarray(COMBINE[part.combine](np.stack([scores[name].astype(np.float32) for name in names])))
+    return None
 
 
 def _from_columns(table: Corpus, rows: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, Column]]:
@@ -204,31 +213,22 @@ def _with_selection(
     measured: dict[str, list[Column]],
     block: dict[str, np.ndarray],
     scores: dict[str, np.ndarray],
-    selection: Selection | None,
+    selection: Selection | Combined | None,
 ) -> Shown:
     """Adds what would be selected at each checkpoint; losses become NaN where a token has none."""
     has_loss = np.asarray(predicted(block["segment_ids"].astype(np.int32)))
-    reference = scores.get(f"scores/{selection.references[0]}/loss") if selection else None
+    reference = _reference(selection, scores) if selection else None
     if reference is not None:
-        reference = np.where(has_loss, reference.astype(np.float32), np.float32(np.nan))
+        reference = np.where(has_loss, reference, np.float32(np.nan))
     models = []
-    for name, columns in measured.items():
+    for name, of_model in measured.items():
         places = []
-        for column in sorted(columns, key=lambda column: column.step):
+        for column in sorted(of_model, key=lambda column: column.step):
             loss = np.where(has_loss, column.loss, np.float32(np.nan))
-            kept = selected_tokens(selection, loss, scores, has_loss & block["loss_mask"]) if selection else None
+            kept = None
+            if selection:
+                columns = {name: scores[name] for name in selection.columns()}
+                kept = chosen.choose(selection, loss, columns, has_loss & block["loss_mask"], batch_rows=len(loss))
             places.append(column._replace(loss=loss, selected=kept))
         models.append(Model(name, places))
     return Shown(models, reference)
-
-
-def selected_tokens(
-    selection: Selection,
-    loss: Float[np.ndarray, "N L"],
-    columns: dict[str, Any],
-    valid: Bool[np.ndarray, "N L"],
-) -> Bool[np.ndarray, "N L"]:
-    """What a selection keeps of rows that are one batch. `columns` holds what `selection.columns()` names."""
-    arrays = {name: jnp.asarray(columns[name]) for name in selection.columns()}
-    scores = token_scores(selection, jnp.asarray(loss), arrays, jax.random.key(0))
-    return np.asarray(select(selection, scores, jnp.asarray(valid) & jnp.isfinite(scores)))

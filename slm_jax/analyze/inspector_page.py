@@ -15,7 +15,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.token_text import TokenText
 from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.evaluate.predictions import Predictions
-from slm_jax.score.selection import Selection
+from slm_jax.score.selection import Combined, Selection
 from slm_jax.score.token_loss import predicted
 
 SCRIPTS = tuple(f"inspector_{part}.js.html.j2" for part in ("data", "text", "panel", "controls"))
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
         numbers: np.ndarray,
         block: dict[str, np.ndarray],
         reference: np.ndarray | None,
-        selection: Selection | None,
+        selection: Selection | Combined | None,
     ) -> "Rows":
         """Rows that were read from a corpus, which the page calls `name`."""
         documents = table.documents()
@@ -80,13 +80,17 @@ class Rows(NamedTuple):
         )
 
 
-def _in_words(selection: Selection) -> str:
+def _in_words(selection: Selection | Combined) -> str:
+    both = " and " if isinstance(selection, Selection) or selection.keeps == "intersection" else " or "
+    scope = selection.parts[0].scope
+    what = f"Selection: {both.join(map(_part_in_words, selection.parts))}, scope {scope}."
+    return what + " The rows of this page are the batch: in training, others stood in it." * (scope == "batch")
+
+
+def _part_in_words(selection: Selection) -> str:
     amount = f"{selection.ratio:.4g}" if selection.threshold is None else f"above {selection.threshold:g}"
-    what = f"Selection: score {selection.score}, ratio {amount}, scope {selection.scope}."
-    scope = (
-        " The rows of this page are the batch: in training, others stood in it." if selection.scope == "batch" else ""
-    )
-    return what + scope
+    several = f", {selection.combine} of {', '.join(selection.references)}" * (len(selection.references) > 1)
+    return f"score {selection.score}, ratio {amount}{several}"
 
 
 def inspector_page(rows: Rows, models: Sequence[Model]) -> str:

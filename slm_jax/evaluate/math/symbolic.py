@@ -62,13 +62,16 @@ class Symbolic:
         """The process' answer; '' where it ended instead, twice if it had died before it was asked."""
         process = self._process = self._process or self._start()
         assert process.stdin and process.stdout
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(line)
-            process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], PATIENCE * (self.seconds + 1))
-        answer = process.stdout.readline().decode().strip() if ready else ""
-        if not answer:
-            self.close()
+        answer = ""
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(line)
+                process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], PATIENCE * (self.seconds + 1))
+            answer = process.stdout.readline().decode().strip() if ready else ""
+        finally:  # also when interrupted: an answer that is left in the pipe would be taken for the next one's
+            if not answer:
+                self.close()
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -77,8 +80,14 @@ class Symbolic:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
         assert process.stdout
-        if process.stdout.readline().strip() != b"ready":
-            process.communicate()
+        ready = False
+        try:
+            ready = process.stdout.readline().strip() == b"ready"
+        finally:
+            if not ready:
+                process.kill()
+                process.communicate()
+        if not ready:
             raise RuntimeError("the process that compares answers does not start: is math-verify installed?")
         return process
 

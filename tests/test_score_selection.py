@@ -14,7 +14,8 @@ from slm_jax.score.selection import Selection, kept_count, select, token_scores
 
 jit_select = jax.jit(select, static_argnums=0)
 COLUMN = "scores/reference/loss"
-FLOATS = st.floats(-50, 50, width=32) | st.sampled_from([0.0, -0.0, 1.0])
+SUBNORMAL = 2.5e-39  # zero on most machines, and so in selection on all
+FLOATS = st.floats(-50, 50, width=32) | st.sampled_from([0.0, -0.0, 1.0, SUBNORMAL, -SUBNORMAL])
 
 
 def test_worked_check_of_the_paper():
@@ -41,6 +42,7 @@ def test_exact_count_and_nothing_excluded(data, shape, ratio, scope):
     scores = data.draw(hnp.arrays(np.float32, shape, elements=FLOATS))
     valid = data.draw(hnp.arrays(bool, shape))
     chosen = np.asarray(jit_select(Selection(ratio=ratio, scope=scope), scores, valid))
+    scores = np.where(np.abs(scores) < np.finfo(np.float32).tiny, np.float32(0), scores)
     assert not (chosen & ~valid).any()
     groups = [(scores, valid, chosen)] if scope == "batch" else list(zip(scores, valid, chosen, strict=True))
     for group_scores, group_valid, group_chosen in groups:
@@ -50,6 +52,12 @@ def test_exact_count_and_nothing_excluded(data, shape, ratio, scope):
         left_out = group_valid & ~group_chosen
         if left_out.any() and group_chosen.any():
             assert group_scores[left_out].max() <= group_scores[group_chosen].min()
+
+
+def test_what_only_some_machines_tell_from_zero_is_zero():
+    scores = jnp.array([[0.0, SUBNORMAL, -SUBNORMAL, -0.0, 1.0]], jnp.float32)
+    chosen = select(Selection(ratio=0.4), scores, jnp.ones((1, 5), bool))
+    assert chosen.tolist() == [[True, False, False, False, True]]
 
 
 @settings(deadline=None, max_examples=50)

@@ -217,7 +217,9 @@ def select_share(
 
 def _ordered_bits(scores: Float[Array, "G N"], valid: Bool[Array, "G N"]) -> jax.Array:
     """uint32 in the order of the scores; 0, below every number, where not valid."""
-    scores = jnp.where(scores == 0, 0.0, scores.astype(jnp.float32))  # -0.0 equals 0.0
+    scores = scores.astype(jnp.float32)
+    # -0.0 equals 0.0; so do numbers that only some machines tell from it
+    scores = jnp.where(jnp.abs(scores) < jnp.finfo(jnp.float32).tiny, 0.0, scores)
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     negative = bits >> 31 == 1
     return jnp.where(valid, jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31)), jnp.uint32(0))

@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m slm_jax demo $(DEMO_FLAGS)
 
 test: lint
-	$(BIN)/pytest -n 3 --dist worksteal
+	$(BIN)/pytest -n 4 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

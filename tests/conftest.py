@@ -24,6 +24,7 @@ if OWN_CACHE:
 import hypothesis  # noqa: E402
 import inspector_pages  # noqa: E402
 import jax  # noqa: E402
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 import toy  # noqa: E402
 
@@ -32,6 +33,15 @@ from slm_jax.data.corpus import Corpus  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no mistake
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def not_too_much_memory() -> Iterator[None]:
+    """Several workers share a machine, and the programs that one has loaded come to gigabytes; the files of compiled
+    ones stay."""
+    yield
+    if psutil.Process().memory_info().rss > 5 << 29:
+        jax.clear_caches()
 
 
 def pytest_unconfigure() -> None:

@@ -174,7 +174,7 @@ def test_what_does_not_fit_fits_after_the_change_that_was_advised(tmp_path, shel
 
 
 @needs_libtpu
-@pytest.mark.pods
+@pytest.mark.slow
 def test_tinyllama_with_a_batch_of_a_million_tokens_fits_16_chips_of_v5e(tmp_path, shell):
     """As its users do it, with the very file that they train with; but each micro-batch chooses for itself, which saves
     a forward pass and a third of the compilation (`make pods` compiles the file as it is)."""

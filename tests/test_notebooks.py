@@ -9,7 +9,13 @@ nbclient = pytest.importorskip("nbclient")
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # What the cell of settings says here in its place. The names are those that the cell sets.
-TOY = {"DOCUMENTS": 160, "STEPS": 8, "CHECKPOINTS": 2, "WORK": "here", "MODEL": "", "PEAK": 1e-3}
+TOY = {"DOCUMENTS": 160, "STEPS": 4, "CHECKPOINTS": 2, "WORK": "here", "MODEL": "", "PEAK": 1e-3}
+# And behind it: models that are asked for by name are small.
+SMALL = """
+import gin, slm_jax.models.config
+gin.parse_config(["model.num_layers = 1", "model.embed_dim = 32", "model.num_heads = 2", "model.num_kv_heads = 2",
+                  "model.head_dim = 16", "model.mlp_dim = 64"])
+"""
 
 
 def read(path: Path):
@@ -47,7 +53,7 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     cell = settings(notebook)
     names = [line.split(" = ")[0] for line in cell.source.splitlines()]
     assert set(names) <= set(TOY)
-    cell.source = "\n".join(f"{name} = {TOY[name]!r}" for name in names)
+    cell.source = "\n".join(f"{name} = {TOY[name]!r}" for name in names) + SMALL
     # An error of a cell is raised, with what the cell printed.
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
     assert (tmp_path / "here").is_dir()

@@ -94,7 +94,7 @@ def test_real_text(tmp_path):
         tmp_path,
         recipe="math_web",
         data=str(REAL),
-        stages=["selective", "reference", "causal"],
+        stages=["selective", "causal"],
         overrides=OVERRIDES + few,
     )
     summary = json.loads((tmp_path / "runs" / "math_web" / "summary.json").read_text())

@@ -1,6 +1,7 @@
 """The train step: one device = eight devices = four micro-batches; what counts, what stops, what decays."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,14 +58,15 @@ SELECTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    return {name: _run(selection) for name, selection in SELECTIONS.items()}
+@functools.cache
+def _one_device(name):
+    """What a selection makes of one step on one device, in one piece."""
+    return _run(SELECTIONS[name])
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
 @pytest.mark.parametrize("split", ["8 data", "2x2x2", "2 devices, 4 micro-batches"])
-def test_equal_on_any_split(one_device, name, split):
+def test_equal_on_any_split(name, split):
     """Loss, counts and gradients (seen through Adam's first moment) equal those of one device in one piece."""
     if split == "8 data":
         arguments = {"mesh_config": MeshConfig(data=8), "devices": jax.devices()}
@@ -72,7 +74,7 @@ def test_equal_on_any_split(one_device, name, split):
         arguments = {"mesh_config": MeshConfig(data=2, fsdp=2, model=2), "devices": jax.devices()}
     else:
         arguments = {"mesh_config": MeshConfig(fsdp=2), "devices": jax.devices()[:2], "micro_batches": 4}
-    expected, expected_sums = one_device[name]
+    expected, expected_sums = _one_device(name)
     state, sums = _run(SELECTIONS[name], **arguments)
     for key in expected_sums:
         np.testing.assert_allclose(sums[key], expected_sums[key], rtol=1e-6, atol=1e-6, err_msg=key)
@@ -80,7 +82,7 @@ def test_equal_on_any_split(one_device, name, split):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), moments, expected_moments)
 
 
-def test_the_loss_is_divided_by_the_number_selected_in_the_global_batch(one_device):
+def test_the_loss_is_divided_by_the_number_selected_in_the_global_batch():
     """Against the definition, computed outside: a gradient step on sum(selected losses) / number selected."""
     optimizer = make_optimizer(OptimizerConfig())
     mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -99,12 +101,12 @@ def test_the_loss_is_divided_by_the_number_selected_in_the_global_batch(one_devi
 
     gradient = jax.jit(jax.grad(objective))(params)
     _, expected = optimizer.update(gradient, optimizer.init(params), params)
-    _, sums = one_device["batch"]
+    _, sums = _one_device("batch")
     assert sums["trained_tokens"] == count
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(sums["grad_norm"], norm, rtol=1e-5)
     # Seen through the first moment: Adam's first update is nearly the sign of a gradient, however small that is.
-    state, _ = one_device["batch"]
+    state, _ = _one_device("batch")
     moments, expected_moments = state.opt_state[1].mu, expected[1].mu
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), moments, expected_moments)
 
@@ -116,19 +118,19 @@ def test_device_scope_selects_on_each_shard():
     assert sums["trained_tokens"] == sum(min(v, max(1, np.floor(v * 0.5 + 0.5))) for v in valid)
 
 
-def test_micro_batch_scope_selects_in_each(one_device):
+def test_micro_batch_scope_selects_in_each():
     """Each micro-batch, of every fourth row, keeps its share; the loss is over all that were kept."""
     _, sums = _run(Selection(ratio=0.5, scope="micro_batch"), micro_batches=4)
     batch = _batch()
     valid = np.asarray(batch.loss_mask & predicted(batch.segment_ids)).sum(axis=1).reshape(-1, 4).sum(axis=0)
     assert sums["trained_tokens"] == np.floor(valid * 0.5 + 0.5).sum()
-    _, whole = one_device["causal"]
+    _, whole = _one_device("causal")
     np.testing.assert_allclose(sums["loss_sum"], whole["loss_sum"], rtol=1e-6)
 
 
-def test_ratio_one_is_causal(one_device):
+def test_ratio_one_is_causal():
     state, sums = _run(Selection(ratio=1.0))
-    expected, expected_sums = one_device["causal"]
+    expected, expected_sums = _one_device("causal")
     assert sums["trained_tokens"] == expected_sums["valid_tokens"]
     np.testing.assert_allclose(sums["loss_sum"], expected_sums["loss_sum"], rtol=1e-6)
     moments, expected_moments = state.opt_state[1].mu, expected.opt_state[1].mu
@@ -157,8 +159,8 @@ def test_scores_that_are_not_finite_drop_out_and_are_counted():
     assert np.isfinite(sums["trained_loss_sum"])
 
 
-def test_sums_by_source_add_up(one_device):
-    _, sums = one_device["batch"]
+def test_sums_by_source_add_up():
+    _, sums = _one_device("batch")
     for part, whole in (
         ("source_valid", "valid_tokens"),
         ("source_trained", "trained_tokens"),

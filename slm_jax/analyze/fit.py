@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import optimize
 
 LEAST = 1e-12  # below it the logarithm is held, so that a search may pass where the line is negative
 
@@ -33,6 +32,8 @@ def fit_log(loss: Float[np.ndarray, "P"], result: Float[np.ndarray, "P"]) -> Log
     loss, result = loss[shown].astype(np.float64), result[shown].astype(np.float64)
     if len(loss) < 3 or np.ptp(loss) == 0:
         return None
+    from scipy import optimize  # here: half a second of the start of every stage
+
     mean, scale, level = loss.mean(), loss.std(), result.mean()
     z, y = (loss - mean) / scale, result - level
 

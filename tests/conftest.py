@@ -5,6 +5,7 @@ for the session, also for other workers and for the processes that tests start. 
 backend starts; workers and children inherit it.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -33,6 +34,18 @@ from slm_jax.data.corpus import Corpus  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no mistake
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each of several workers begins with its share of the slow tests: the last tests to run are quick ones."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    rest = iter([item for item in items if not item.get_closest_marker("slow")])
+    size, ordered = len(items) // workers, []
+    for worker in range(workers):  # each gets so many, one after the other
+        mine = slow[worker::workers]
+        ordered += [*mine, *itertools.islice(rest, size - len(mine))]
+    items[:] = [*ordered, *rest]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -139,6 +139,7 @@ prepare(path, sources, VocabularyConfig(size=400), row_length=64, processes=2)
 """  # no main guard on purpose: workers must not run the caller's module again
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_started_again(corpus, files, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

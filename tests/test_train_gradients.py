@@ -90,6 +90,7 @@ def test_with_every_token_chosen_filtered_is_exact(name):
     _close(_filtered(params, model, batch, valid), _exact(params, model, batch, valid))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 def test_long_rows_leave_out_keys_only_where_they_may(late):
     """Rows of 512: spread evenly, most keys of the future are left out; in the last quarter alone, none may be."""

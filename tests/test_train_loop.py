@@ -72,6 +72,7 @@ def last_step(run_dir: Path) -> int:
     return max((row["step"] for row in read_metrics(run_dir)), default=0)
 
 
+@pytest.mark.slow
 def test_killed_at_random_steps_and_terminated_it_ends_the_same_to_the_bit(corpus, tmp_path):
     """Two kills, each at a random step after the one before (so within, before or after a save), and a SIGTERM; the
     mixture, the random selection, the schedule, the counters and the evaluations all have to come back."""

@@ -188,15 +188,17 @@ def environment(more_packages: Sequence[str] = ()) -> dict[str, Any]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes JSON so that a reader never sees half a file."""
-    _write_whole(Path(path), json.dumps(to_json(value), indent=2) + "\n")
+    write_text(path, json.dumps(to_json(value), indent=2) + "\n")
 
 
 def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
     """Writes rows as lines of JSON so that a reader never sees half a file."""
-    _write_whole(Path(path), "".join(json.dumps(to_json(row), ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(to_json(row), ensure_ascii=False) + "\n" for row in rows))
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file, and the folders that it lies in, so that a reader never sees half of it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     # What UTF-8 cannot hold (half a surrogate pair) becomes an escape, as JSON writes it.

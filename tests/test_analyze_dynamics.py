@@ -13,7 +13,8 @@ import toy
 
 from slm_jax.analyze.columns import read_rows
 from slm_jax.analyze.dynamics import analyze_dynamics
-from slm_jax.analyze.text import context, one_line, segments, shown, token_texts, varied
+from slm_jax.analyze.page import visible
+from slm_jax.analyze.text import context, one_line, segments, token_texts, varied
 from slm_jax.analyze.trajectories import CLASSES
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
@@ -71,7 +72,7 @@ def test_examples_stand_in_their_text(held, analyzed):
             assert len(about["losses"]) == 3 and about["token"]
             around = about["before"] + about["token"] + about["behind"]
             inside = rows.segment_ids[about["row"]] == rows.segment_ids[about["row"], about["place"]]
-            whole = shown(vocabulary.decode(rows.tokens[about["row"], inside].tolist()))
+            whole = visible(vocabulary.decode(rows.tokens[about["row"], inside].tolist()))
             assert around.replace("\ufffd", "").replace("</s>", "") in whole
 
 
@@ -122,7 +123,7 @@ def test_text_stays_text(held, analyzed):
         "html", "head", "meta", "title", "style", "body", "main", "h1", "p", "ul", "li", "label", "input", "span",
         "article", "header", "div", "bdi"}  # fmt: skip
     assert not any(name.startswith("on") for name in page.attributes) and "src" not in page.attributes
-    assert "default-src 'none'" in source and "\x00" not in source
+    assert "default-src &#39;none&#39;; script-src &#39;none&#39;" in source and "\x00" not in source
     text = "".join(text for _, text, _ in page.tokens)
     assert all(word in text for word in ("<script>alert(1)</script>", "日本語", "😀", "שלום", "a\u2400b"))
     marks = {"hh": "H→H", "lh": "L→H", "hl": "H→L", "ll": "L→L"}
@@ -150,7 +151,7 @@ def test_the_text_around_a_token_ends_with_its_document(held):
     for place in np.flatnonzero(rows.valid[row])[:20].tolist():
         before, own, behind = context(rows, vocabulary, row, place, width=100)
         inside = rows.segment_ids[row] == rows.segment_ids[row, place]
-        document = shown(vocabulary.decode(rows.tokens[row, inside].tolist()))
+        document = visible(vocabulary.decode(rows.tokens[row, inside].tolist()))
         if rows.tokens[row, place] > vocabulary.eos_id and "\ufffd" not in own:
             assert before + own + behind == document or own in document
     assert one_line("a\nb\tc\x07") == "a↵b⇥c␇"

@@ -10,7 +10,7 @@ import toy
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.analyze.fertility import Fertility, added, bits_per_byte, fertility, texts_of
-from slm_jax.analyze.simple_tables import cell, markdown, plain
+from slm_jax.analyze.tables import of_values, plain
 from slm_jax.analyze.tokenizers import analyze_tokenizers
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
@@ -120,8 +120,12 @@ def test_a_sum_in_bits_over_the_bytes_of_its_tokens():
 
 
 def test_tables_say_what_was_not_measured():
-    assert [cell(value) for value in (None, float("nan"), 0.12345, 12345, "a")] == ["–", "–", "0.123", "12,345", "a"]
-    assert markdown(("a", "b"), [("x|y\n<b>", 1.0)]) == "| a | b |\n| --- | --- |\n| x\\|y &lt;b> | 1.000 |\n"
+    table = of_values(("a", "b", "c", "d", "e", "f"), [("x|y\n<b>", None, float("nan"), 0.12345, 12345, "a&b")])
+    assert table.markdown().splitlines()[-1] == "| x\\|y &lt;b> | – | – | 0.123 | 12,345 | a&amp;b |"
+    assert (
+        table.csv().splitlines()[-2:] == ["x|y", "<b>,,,0.12345,12345,a&b"]
+        or '"x|y\n<b>",,,0.12345,12345,a&b' in table.csv()
+    )
     values = {"a": np.array([1.0, np.nan]), "b": (np.float32(2), float("inf"), True), 3: None}
     assert plain(values) == {"a": [1.0, None], "b": [2.0, None, True], "3": None}
 

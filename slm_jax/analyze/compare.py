@@ -12,7 +12,6 @@ import numpy as np
 from slm_jax import config as config_lib
 from slm_jax.analyze import describe
 from slm_jax.analyze.curves import Drawing, Line, drawing
-from slm_jax.analyze.page import write_text
 from slm_jax.analyze.report import Figure, Report, leaves, report_page
 from slm_jax.analyze.runs import Group, Run, group_seeds, read_run, short_names
 from slm_jax.analyze.tables import NOTHING, Cell, Table, kind_of, number
@@ -45,11 +44,11 @@ def analyze_report(runs: Sequence[str] = (), output: str = "report") -> None:
     for table in tables:
         for kind, text in (("md", table.markdown()), ("csv", table.csv())):
             if table.file:
-                write_text(Path(output) / "tables" / f"{table.file}.{kind}", text)
+                config_lib.write_text(Path(output) / "tables" / f"{table.file}.{kind}", text)
     (Path(output) / "figures").mkdir(parents=True, exist_ok=True)
     for figure in drawn:
         (Path(output) / "figures" / f"{figure.file}.png").write_bytes(figure.drawing.png)
-        write_text(Path(output) / "figures" / f"{figure.file}.svg", figure.drawing.svg)
+        config_lib.write_text(Path(output) / "figures" / f"{figure.file}.svg", figure.drawing.svg)
     report = Report(
         title=f"slm_jax: {', '.join(group.name for group in groups)}",
         heading=f"{len(read)} training run{'s' * (len(read) > 1)}",
@@ -59,7 +58,7 @@ def analyze_report(runs: Sequence[str] = (), output: str = "report") -> None:
         figures=[_figure(figure) for figure in drawn],
         facts={group.label: list(_facts(group)) for group in groups},
     )
-    write_text(Path(output) / "report.html", report_page(report))
+    config_lib.write_text(Path(output) / "report.html", report_page(report))
     print(f"report: done; open {output}/report.html")
 
 

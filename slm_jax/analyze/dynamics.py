@@ -16,7 +16,8 @@ from slm_jax import config as config_lib
 from slm_jax import processes
 from slm_jax.analyze import figures, text, trajectories
 from slm_jax.analyze.columns import Losses, Rows, named_columns, read_losses, read_rows, read_trace, score_columns
-from slm_jax.analyze.simple_tables import plain
+from slm_jax.analyze.page import render
+from slm_jax.analyze.tables import plain
 from slm_jax.analyze.trajectories import CLASSES, HIGH, LOW, NO_CLASS, Lines
 from slm_jax.errors import UserError
 
@@ -270,4 +271,4 @@ def _write_text(path: Path, record: dict[str, Any], tokens: _Tokens, classes: np
         ],
         "passages": list(text.passages(rows, rows.table.vocabulary(), chosen, style, PASSAGE_TOKENS)),
     }
-    text.write_page(path, "dynamics.html.j2", values)
+    config_lib.write_text(path, render("dynamics.html.j2", **values))

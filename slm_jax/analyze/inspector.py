@@ -18,7 +18,6 @@ from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.analyze import chosen
 from slm_jax.analyze.inspector_page import Column, Model, Rows, inspector_page
-from slm_jax.analyze.page import write_text
 from slm_jax.checkpoint import saved_steps
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
@@ -104,7 +103,7 @@ def analyze_inspect(
         measured.setdefault(model, []).append(column)
     shown = _with_selection(measured, block, scores, shown_selection)
     page = inspector_page(Rows.of(table, corpus, wanted, block, shown.reference, shown_selection), shown.models)
-    processes.on_first(lambda: write_text(output, page))
+    processes.on_first(lambda: config_lib.write_text(output, page))
     print(f"inspect: done; open {output} ({len(page) / 1e6:.1f} MB)")
 
 

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,15 +54,7 @@ def script_json(value: Any) -> Markup:
     return Markup(text)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file so that a reader never sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
-
-
 def visible(text: str) -> str:
-    """Control characters, which HTML drops or refuses, as their pictures; tabs and line ends stay."""
-    return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\t\n" else c for c in text)
+    """For reading: control characters, which HTML, SVG and plain text drop or refuse, as their pictures; tabs and line
+    ends stay."""
+    return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\t\n" else "␡" if c == "\x7f" else c for c in text)

@@ -16,7 +16,7 @@ from slm_jax.analyze.records import RunRecord, read_records
 from slm_jax.analyze.selection_figures import draw, summary
 from slm_jax.analyze.selection_runs import of_runs
 from slm_jax.analyze.selection_tokens import Choices, of_tokens, read_classes
-from slm_jax.analyze.simple_tables import plain, write_text
+from slm_jax.analyze.tables import plain
 from slm_jax.errors import UserError
 from slm_jax.score.selection import SCORES, Selection, selection_of
 
@@ -84,7 +84,7 @@ def analyze_selection(
             record["tokens"] = of_tokens(read, losses, choices, curves, classes, scores, names if references else ())
         found = plain(record)
         figures = draw(folder, found)
-        write_text(folder / "summary.md", summary(found, figures))
+        config_lib.write_text(folder / "summary.md", summary(found, figures))
         config_lib.write_json(folder / "selection.json", found)
         print(f"analyze selection: {len(records)} runs, {len(figures)} figures; see {folder}/summary.md")
         return found

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax.analyze import figures
-from slm_jax.analyze import simple_tables as tables
+from slm_jax.analyze import figures, tables
 from slm_jax.analyze.selection_runs import ALL
 
 CAPTIONS = {
@@ -179,18 +178,18 @@ def summary(record: dict[str, Any], drawn: list[str]) -> str:
     headings = ("run", "selects by", "share", "kept", "steps", "tokens seen", "tokens trained", downstream)
     names = ("score", "ratio", "kept", "steps", "tokens_seen", "tokens_trained", "last_downstream")
     runs = [(run, *(about[name] for name in names)) for run, about in record["runs"].items()]
-    parts = ["# Which tokens were selected\n", tables.markdown(headings, runs)]
+    parts = ["# Which tokens were selected\n", tables.of_values(headings, runs).markdown()]
     parts += [_figures(drawn, ("training", "fixed_tokens", "ratio_sweep"))]
     if fits := _fit_rows(record):
         parts += ["## Result as the logarithm of a line in the loss\n"]
-        parts += [tables.markdown(("of", "tokens", "a", "c", "R²", "error", "points"), fits, 4)]
+        parts += [tables.of_values(("of", "tokens", "a", "c", "R²", "error", "points"), fits, 4).markdown()]
         parts += ["The sign of a is found, not assumed.\n", _figures(drawn, ("fit",))]
     if by_source := [(run, about["selected_by_source"]) for run, about in record["runs"].items()]:
         sources = list(dict.fromkeys(source for _, shares in by_source for source in shares))
         if sources:
             rows = [(run, *(shares.get(source) for source in sources)) for run, shares in by_source if shares]
             parts += ["## Share selected in training, by source (second half)\n"]
-            parts += [tables.markdown(("run", *sources), rows)]
+            parts += [tables.of_values(("run", *sources), rows).markdown()]
     if tokens:
         parts += _tokens_summary(tokens, drawn)
     return "\n".join(part for part in parts if part)
@@ -221,19 +220,20 @@ def _tokens_summary(tokens: dict[str, Any], drawn: list[str]) -> list[str]:
     perplexity = np.exp(_array(tokens["loss_of_selected"])).tolist()
     headings = ("selected by step", *(f"under {step}" for step in tokens["checkpoints"]))
     rows = [(str(step), *row) for step, row in zip(tokens["checkpoints"], perplexity, strict=True)]
-    parts += ["Perplexity:\n", tables.markdown(headings, rows, 2), _figures(drawn, ("perplexity",))]
+    parts += ["Perplexity:\n", tables.of_values(headings, rows, 2).markdown(), _figures(drawn, ("perplexity",))]
     for name, groups in tokens["shares"].items():
         shares = [(group["name"], group["share"], group["tokens"]) for group in groups]
-        parts += [f"## Share selected by {name}\n", tables.markdown((name, "share selected", "tokens"), shares)]
+        table = tables.of_values((name, "share selected", "tokens"), shares)
+        parts += [f"## Share selected by {name}\n", table.markdown()]
     parts += [_figures(drawn, ("shares",))]
     if noise := tokens["noise"]:
         columns = ("tokens", "noise_share", "precision", "recall")
         rows = [(name, *(about[column] for column in columns)) for name, about in noise.items()]
-        parts += ["## Noise that is left out\n", tables.markdown(("among", *columns), rows)]
+        parts += ["## Noise that is left out\n", tables.of_values(("among", *columns), rows).markdown()]
         parts += ["Precision: share of what is left out that is noise. Recall: share of the noise that is left out.\n"]
     for name in ("checkpoints", "scores", "references"):
         if about := tokens["overlap"].get(name):
             rows = [(of, *row) for of, row in zip(about["names"], about["jaccard"], strict=True)]
             parts += [f"## Overlap between {name} (Jaccard; by chance {tokens['overlap']['by_chance']:.3f})\n"]
-            parts += [tables.markdown(("", *about["names"]), rows)]
+            parts += [tables.of_values(("", *about["names"]), rows).markdown()]
     return [*parts, _figures(drawn, ("overlap",))]

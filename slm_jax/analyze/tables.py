@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 NOTHING = "–"  # for what was not measured
 
 
@@ -57,13 +59,38 @@ class Table(NamedTuple):
         return out.getvalue()
 
 
+def of_values(headings: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 3) -> Table:
+    """A table of rows that each begin with a name."""
+    return Table("", headings, [(str(name), [_cell(value, digits) for value in values]) for name, *values in rows])
+
+
+def _cell(value: Any, digits: int) -> Cell:
+    if isinstance(value, str):
+        return Cell(value)
+    text = number(value, digits if isinstance(value, float) else 0)
+    return Cell(text, value=None if text == NOTHING else value)
+
+
+def plain(value: Any) -> Any:
+    """numpy numbers and arrays, at any depth, as JSON values; what is not finite becomes None."""
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _text(cell: Cell) -> str:
     more = "; ".join(filter(None, (cell.range, cell.change)))
     return f"{cell.text} ({more})" if more else cell.text
 
 
 def _escaped(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+    for sign, instead in (("\\", "\\\\"), ("|", "\\|"), ("&", "&amp;"), ("<", "&lt;")):
+        text = text.replace(sign, instead)
+    return " ".join(text.split())
 
 
 def number(value: Any, digits: int, signed: bool = False) -> str:

@@ -1,14 +1,13 @@
 """Tokens as the text they stand for, and documents as pages of shaded tokens that no text can break out of."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import pyarrow
 
 from slm_jax.analyze.columns import Rows
+from slm_jax.analyze.page import visible
 from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.evaluate.prefix import segments_of
 
@@ -41,15 +40,9 @@ def token_texts(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[str]:
     return texts
 
 
-def shown(text: str) -> str:
-    """For reading: control characters, which HTML, SVG and plain text drop or refuse, as their pictures; tabs and line
-    ends stay."""
-    return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\t\n" else "␡" if c == "\x7f" else c for c in text)
-
-
 def one_line(text: str) -> str:
     """For tables and legends: also without line ends."""
-    return shown(text).replace("\n", "↵").replace("\t", "⇥")
+    return visible(text).replace("\n", "↵").replace("\t", "⇥")
 
 
 def readable(vocabulary: Vocabulary, token: int) -> str:
@@ -86,23 +79,7 @@ def context(rows: Rows, vocabulary: Vocabulary, row: int, place: int, width: int
     texts = token_texts(vocabulary, rows.tokens[row, window].tolist())
     middle = int(np.searchsorted(window, place))
     own = texts[middle] or vocabulary.piece(int(rows.tokens[row, place]))
-    return shown("".join(texts[:middle])), shown(own), shown("".join(texts[middle + 1 :]))
-
-
-def write_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
-    """A template of this folder filled in, every value escaped; replaces the file whole."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template(template).render(**values)
-    partial = path.with_name(path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    return visible("".join(texts[:middle])), visible(own), visible("".join(texts[middle + 1 :]))
 
 
 def passages(
@@ -121,6 +98,6 @@ def passages(
         spans = []
         for place, token, text in zip(places, tokens, token_texts(vocabulary, tokens), strict=True):
             mark, note = style(segment.row, place)
-            text = shown(text) if num_bytes[token] else vocabulary.piece(token)
+            text = visible(text) if num_bytes[token] else vocabulary.piece(token)
             spans.append({"text": text, "mark": mark, "note": note, "line": "\n" in text})
-        yield {"source": segment.source, "url": shown(segment.url), "tokens": spans}
+        yield {"source": segment.source, "url": visible(segment.url), "tokens": spans}

@@ -10,8 +10,7 @@ import numpy as np
 
 from slm_jax import config as config_lib
 from slm_jax import processes
-from slm_jax.analyze import figures
-from slm_jax.analyze import simple_tables as tables
+from slm_jax.analyze import figures, tables
 from slm_jax.analyze.columns import Rows, read_losses, read_rows, score_columns
 from slm_jax.analyze.fertility import Fertility, added, bits_per_byte, fertility, texts_of
 from slm_jax.checkpoint import read_about, saved_steps
@@ -205,8 +204,9 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
     counts, measured = record["fertility"], record["bits_per_byte"]
     headings = ("text", "vocabulary", *MEASURED)
     rows = [[entry[name] for name in headings] for entry in counts]
-    tables.write_csv(folder / "fertility.csv", headings, rows)
-    parts = ["# Vocabularies on the same text\n", "## Tokens\n", tables.markdown(headings, rows)]
+    table = tables.of_values(headings, rows)
+    config_lib.write_text(folder / "fertility.csv", table.csv())
+    parts = ["# Vocabularies on the same text\n", "## Tokens\n", table.markdown()]
     _draw(folder, "fertility", counts, list(record["vocabularies"]), "tokens per byte")
     parts += ["![fertility](fertility.png)\n"]
     if measured:
@@ -214,7 +214,8 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
         headings = ("vocabulary", "ids", "run", "step", "loss per token", "bytes covered", *groups)
         names = ("vocabulary", "ids", "run", "step", "loss", "covered")
         rows = [[*(about[name] for name in names), *about["by"].values()] for about in measured]
-        tables.write_csv(folder / "bits_per_byte.csv", headings, rows)
+        table = tables.of_values(headings, rows)
+        config_lib.write_text(folder / "bits_per_byte.csv", table.csv())
         entries = [
             {"text": group, "vocabulary": about["vocabulary"] + f" ({Path(about['run']).name})", "value": value}
             for about in measured
@@ -222,12 +223,12 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
         ]
         labels = list(dict.fromkeys(entry["vocabulary"] for entry in entries))
         _draw(folder, "bits_per_byte", entries, labels, "bits per byte", "value")
-        parts += ["## Bits per byte\n", tables.markdown(headings, rows), "![bits per byte](bits_per_byte.png)\n"]
+        parts += ["## Bits per byte\n", table.markdown(), "![bits per byte](bits_per_byte.png)\n"]
         parts += [
             "Loss per token does not compare between vocabularies, bits per byte does. Not covered are the first "
             "tokens of pieces that continue a document in the next row: no model predicts them.\n"
         ]
-    tables.write_text(folder / "summary.md", "\n".join(parts))
+    config_lib.write_text(folder / "summary.md", "\n".join(parts))
     config_lib.write_json(folder / "tokenizers.json", record)
 
 

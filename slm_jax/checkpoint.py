@@ -42,6 +42,7 @@ class Checkpoints:
 
     def save(self, step: int, items: dict[str, Any], about: dict[str, Any]) -> None:
         """Starts saving and returns; the arrays may be donated afterwards. What is saved already is left alone."""
+        about = about | {"params_fingerprint": params_fingerprint(items["params"])}
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         self._manager.save(step, args=ocp.args.Composite(**saves, about=ocp.args.JsonSave(about)))
 
@@ -111,6 +112,7 @@ def save_params(run_dir: str | Path, step: int, params: Any, about: dict[str, An
     gigabytes = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(params)) // 10**9
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=gigabytes)
     handlers = {"params": handler, "about": ocp.JsonCheckpointHandler()}
+    about = about | {"params_fingerprint": params_fingerprint(params)}
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(params), about=ocp.args.JsonSave(about))
     with ocp.CheckpointManager(Path(run_dir).absolute() / "checkpoints", item_handlers=handlers) as manager:
         manager.save(step, args=items)
@@ -189,20 +191,21 @@ def params_fingerprint(params: Any) -> str:
     Cheap enough to take of any model at every start; tells models apart, is no defence against forgery.
     """
 
-    @jax.jit
-    def sums(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-        index = jnp.zeros(leaf.shape, jnp.uint32)
-        for axis, size in enumerate(leaf.shape):
-            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        words = []
-        for odd in (0x9E3779B1, 0x85EBCA77):
-            word = (bits ^ (index * jnp.uint32(odd))) * jnp.uint32(0xC2B2AE3D)
-            word = (word ^ (word >> 15)) * jnp.uint32(odd)
-            words.append(jnp.sum(word ^ (word >> 13), dtype=jnp.uint32))
-        return jnp.stack(words)
-
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{path_name(path)} {leaf.shape} {jax.device_get(sums(leaf)).tolist()}\n".encode())
+        digest.update(f"{path_name(path)} {leaf.shape} {jax.device_get(_hash_words(leaf)).tolist()}\n".encode())
     return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _hash_words(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    index = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    words = []
+    for odd in (0x9E3779B1, 0x85EBCA77):
+        word = (bits ^ (index * jnp.uint32(odd))) * jnp.uint32(0xC2B2AE3D)
+        word = (word ^ (word >> 15)) * jnp.uint32(odd)
+        words.append(jnp.sum(word ^ (word >> 13), dtype=jnp.uint32))
+    return jnp.stack(words)

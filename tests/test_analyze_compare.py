@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import toy
 
+from slm_jax import config as config_lib
 from slm_jax.analyze import describe
 from slm_jax.analyze.compare import analyze_report
 from slm_jax.analyze.runs import group_seeds, read_run, short_names
 from slm_jax.analyze.tables import Cell, Table
 from slm_jax.data.corpus import Corpus
+from slm_jax.evaluate import flops
 from slm_jax.evaluate.flops import run_flops
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.metrics import read_metrics
@@ -151,6 +153,14 @@ def test_flops_of_what_is_known(runs, tmp_path):
     assert gone.training == run_flops(settings).training and gone.scoring is None and gone.reference is None
     nowhere = settings | {"phases": [phase | {"mixture": [phase["mixture"][0] | {"corpus": str(tmp_path)}]}]}
     assert run_flops(nowhere) == (None, None, None)
+
+
+def test_a_reference_that_was_imported_cost_nobody_knows_what(tmp_path):
+    imported = {"settings": {"model": config_lib.to_json(toy.MODEL)}, "identity": {}, "starts": [], "imported": {}}
+    (tmp_path / "run.json").write_text(json.dumps(imported))
+    assert flops._trained({"run": str(tmp_path), "step": 0}) is None
+    line = toy.refusal(read_run, str(tmp_path))
+    assert line == f"{tmp_path} is an imported model, no train run: name directories that `train` has written"
 
 
 def test_groups_are_of_seeds_and_nothing_else(runs):

@@ -185,6 +185,15 @@ def test_a_run_s_checkpoints_are_scored_where_that_is_asked_for(corpus_copy, ref
     code, output, _ = shell(*arguments, "--score_missing", folder=tmp_path)
     assert code == 0 and "score:" not in output
 
+    # Another run in a folder of the same name: the columns are not its own.
+    other = tmp_path / "other" / reference.name
+    shutil.copytree(reference, other)
+    shutil.rmtree(other / "checkpoints" / "6")
+    (other / "checkpoints" / "3").rename(other / "checkpoints" / "6")
+    arguments[3] = f"--run={other}"
+    code, _, errors = shell(*arguments, "--score_missing", folder=tmp_path)
+    assert code == 1 and f"score 'run-6' of {again.path} was made by step 6 of {reference}, which is another" in errors
+
 
 @pytest.fixture(scope="module")
 def traced(corpus, tmp_path_factory) -> Path:

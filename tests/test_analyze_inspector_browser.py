@@ -268,6 +268,17 @@ def test_every_shade_can_be_read(window, scheme):
     assert (steps < 0).all() if scheme == "light" else (steps > 0).all()
 
 
+def test_a_token_without_a_reference_loss_is_left_out_of_the_mean_excess(chromium, tmp_path):
+    tokens = np.array([ByteVocabulary().encode("hens eat corn")])
+    loss, reference = np.full(tokens.shape, 2.0, np.float32), np.full(tokens.shape, 0.5, np.float32)
+    reference[0, 3] = np.nan
+    corpus = Rows("few", np.arange(1), tokens, np.ones_like(tokens), tokens > 0, tokens * 0, ["a"], {},
+                  ByteVocabulary(), reference, "")  # fmt: skip
+    path = tmp_path / "few.html"
+    path.write_text(inspector_page(corpus, [Model("one", [Column(1, "made up", loss)])]))
+    assert "12 tokens · loss 2.00 · excess +1.50" in Window(chromium, path).one("body").text
+
+
 def test_a_hundred_thousand_tokens(chromium, tmp_path):
     """Only what is near the window is drawn; the far end is reached, searched and shaded all the same."""
     rng, rows, length = np.random.default_rng(0), 200, 500

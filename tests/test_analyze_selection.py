@@ -10,8 +10,9 @@ import pytest
 import toy
 
 from slm_jax.analyze.columns import read_rows
+from slm_jax.analyze.records import read_records
 from slm_jax.analyze.selection import analyze_selection
-from slm_jax.analyze.selection_runs import running_mean
+from slm_jax.analyze.selection_runs import of_runs, running_mean
 from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.metrics import read_metrics
@@ -212,6 +213,16 @@ def test_results_of_evaluate_count_too(tmp_path):
     assert "20.json is damaged" in toy.refusal(analyze_selection, [run], downstream="gsm8k/accuracy")
 
 
+def test_what_was_measured_before_a_run_selected_is_in_no_fit(tmp_path):
+    """A causal phase, then a selective one: its losses of selected tokens begin at step 60."""
+    run = Path(write_run(tmp_path / "late", 0.6, [(step, 5 - step / 100) for step in range(0, 110, 10)]))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if "selected_loss" not in row or row["step"] >= 60]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    fit = of_runs(read_records([str(run)]), "target/loss")["runs"]["late"]["fits"]["selected"]
+    assert min(fit["steps"]) >= 60
+
+
 def test_a_running_mean_looks_back_only():
     assert running_mean(np.array([1.0, 3.0, 5.0, 9.0]), 2).tolist() == [1.0, 2.0, 4.0, 7.0]
     assert running_mean(np.array([]), 1).tolist() == []
@@ -231,7 +242,9 @@ def test_mistakes_are_one_line(runs, crawl, corpus, reference, tmp_path):
     assert "'surprise' is unknown: known are excess" in message(run, scores=["surprise"])
     assert "analyze_selection.batch_rows is 0" in message(run, batch_rows=0)
     assert "analyze_selection.corpus is missing" in message(run, references=["second"])
-    assert "lacks the losses of 3 of the 3 checkpoints" in message(run, corpus=corpus.path)
+    assert "lacks the losses of 3 of the 3 checkpoints" in message(
+        run, corpus=corpus.path, selection=Selection(score="loss")
+    )
     settings = {"corpus": crawl.path, "score_missing": True}
     assert "has no score 'third'" in message(run, references=["third"], **settings)
     assert "has no statistic 'entropy'" in message(run, scores=["excess", "entropy"], **settings)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_jax.data.alignment import Aligned, Aligner, carried
+from slm_jax.data.tokenizer_files import tokenizer_files
 from slm_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary, train_sentencepiece
 
 WORDS = "ducks swim under the old stone bridge, näher 漢字 😀\n  while geese and hens wait for some corn".split(" ")
@@ -44,6 +45,43 @@ def vocabularies() -> dict[str, Vocabulary]:
 def document(vocabulary: Vocabulary, text: str) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.array([vocabulary.bos_id, *vocabulary.encode(text), vocabulary.eos_id])
     return tokens, np.arange(len(tokens)) > 0
+
+
+class OneControl(ByteVocabulary):
+    """As of GPT-NeoX and Qwen: what begins a document also ends it."""
+
+    @property
+    def bos_id(self) -> int:
+        return self.eos_id
+
+
+def test_a_reference_begins_with_its_bos_where_ours_is_eos_too(vocabularies):
+    ours, theirs = OneControl(), vocabularies["large"]
+    tokens, mask = document(ours, "ducks")
+    assert tokens[0] == tokens[-1]
+    ids = Aligner(ours, theirs).align(tokens, mask).ids.tolist()
+    assert ids == [theirs.bos_id, *theirs.encode("ducks"), theirs.eos_id]
+    assert Aligner(ours, theirs).align(tokens[1:], mask[1:]).ids.tolist() == ids  # from within a document
+
+
+def test_spaces_that_a_model_takes_away_shift_nothing(vocabularies):
+    theirs = trained(vocab_size=380, remove_extra_whitespaces=True)
+    text = "   ducks  swim "
+    ids, offsets = theirs.encode_with_offsets(text)
+    assert ids == theirs.encode(text)
+    shown = [text[begin:end] for begin, end in offsets]
+    assert "".join(shown) == text.lstrip()[: len("".join(shown))] and shown[0].strip() in "ducks"
+    tokens, mask = document(vocabularies["bytes"], text)
+    aligned = Aligner(vocabularies["bytes"], theirs).align(tokens, mask)
+    losses = carried(np.arange(float(len(aligned.ids))), aligned)
+    assert np.isnan(losses[1:4]).all() and losses[4] > 0  # three spaces that it does not read
+
+
+def test_what_tokenizer_json_cannot_say_is_left_to_the_model_file(vocabularies):
+    assert {"tokenizer.json", "tokenizer.model"} <= set(tokenizer_files(vocabularies["spaced"]))
+    for changed in ({"model_type": "unigram"}, {"remove_extra_whitespaces": True}):
+        files = set(tokenizer_files(trained(vocab_size=340, **changed)))
+        assert "tokenizer.model" in files and "tokenizer.json" not in files
 
 
 def test_by_hand():

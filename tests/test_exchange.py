@@ -165,6 +165,15 @@ def test_a_killed_import_leaves_no_model_and_the_same_command_makes_one(exported
     same(load(tmp_path / "imported"), load(reference))
 
 
+def test_an_import_of_other_weights_is_not_there_already(copy, tmp_path, capsys):
+    """The same architecture, so files of the same names and sizes."""
+    for _ in range(2):
+        import_model(str(copy), str(tmp_path / "model"))
+    assert "is there already, made of the same files" in capsys.readouterr().out
+    rewrite(copy, lambda arrays: arrays.update({name: array + 1 for name, array in arrays.items()}))
+    assert "holds another model already" in toy.refusal(import_model, str(copy), str(tmp_path / "model"))
+
+
 @pytest.mark.slow
 def test_two_processes_import_and_export_as_one(exported, tmp_path):
     mesh = toy.settings(MeshConfig=dataclasses.asdict(AXES))

@@ -214,6 +214,21 @@ def test_what_does_not_align_is_counted_named_and_left_without_loss(bytes_corpus
     assert share == np.isnan(found[counts]).sum() / counts.sum() > 0.05
 
 
+@pytest.mark.parametrize("shown, stands", [("</s>", True), ("<|endoftext|>", True), ("", True), (" generated", False)])
+def test_what_was_generated_is_no_end_of_a_document(shown, stands, bytes_corpus, tmp_path):
+    """An API that echoes a prompt gives one token more than it has."""
+    name, ids, logprobs = scored(bytes_corpus)[0]
+    assert ids[-1] == bytes_corpus.vocabulary().eos_id
+    text = [*texts_of(bytes_corpus, ids)[:-1], shown]
+    path = write(tmp_path / "file.jsonl", [{"id": name, "tokens": text, "token_logprobs": logprobs}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        score(bytes_corpus.path, name=f"shown{len(shown)}", from_file=path, max_unaligned=1.0)
+    tokens = bytes_corpus.read(np.arange(bytes_corpus.num_rows))["tokens"]
+    known = column(bytes_corpus, f"shown{len(shown)}") > 0
+    assert known.sum() > 40 and known[tokens == ids[-1]].sum() == stands
+
+
 def test_again_is_the_same_column_and_another_file_is_not(bytes_corpus, tmp_path, capsys):
     answers = scored(bytes_corpus)
     records = [SHAPES["plain"](bytes_corpus, *answer) for answer in answers]

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.analyze.records import read_run
-from slm_jax.checkpoint import saved_steps
+from slm_jax.checkpoint import read_about, saved_steps
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
-from slm_jax.score.reference import score
+from slm_jax.score.reference import load_model, score
 from slm_jax.score.token_loss import predicted
 
 
@@ -104,7 +105,7 @@ def score_columns(corpus: Corpus, run: str, steps: Sequence[int] | None, score_m
     """Names of the columns of a run's checkpoints, in the order of training; scores those that are not there.
 
     Raises:
-      UserError: one is not there and is not to be scored.
+      UserError: one is not there and is not to be scored, or was made by another model of the same name and step.
     """
     wanted = checkpoint_columns(run, steps)
     missing = processes.on_first(lambda: [name for name, _, _ in wanted if not _finished(corpus, name)])
@@ -116,7 +117,20 @@ def score_columns(corpus: Corpus, run: str, steps: Sequence[int] | None, score_m
     for name, of, step in wanted:
         if name in missing:
             score(corpus.path, of, name=name, step=step)
+        else:
+            _check_model(corpus, name, of, step)
     return [name for name, _, _ in wanted]
+
+
+def _check_model(corpus: Corpus, name: str, run: str, step: int) -> None:
+    made_by = corpus.score(name).reference
+    now = read_about(run, step).get("params_fingerprint") or load_model(run, mesh_lib.make_mesh(), step).fingerprint
+    if made_by.get("fingerprint") != now:
+        raise UserError(
+            f"score {name!r} of {corpus.path} was made by step {made_by.get('step')} of {made_by.get('run')}, which is "
+            f"another model than step {step} of {run}: delete {corpus.path}/scores/{name}, or give the run's folder "
+            "another name"
+        )
 
 
 def _finished(corpus: Corpus, name: str) -> bool:

@@ -78,8 +78,10 @@ def read_run(path: str) -> Run:
     try:
         about = json.loads(file.read_text())
         settings, identity, starts = about["settings"], about["identity"], about["starts"]
+        if "imported" in about:
+            raise UserError(f"{path} is an imported model, no train run: name directories that `train` has written")
         planned = sum(phase["steps"] for phase in settings["phases"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}): leave this run out") from error
     rows = read_metrics(path)
     summary = _json(Path(path) / "summary.json") or {}

@@ -3,11 +3,13 @@
 Rho-1 (arXiv 2404.07965) Figures 6 to 9. Nothing is trained.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
+import numpy as np
 
 from slm_jax import config as config_lib
 from slm_jax import processes
@@ -17,9 +19,11 @@ from slm_jax.analyze.selection_figures import draw, summary
 from slm_jax.analyze.selection_runs import of_runs
 from slm_jax.analyze.selection_tokens import Choices, of_tokens, read_classes
 from slm_jax.analyze.tables import plain
+from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
 from slm_jax.score.selection import SCORES, Selection, selection_of
 
+COMPARED = ("excess", "loss", "reference", "random")  # scores
 FALLBACK_ROWS = 16  # of a batch, where no run tells
 
 
@@ -33,7 +37,7 @@ def analyze_selection(
     rows: int | None = None,
     selection: Selection | None = None,
     batch_rows: int | None = None,
-    scores: Sequence[str] = ("excess", "loss", "reference", "random"),
+    scores: Sequence[str] | None = None,
     references: Sequence[str] = (),
     dynamics: str | None = None,
     seed: int = 0,
@@ -58,7 +62,8 @@ def analyze_selection(
       rows: how many of the first rows of the corpus to look at; all by default.
       selection: how tokens are chosen; as the first run that selects by default.
       batch_rows: rows among which tokens compete; those of that run's batches by default.
-      scores: kinds of score to compare under the last checkpoint.
+      scores: kinds of score to compare under the last checkpoint; by default excess, loss, reference and random, as far
+        as the corpus has their columns.
       references: names of further score columns to compare with selection.reference.
       dynamics: folder that `analyze dynamics` wrote for the corpus: shares by class.
       seed: of random selection.
@@ -70,18 +75,20 @@ def analyze_selection(
     record["downstream"] = downstream
     folder = Path(output or f"{runs[0]}/selection")
     if corpus is not None:
-        read, losses = _losses(corpus, records, steps, score_missing, rows)
         choices = _choices(records, selection, batch_rows, seed)
+        read = read_rows(corpus, rows)
+        classes = read_classes(dynamics, read) if dynamics else None
+        compared = _scores(read.table, choices.selection, scores, references)
+        losses = _losses(read, records, steps, score_missing)  # last: it may compute much
     elif dynamics or selection or references:
         raise UserError("analyze_selection.corpus is missing: dynamics, selection and references are about its tokens")
 
     def analyze() -> dict[str, Any]:
         if corpus is not None:
-            classes = read_classes(dynamics, read) if dynamics else None
             names = tuple(dict.fromkeys([*choices.selection.references, *references]))
             results = {name: record["runs"][name]["downstream"] for name in losses}
             curves = {name: (about["steps"], about["values"]) for name, about in results.items()}
-            record["tokens"] = of_tokens(read, losses, choices, curves, classes, scores, names if references else ())
+            record["tokens"] = of_tokens(read, losses, choices, curves, classes, compared, names if references else ())
         found = plain(record)
         figures = draw(folder, found)
         config_lib.write_text(folder / "summary.md", summary(found, figures))
@@ -92,22 +99,46 @@ def analyze_selection(
     return processes.on_first(analyze)
 
 
-def _checked(runs: Sequence[str], rows: int | None, batch_rows: int | None, scores: Sequence[str]) -> list[RunRecord]:
+def _checked(
+    runs: Sequence[str], rows: int | None, batch_rows: int | None, scores: Sequence[str] | None
+) -> list[RunRecord]:
     if not runs:
         raise UserError("analyze selection needs a run: slm-jax analyze selection runs/selective")
     for name, value in (("rows", rows), ("batch_rows", batch_rows)):
         if value is not None:
             config_lib.at_least(1, **{f"analyze_selection.{name}": value})
-    if unknown := [score for score in scores if score not in SCORES]:
+    if unknown := [score for score in scores or () if score not in SCORES]:
         raise UserError(f"analyze_selection.scores: {unknown[0]!r} is unknown: known are {', '.join(SCORES)}")
     return read_records(runs)
 
 
+def _scores(
+    table: Corpus, selection: Selection, scores: Sequence[str] | None, references: Sequence[str]
+) -> Sequence[str]:
+    """The scores to compare. Refuses what needs a column that the corpus lacks, before anything is computed."""
+
+    def lacks(**changes: Any) -> str | None:
+        try:
+            for column in dataclasses.replace(selection, **changes).columns():
+                table.read(np.zeros(1, np.int64), [column])
+        except UserError as error:
+            return str(error)
+        return None
+
+    wanted = {"analyze_selection.selection": {}}
+    wanted |= {f"analyze_selection.references = {name!r}": {"reference": name} for name in references}
+    wanted |= {f"analyze_selection.scores = {name!r}": {"score": name} for name in scores or ()}
+    for setting, changes in wanted.items():
+        if problem := lacks(**changes):
+            raise UserError(f"{setting}: {problem}")
+    return scores or [name for name in COMPARED if not lacks(score=name)]
+
+
 def _losses(
-    corpus: str, records: Sequence[RunRecord], steps: Sequence[int] | None, score_missing: bool, rows: int | None
-) -> tuple[Rows, dict[str, Losses]]:
+    read: Rows, records: Sequence[RunRecord], steps: Sequence[int] | None, score_missing: bool
+) -> dict[str, Losses]:
     """The first run's losses, and those of the others that have columns."""
-    read, losses = read_rows(corpus, rows), {}
+    losses = {}
     for record in records:
         try:
             names = score_columns(read.table, record.path, steps, score_missing)
@@ -117,7 +148,7 @@ def _losses(
             print(f"analyze selection: {record.name} is compared by its metrics only: {error}")
             continue
         losses[record.name] = read_losses(read, names)
-    return read, losses
+    return losses
 
 
 def _choices(records: Sequence[RunRecord], selection: Selection | None, batch_rows: int | None, seed: int) -> Choices:

@@ -44,7 +44,9 @@ def _run(record: RunRecord, steps: np.ndarray, values: np.ndarray) -> dict[str, 
     fits = {}
     for part in ("selected", "unselected"):
         at, smooth = training[f"{part}_loss"]
-        fits[part] = fitted(np.interp(steps, at, smooth) if len(at) else np.full(len(steps), np.nan), steps, values)
+        # No loss before the first selective step; the log may end a step before the last evaluation.
+        known = np.interp(steps, at, smooth, left=np.nan) if len(at) else np.full(len(steps), np.nan)
+        fits[part] = fitted(known, steps, values)
     return {
         "path": record.path,
         "steps": max(row["step"] for row in record.rows),

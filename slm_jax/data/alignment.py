@@ -58,6 +58,8 @@ class Aligner:
             else:
                 known = np.isin(tokens[begin:end], list(controls))
                 more = [controls[int(token)] for token in tokens[begin:end][known]]
+                if begin == 0 and tokens[0] == self._ours.bos_id:  # which may be our EOS too
+                    more[0] = self.theirs.bos_id
                 ends = np.cumsum(known)
                 spans[begin:end] = np.stack([ends - known, ends], axis=1)
                 their_spans = spans[begin:end][known]

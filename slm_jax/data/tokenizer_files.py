@@ -11,10 +11,13 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     """Name -> content. With `vocabulary.files()` among them, so that an import knows the same vocabulary again.
 
     Read by transformers they give the ids of `vocabulary.encode`, with BOS before them if they are asked for it. One
-    text differs: SentencePiece there takes U+2581 for a space.
+    text differs: SentencePiece there takes U+2581 for a space. Of a SentencePiece model that is more than BPE over the
+    text as it is (unigram, or one that normalises), its own file alone: tokenizer.json would have other ids.
     """
     files = vocabulary.files()
     if isinstance(vocabulary, SentencePieceVocabulary):
+        if not _is_plain_bpe(vocabulary):
+            return files
         tokenizer = _of_sentencepiece(vocabulary)
     elif isinstance(vocabulary, ByteVocabulary):
         tokenizer = _of_bytes(vocabulary)
@@ -31,10 +34,21 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     return {TOKENIZER_FILE: _json(tokenizer), "tokenizer_config.json": _json(config), **files}
 
 
-def _of_sentencepiece(vocabulary: SentencePieceVocabulary) -> dict[str, Any]:
+def _proto(vocabulary: SentencePieceVocabulary) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.model)  # pyright: ignore[reportAttributeAccessIssue]
+    return sentencepiece_model_pb2.ModelProto.FromString(vocabulary.model)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_plain_bpe(vocabulary: SentencePieceVocabulary) -> bool:
+    model = _proto(vocabulary)
+    normal, trained = model.normalizer_spec, model.trainer_spec
+    changes = normal.precompiled_charsmap or normal.remove_extra_whitespaces or not normal.escape_whitespaces
+    return trained.model_type == trained.BPE and not changes and not trained.treat_whitespace_as_suffix
+
+
+def _of_sentencepiece(vocabulary: SentencePieceVocabulary) -> dict[str, Any]:
+    model = _proto(vocabulary)
     kinds = model.SentencePiece
     ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
     normal = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}

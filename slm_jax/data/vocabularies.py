@@ -168,8 +168,11 @@ class SentencePieceVocabulary:
                 offsets += [(begin, begin + 1)] * len(self._space_ids)
                 begin += 1
             first = len(offsets)
-            # The pieces' own begin and end count bytes or characters, by version; their surfaces make up the text.
-            for piece in self._processor.encode(part, return_type="proto").pieces:
+            # The pieces' own begin and end count bytes or characters, by version; their surfaces make up the text, but
+            # for spaces before and behind it, which some models take away.
+            pieces = self._processor.encode(part, return_type="proto").pieces
+            end, begin = begin + len(part), begin + max(0, part.find("".join(piece.surface for piece in pieces)))
+            for piece in pieces:
                 ids.append(piece.id)
                 offsets.append((begin, begin + len(piece.surface)))
                 begin = offsets[-1][1]
@@ -177,6 +180,7 @@ class SentencePieceVocabulary:
             for i in reversed(range(first, len(offsets) - 1)):
                 if offsets[i][0] == offsets[i][1]:
                     offsets[i] = offsets[i + 1]
+            begin = end
         return ids, offsets
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:

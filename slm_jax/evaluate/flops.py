@@ -101,7 +101,7 @@ def _forward_flops(about: Mapping[str, Any], length: int) -> float:
 
 def _trained(about: Mapping[str, Any]) -> float | None:
     settings = _settings(about)
-    return _training(settings, about.get("step")) if settings else None
+    return _training(settings, about.get("step")) if settings and "phases" in settings else None  # not of an import
 
 
 def _settings(about: Mapping[str, Any]) -> dict[str, Any] | None:

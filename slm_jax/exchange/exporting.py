@@ -14,8 +14,9 @@ import numpy as np
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
+from slm_jax.data.huggingface_vocabulary import TOKENIZER_FILE
 from slm_jax.data.tokenizer_files import tokenizer_files
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.vocabularies import MODEL_FILE, Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
@@ -112,8 +113,11 @@ def _arrays(model: TrainedModel, wanted: list[Tensor], dtype: np.dtype) -> Itera
 
 def _finish(partial: Path, target: Path, settings: dict[str, Any], words: Vocabulary) -> None:
     """Writes what is small, and gives the directory its name."""
-    for name, content in tokenizer_files(words).items():
+    files = tokenizer_files(words)
+    for name, content in files.items():
         (partial / name).write_bytes(content)
+    if TOKENIZER_FILE not in files:
+        print(f"export: without {TOKENIZER_FILE}, which cannot say what this vocabulary does; it is {MODEL_FILE}")
     ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
     if words.pad_id not in (
         words.bos_id,

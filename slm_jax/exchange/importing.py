@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -111,7 +112,7 @@ def _vocabulary(path: str, source: str, model: ModelConfig) -> Vocabulary:
 
 def _origin(source: str, weights: Weights, words: Vocabulary, model: ModelConfig) -> dict[str, Any]:
     """run.json of the model directory: what it was made of, in the form of a run's."""
-    files = [{"name": file.name, "bytes": file.stat().st_size} for file in weights.files()]
+    files = processes.on_first(lambda: [_file(file) for file in weights.files()])
     identity = {
         "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
         "initial": f"import of {source}",
@@ -122,6 +123,12 @@ def _origin(source: str, weights: Weights, words: Vocabulary, model: ModelConfig
     sizes = {"ids": words.size, "embedded": model.vocab_size, "padded": model.padded_vocab_size}
     imported = {"source": str(Path(source).absolute()), "files": files, "vocabulary": sizes}
     return config_lib.to_json({"identity": identity, "imported": imported, "settings": {"model": model}, "starts": []})
+
+
+def _file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": content}
 
 
 def _begin(target: Path, origin: dict[str, Any], words: Vocabulary) -> bool:

@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
@@ -35,6 +36,7 @@ ID_FIELDS = ("custom_id", "id", "index")
 FIELDS = (*ID_FIELDS, "token_ids", "logprobs", "prompt_token_ids", "prompt_logprobs", "tokens", "token_logprobs")
 NESTED = ("response", "choices")
 TOGETHER = 256  # documents whose tokens are read at a time
+CONTROL = re.compile(r"\s*(<.*>|\[.*\])?\s*", re.DOTALL)  # how engines name BOS and EOS: </s>, <|endoftext|>, [EOS]
 ROUNDING = 1e-2  # a log-prob may be so much above 0
 
 
@@ -270,12 +272,13 @@ def _agreeing(answer: Answer, tokens: list[int], texts: list[str] | None, offset
 
 
 def _same_text(theirs: str, ours: list[str] | None, place: int) -> bool:
-    """Engines show BOS, EOS and parts of characters as they like, and the first space or not."""
+    """Engines show BOS and EOS by names of their own, or as nothing, parts of characters as they like, and the first
+    space or not. What stands for other text than EOS is no EOS: an answer may go on where a document ends."""
     if ours is None:
         return False
     text = ours[place]
     shown = theirs.lstrip(" ") == text.lstrip(" ") if place == 1 else theirs == text
-    return shown or text == "" or "\ufffd" in text
+    return shown or "\ufffd" in text or (text == "" and bool(CONTROL.fullmatch(theirs)))
 
 
 def _groups(answers: Iterable[tuple[int, Answer]]) -> Iterable[list[tuple[int, Answer]]]:

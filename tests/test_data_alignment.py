@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from slm_jax.data.alignment import Aligned, Aligner, carried
 from slm_jax.data.tokenizer_files import tokenizer_files
-from slm_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary, train_sentencepiece
+from slm_jax.data.vocabularies import (
+    MODEL_FILE,
+    ByteVocabulary,
+    SentencePieceVocabulary,
+    Vocabulary,
+    train_sentencepiece,
+)
 
 WORDS = "ducks swim under the old stone bridge, näher 漢字 😀\n  while geese and hens wait for some corn".split(" ")
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=12)) + f" {i}\n" for i in range(300)]
@@ -78,10 +84,10 @@ def test_spaces_that_a_model_takes_away_shift_nothing(vocabularies):
 
 
 def test_what_tokenizer_json_cannot_say_is_left_to_the_model_file(vocabularies):
-    assert {"tokenizer.json", "tokenizer.model"} <= set(tokenizer_files(vocabularies["spaced"]))
+    assert {"tokenizer.json", MODEL_FILE} <= set(tokenizer_files(vocabularies["spaced"]))
     for changed in ({"model_type": "unigram"}, {"remove_extra_whitespaces": True}):
         files = set(tokenizer_files(trained(vocab_size=340, **changed)))
-        assert "tokenizer.model" in files and "tokenizer.json" not in files
+        assert MODEL_FILE in files and "tokenizer.json" not in files
 
 
 def test_by_hand():

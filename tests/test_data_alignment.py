@@ -86,7 +86,7 @@ def test_spaces_that_a_model_takes_away_shift_nothing(vocabularies):
 def test_what_tokenizer_json_cannot_say_is_left_to_the_model_file(vocabularies):
     assert {"tokenizer.json", MODEL_FILE} <= set(tokenizer_files(vocabularies["spaced"]))
     for changed in ({"model_type": "unigram"}, {"remove_extra_whitespaces": True}):
-        files = set(tokenizer_files(trained(vocab_size=340, **changed)))
+        files = set(tokenizer_files(trained(vocab_size=320, **changed)))
         assert MODEL_FILE in files and "tokenizer.json" not in files
 
 

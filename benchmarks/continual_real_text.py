@@ -91,17 +91,22 @@ def plot(path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.style.use("tableau-colorblind10")
+    shares = (0, *SHARES)
+    lines = {str(share): {"color": plt.get_cmap("viridis")(i / len(shares))} for i, share in enumerate(shares)}
+    lines |= {"constant": {"color": "C1", "linestyle": "--"}, "union": {"color": "black", "linestyle": ":"}}
+    names = {str(share): f"replay {share} %" for share in shares}
+    names |= {"constant": "replay 0 %, not re-warmed", "union": "both from scratch"}
     figure, grid = plt.subplots(2, 2, sharex=True, figsize=(10, 7), layout="constrained")
     for row, (shift, new) in zip(grid, SHIFTS.items(), strict=True):
         for axes, metric in zip(row, ("web", new), strict=True):
             steps, base = curve(ROOT / "seed0/base", f"{metric}/loss")
             axes.plot(steps, base, color="0.4", label="web alone")
-            for name in [*(f"{shift}_{share}" for share in (0, *SHARES)), f"{shift}_constant", f"{shift}_union"]:
-                if last(ROOT / "seed0" / name):
-                    label = name.removeprefix(f"{shift}_")
-                    label = f"replay {label} %" if label.isdigit() else label.replace("constant", "not re-warmed")
-                    axes.plot(*curve(ROOT / "seed0" / name, f"{metric}/loss"), label=label)
+            for name, style in lines.items():
+                if last(ROOT / f"seed0/{shift}_{name}"):
+                    at, values = curve(ROOT / f"seed0/{shift}_{name}", f"{metric}/loss")
+                    if name != "union":  # a branch begins where the base ends
+                        at, values = [steps[-1], *at], [base[-1], *values]
+                    axes.plot(at, values, label=names[name], **style)
             axes.set(title=f"{shift} shift: loss on {metric}", xlabel="steps")
             axes.spines[["top", "right"]].set_visible(False)
             axes.axvline(BASE_STEPS, color="0.7", linewidth=0.8, linestyle="--")

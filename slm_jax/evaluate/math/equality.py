@@ -73,6 +73,8 @@ class Grader:
         one, other = without_parentheses(one), without_parentheses(other)
         if one == other:
             return True
+        if not one or not other:  # a part of a list, as in "(1,2),,(3,4)"
+            return False
         numbers = number(one), number(other)
         if numbers[0] and numbers[1]:
             return same_numbers(numbers[0], numbers[1], rules)

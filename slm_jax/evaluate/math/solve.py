@@ -49,7 +49,7 @@ class _Asking:
     shots: int | None
     examples: Mapping[str, str]
     samples: int
-    rounds: int | None  # None without tools
+    rounds: int | None  # programs of an answer; None without tools
     sandbox: Sandbox
 
     def room(self) -> int:
@@ -131,7 +131,7 @@ def solve(
       top_p: draw from the most likely tokens that make up this share; None from all.
       seed: of what is drawn.
       tools: the model writes programs, which run in a sandbox; prompts are ToRA's, without examples.
-      rounds: with tools, how often it writes.
+      rounds: with tools, how many programs of an answer are run, one after the other.
       sandbox: limits of its programs.
       batch_rows: rows that are continued together.
       mesh: how devices share the work.

@@ -99,6 +99,20 @@ def test_forms_of_olmes_ask_what_they_should(name, zoo, tmp_path):
     assert likelihoods is not None and likelihoods.gold == gold and len(likelihoods.totals) == len(expected)
 
 
+@pytest.mark.parametrize("name, expected", [("truthfulqa_mc1", 0), ("truthfulqa_mc2", None)])
+def test_where_several_choices_are_right_none_is_the_gold_one(name, expected, zoo, tmp_path):
+    """TruthfulQA's mc2 says that the first is right; which are is in its labels."""
+    data = tmp_path / "data.jsonl"
+    row = {"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
+    data.write_text(json.dumps(row | {"mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 1, 0]}}) + "\n")
+    files = {"validation": str(data)}
+    changes = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    (task,) = zoo.load(Form(name, "acc,none", changes=changes))["tasks"].values()
+    sample = {"doc": task.eval_docs[0], "filtered_resps": [(-1.0, True)] * 3}
+    found = scored(task, sample)
+    assert (found.gold if found else None) == expected
+
+
 def test_columns_and_conditions():
     assert [column.name for column in columns_of("meco, mine", False)][-2:] == ["TruQA", "mine"]
     code = {column.name: column for column in columns_of("rho1_general", False)}["HumanEval"]

@@ -159,8 +159,11 @@ def outermost(loaded: dict[str, Any]) -> list[str]:
 
 
 def scored(task: Any, sample: Mapping[str, Any]) -> Scored | None:
-    """A logged sample of a multiple-choice task as likelihoods; None where not exactly one choice is right."""
+    """A logged sample of a multiple-choice task as likelihoods; None where not exactly one choice is right, or, as
+    TruthfulQA's mc2 counts, several may be."""
     choices, doc = task.doc_to_choice(sample["doc"]), sample["doc"]
+    if "mc2_targets" in doc and task.config.process_results is not None:  # mc1 has the same docs, and lm_eval's rule
+        return None
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(gold, str) and gold in choices:
         gold = choices.index(gold)

@@ -202,6 +202,47 @@ def test_a_chat_is_written_as_for_training(name):
     assert begun + " so." + template.closes == whole
 
 
+QUESTION = {"question": "Q?", "choices": ["a", "b"], "answer": 0}
+OWN = """
+dataset_path: json
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+"""
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("", "task mine cannot be loaded: FOLDER/mine.jsonl is empty: write one question a line, as a JSON object"),
+        ("\n", "task mine cannot be loaded: FOLDER/mine.jsonl is empty: write one question a line"),
+        (json.dumps(QUESTION) + '\n{"question":\n', "task mine cannot be loaded: FOLDER/mine.jsonl:2 is not JSON"),
+        (
+            json.dumps({"choices": ["a"], "answer": 0}),
+            "mine cannot be loaded (offline was asked for): 'question' is undefined",
+        ),
+    ],
+)
+def test_data_of_ones_own_that_cannot_be_read(data, message, tmp_path):
+    (tmp_path / "mine.jsonl").write_text(data)
+    files = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'mine.jsonl'}}}}}"
+    (tmp_path / "mine.yaml").write_text(f"task: mine\ntag: all_mine\n{files}{OWN}")
+    zoo = Zoo(str(tmp_path), offline=True, run_model_code=False)
+    zoo.check(["mine", "all_mine"])
+    for name in ("mine", "all_mine"):
+        assert message.replace("FOLDER", str(tmp_path)) in toy.refusal(zoo.load, Form(name, "acc,none"))
+
+
+def test_a_file_that_is_no_yaml_is_named(zoo, tmp_path, monkeypatch):
+    (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: [json\ntest_split: test\n")
+    monkeypatch.setattr(zoo, "_folder", str(tmp_path))
+    line = toy.refusal(zoo.check, ["bad"])
+    assert line.startswith(f"{tmp_path}/bad.yaml:3 is no YAML (") and "move it out of --include_path" in line
+    zoo.check(["arc_easy"])  # which needs nothing of it
+
+
 def test_mistakes(zoo, tmp_path, monkeypatch):
     assert "no task 'arc_esy': did you mean 'arc_easy'?" in toy.refusal(zoo.check, ["arc_esy"])
     line = toy.refusal(zoo.load, Form("arc_easy", "acc,none"))

@@ -121,6 +121,8 @@ def test_columns_and_conditions():
     assert "it names boolq twice" in toy.refusal(columns_of, "boolq,boolq", False)
     assert "takes tasks or suites (meco, rho1_general, continual)" in toy.refusal(columns_of, " , ", False)
 
+    assert "it names meco MMLU twice" in toy.refusal(columns_of, "meco,continual,meco", False)
+
     columns, harness = columns_of("mmlu,mine", False), Harness(hosts={"mine": "www.mine.org"})
     found = prefixes(columns, "none,right,wrong,unrelated", None, harness)
     assert found["none"] == {"mmlu": "", "mine": ""}
@@ -135,6 +137,20 @@ def test_columns_and_conditions():
     assert "belong together" in toy.refusal(prefixes, columns, "given", None, harness)
     line = toy.refusal(prefixes, columns, "right", None, Harness())
     assert "no host is known for task mine: set Harness.hosts = {'mine': 'www.example.org'}" in line
+
+
+def test_several_suites_are_told_apart():
+    columns = columns_of("meco,continual,mine", False)
+    names = [column.name for column in columns]
+    assert names[0] == "meco MMLU" and "continual MMLU" in names and names[-1] == "mine"
+    assert len(set(names)) == len(names) == 10 + 17 + 1
+    best = {name: {"value": 1.0 if name.startswith("meco") else 0.5} for name in names}
+    best["continual TriviaQA-DE"] = None
+    assert averages(columns, best) == {
+        "meco average": {"mean": 1.0, "columns": 10, "missing": 0},
+        "continual average": {"mean": 0.5, "columns": 13, "missing": 0},
+        "continual German": {"mean": 0.5, "columns": 3, "missing": 1},
+    }
 
 
 def result(value: float, **more) -> dict:

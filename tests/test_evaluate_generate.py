@@ -72,7 +72,7 @@ def test_a_file_of_prompts_becomes_a_file_of_continuations(reference, prompts, e
         f"up to 12 tokens behind each of 5 prompts (9 to 22 tokens, BOS and prefix among them) -> {output}" in printed
     )
     assert "a second), wrote" in printed and f"see {output}" in printed
-    assert sorted(path.name for path in output.parent.iterdir()) == ["out.about.json", "out.jsonl"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out.about.json", "out.jsonl", "out.jsonl.lock"]
 
 
 def test_a_prompt_is_continued_on_the_terminal(reference, expected, tmp_path, capsys):
@@ -132,6 +132,7 @@ def test_killed_in_the_middle_it_makes_what_is_missing(reference, prompts, tmp_p
     other = dataclasses.replace(SAMPLING, seed=4)
     generate_here(reference, **settings, output=str(output), sampling=other)
     assert len(added) == 6 and {line["seed"] for line in read(output)} == {4}
+    assert (tmp_path / "out.before1.jsonl").read_text() == whole.read_text()
 
 
 def test_what_cannot_be_is_one_line(reference, prompts, tmp_path):

@@ -35,6 +35,7 @@ REAL = Path(__file__).parents[2] / "shared" / "data"
 MODEL = ModelConfig(
     260, num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=48, max_length=128, init_std=0.3
 )
+FARMS = [("tiny Farm", "reworded"), ("tiny Farm", "alone"), ("other Farm", "toy_choices")]
 QUESTION = '"Question: {{question}}\\nAnswer:"'
 TASKS = {
     "choices": f"""
@@ -344,6 +345,11 @@ def test_a_suite_takes_the_better_form_of_each_column(run, tasks, answers, monke
     assert record["best"]["none"]["Farm"]["value"] == max(reworded["value"], alone["value"])
     mean = max(reworded["value"], alone["value"])
     assert record["averages"]["none"]["average"] == {"mean": mean, "columns": 1, "missing": 1}
+    monkeypatch.setitem(SUITES, "other", Suite("a paper", (Column("Farm", (Form("toy_choices", "acc,none"),)),)))
+    both = evaluate_here(run, tasks, "tiny,other")
+    assert both["averages"]["none"]["tiny average"] == record["averages"]["none"]["average"]
+    files = {both["results"]["none"][name][label]["files"][0] for name, label in FARMS}
+    assert len(files) == 3 and all(Path(file).exists() for file in files)
     samples = [json.loads(line) for line in Path(reworded["files"][1]).read_text().splitlines()]
     context = samples[0]["arguments"][0][0]
     assert context.count(" They") == 2 and context.endswith("do? They")

@@ -107,6 +107,12 @@ DIFFERENT = [
     (r"1.414x", r"\sqrt{2}x"),
     ("5+", "5"),
     ("((5", "5+0"),
+    # a part is missing
+    (r"(2,12)\cup", r"(2,12)\cup(12,102)"),
+    (",(3,4)", "(1,2),(3,4)"),
+    ("(1,2),,(3,4)", "(1,2),(3,4),(5,6)"),
+    (r"\pm", "(1,2),(3,4)"),
+    (r"\begin{pmatrix}(1,2)&\end{pmatrix}", r"\begin{pmatrix}(1,2)&(3,4)\end{pmatrix}"),
 ]
 
 
@@ -159,7 +165,11 @@ def test_golds_written_in_other_ways_and_near_misses(grader, monkeypatch):
 
 
 NUMBERS = ["18", "-7", "3.5", "120", "1,000", "42", "7", "99"]
-SEEDS = [text for pair in EQUAL + DIFFERENT for text in pair] + NUMBERS * 40
+PARTED = [
+    *("(1,2),(3,4)", r"(2,12)\cup(12,102)", r"(-\infty,0]\cup[1,3)\cup(5,\infty)", r"\{(1,2),(3,4)\}", "1,2,-3"),
+    *("(1,2),(3,4),(5,6)", r"(1\pm\sqrt{2},3)", "[0,1)", r"((1,2),3)", r"\begin{pmatrix}(1,2)&3\\4&(5,6)\end{pmatrix}"),
+]
+SEEDS = [text for pair in EQUAL + DIFFERENT for text in pair] + NUMBERS * 40 + PARTED * 16
 SIGNS = r"0123456789+-*/^_=<>()[]{}\$%,.:;! &|~abcxyzinE" + "\n\t\x00√π∞½"
 PIECES = (
     r"\frac{ \sqrt{ \left( \begin{pmatrix} \end{pmatrix} \cup \pm \text{ ^{ \pi \infty \boxed{ ** 9**9**9 !!!! \le "
@@ -170,8 +180,8 @@ PIECES = (
 def mutated(rng: random.Random, text: str) -> str:
     for _ in range(rng.randint(1, 4)):
         begin = rng.randint(0, len(text))
-        end = rng.randint(begin, min(len(text), begin + 3))
-        middle = rng.choice(["", rng.choice(SIGNS), rng.choice(PIECES), 2 * text[begin:], rng.choice(SEEDS)])
+        end = rng.randint(begin, min(len(text), begin + rng.choice([3, 3, 12])))
+        middle = rng.choice(["", ",", rng.choice(SIGNS), rng.choice(PIECES), 2 * text[begin:], rng.choice(SEEDS)])
         text = text[:begin] + middle + text[end:]
     return text
 

@@ -24,6 +24,7 @@ from slm_jax.evaluate.math.questions import Question
 from slm_jax.evaluate.math.results import wilson
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.solve import solve
+from slm_jax.evaluate.math.symbolic import Symbolic
 from slm_jax.evaluate.sampling import Sampling
 
 # Ten sums; the scripted model below knows the first six.
@@ -152,12 +153,50 @@ def test_a_killed_command_asks_what_is_left(drawn, ask, scripted, tmp_path, monk
     assert ask(batch_rows=1, **settings)["results"] == whole and not scripted.calls
 
 
-def test_answers_of_other_settings_are_replaced(ask, scripted, tmp_path):
+def test_answers_of_other_settings_are_kept_aside(ask, scripted, tmp_path, monkeypatch):
     ask(shots=2)
     scripted.calls.clear()
     ask(shots=1)
     assert len(scripted.calls[0][0]) == 10
     assert {row["shots"] for row in rows(tmp_path)} == {1}
+    assert {row["shots"] for row in rows(tmp_path, "svamp.before1")} == {2}
+    monkeypatch.setattr(solve_lib, "_versions", lambda: {"sympy": "99"})
+    ask(shots=1)  # graded by others
+    assert {row["shots"] for row in rows(tmp_path, "svamp.before2")} == {1}
+
+
+def test_sets_come_together_in_the_summary(ask, scripted, tmp_path):
+    """Where model and settings are the same; else the first summary is kept as another file."""
+
+    def summary(name: str = "summary") -> dict:
+        return json.loads((tmp_path / "solved" / f"{name}.json").read_text())
+
+    first = ask()
+    ask(sets=["mmlu_stem"])
+    assert {name: found["accuracy"] for name, found in summary()["results"].items()} == {"svamp": 0.6, "mmlu_stem": 1.0}
+    assert list(summary()["files"]) == ["svamp", "mmlu_stem"]
+    assert summary()["results"]["svamp"] == json.loads(json.dumps(first["results"]["svamp"]))
+    ask(sets=["mmlu_stem"], max_new_tokens=32)
+    assert list(summary()["results"]) == ["mmlu_stem"] and summary()["max_new_tokens"] == 32
+    assert list(summary("summary.before1")["results"]) == ["svamp", "mmlu_stem"]
+
+
+def test_comparisons_that_were_given_up_are_counted_by_question(ask, scripted, tmp_path, monkeypatch):
+    """The same sum by a command that asks nothing; and of an answer that was met before."""
+
+    def answer(text: str, place: int, sampling: Sampling) -> Continuation:
+        n = int(re.findall(r"(\d)\+\d\?", text)[-1])
+        return Continuation(f" The answer is ${'9^{9^{9^{9}}}+1/3' if n < 2 else 2 * n}$.", [], "stop")
+
+    (tmp_path / "data" / "svamp_test.jsonl").write_text(
+        "".join(json.dumps({"question": f"{n}+{n}?", "answer": "1/3"}) + "\n" for n in range(3))
+    )
+    monkeypatch.setattr(scripted, "answer", staticmethod(answer))
+    monkeypatch.setattr(solve_lib, "Grader", lambda: Grader(Symbolic(seconds=0.3)))
+    assert ask()["results"]["svamp"]["not_compared"] == 2
+    assert [row["not_compared"] for row in rows(tmp_path)] == [1, 1, 0]
+    scripted.calls.clear()
+    assert ask()["results"]["svamp"]["not_compared"] == 2 and not scripted.calls
 
 
 def test_several_samples_and_their_majority(ask, scripted, tmp_path, monkeypatch):

@@ -76,13 +76,19 @@ def test_long_outputs_are_shortened():
     assert len(shown) == RESULT_CHARACTERS + 3 and shown.startswith("aaa") and shown.endswith("bbb") and "..." in shown
 
 
-def test_a_model_that_goes_on_for_ever_writes_four_times():
+def test_a_model_that_goes_on_for_ever_runs_four_programs():
     script = Script({"": "```python\nprint(7)\n```\n```output"})
     [attempt] = ask(script, ["q"])
-    assert len(script.asked) == 4 and attempt.programs == ("done",) * 3 and attempt.ended == "stop"
-    assert attempt.text.count("```python") == 4 and attempt.text.count("```output\n7\n```\n") == 3
+    assert len(script.asked) == 5 and attempt.programs == ("done",) * 4 and attempt.ended == "stop"
+    assert attempt.text.count("```python") == 5 and attempt.text.count("```output\n7\n```\n") == 4
     [attempt] = ask(script, ["q"], rounds=1)
-    assert attempt.programs == () and len(script.asked) == 5
+    assert attempt.programs == ("done",) and len(script.asked) == 7
+
+
+def test_the_output_of_the_last_program_is_read():
+    script = Script({"<|assistant|>\n": FIRST + "```output", "42\n```\n": r"It is $\boxed{42}$."})
+    [attempt] = ask(script, ["q"], rounds=1)
+    assert extract(attempt.text) == "42" and attempt.programs == ("done",) and attempt.ended == "eos"
 
 
 def test_each_question_goes_its_own_way():

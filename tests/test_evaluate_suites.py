@@ -99,6 +99,20 @@ def test_forms_of_olmes_ask_what_they_should(name, zoo, tmp_path):
     assert likelihoods is not None and likelihoods.gold == gold and len(likelihoods.totals) == len(expected)
 
 
+@pytest.mark.parametrize("name, expected", [("truthfulqa_mc1", 0), ("truthfulqa_mc2", None)])
+def test_where_several_choices_are_right_none_is_the_gold_one(name, expected, zoo, tmp_path):
+    """TruthfulQA's mc2 says that the first is right; which are is in its labels."""
+    data = tmp_path / "data.jsonl"
+    row = {"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
+    data.write_text(json.dumps(row | {"mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 1, 0]}}) + "\n")
+    files = {"validation": str(data)}
+    changes = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    (task,) = zoo.load(Form(name, "acc,none", changes=changes))["tasks"].values()
+    sample = {"doc": task.eval_docs[0], "filtered_resps": [(-1.0, True)] * 3}
+    found = scored(task, sample)
+    assert (found.gold if found else None) == expected
+
+
 def test_columns_and_conditions():
     assert [column.name for column in columns_of("meco, mine", False)][-2:] == ["TruQA", "mine"]
     code = {column.name: column for column in columns_of("rho1_general", False)}["HumanEval"]
@@ -106,6 +120,8 @@ def test_columns_and_conditions():
     assert all(column.forms for column in columns_of("rho1_general", True))
     assert "it names boolq twice" in toy.refusal(columns_of, "boolq,boolq", False)
     assert "takes tasks or suites (meco, rho1_general, continual)" in toy.refusal(columns_of, " , ", False)
+
+    assert "it names meco MMLU twice" in toy.refusal(columns_of, "meco,continual,meco", False)
 
     columns, harness = columns_of("mmlu,mine", False), Harness(hosts={"mine": "www.mine.org"})
     found = prefixes(columns, "none,right,wrong,unrelated", None, harness)
@@ -121,6 +137,20 @@ def test_columns_and_conditions():
     assert "belong together" in toy.refusal(prefixes, columns, "given", None, harness)
     line = toy.refusal(prefixes, columns, "right", None, Harness())
     assert "no host is known for task mine: set Harness.hosts = {'mine': 'www.example.org'}" in line
+
+
+def test_several_suites_are_told_apart():
+    columns = columns_of("meco,continual,mine", False)
+    names = [column.name for column in columns]
+    assert names[0] == "meco MMLU" and "continual MMLU" in names and names[-1] == "mine"
+    assert len(set(names)) == len(names) == 10 + 17 + 1
+    best = {name: {"value": 1.0 if name.startswith("meco") else 0.5} for name in names}
+    best["continual TriviaQA-DE"] = None
+    assert averages(columns, best) == {
+        "meco average": {"mean": 1.0, "columns": 10, "missing": 0},
+        "continual average": {"mean": 0.5, "columns": 13, "missing": 0},
+        "continual German": {"mean": 0.5, "columns": 3, "missing": 1},
+    }
 
 
 def result(value: float, **more) -> dict:
@@ -186,6 +216,47 @@ def test_a_chat_is_written_as_for_training(name):
     assert asked + "It is so." + template.closes == whole
     begun = chat_text(template, [*messages, {"role": "assistant", "content": "It is"}], False)
     assert begun + " so." + template.closes == whole
+
+
+QUESTION = {"question": "Q?", "choices": ["a", "b"], "answer": 0}
+OWN = """
+dataset_path: json
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+"""
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("", "task mine cannot be loaded: FOLDER/mine.jsonl is empty: write one question a line, as a JSON object"),
+        ("\n", "task mine cannot be loaded: FOLDER/mine.jsonl is empty: write one question a line"),
+        (json.dumps(QUESTION) + '\n{"question":\n', "task mine cannot be loaded: FOLDER/mine.jsonl:2 is not JSON"),
+        (
+            json.dumps({"choices": ["a"], "answer": 0}),
+            "mine cannot be loaded (offline was asked for): 'question' is undefined",
+        ),
+    ],
+)
+def test_data_of_ones_own_that_cannot_be_read(data, message, tmp_path):
+    (tmp_path / "mine.jsonl").write_text(data)
+    files = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'mine.jsonl'}}}}}"
+    (tmp_path / "mine.yaml").write_text(f"task: mine\ntag: all_mine\n{files}{OWN}")
+    zoo = Zoo(str(tmp_path), offline=True, run_model_code=False)
+    zoo.check(["mine", "all_mine"])
+    for name in ("mine", "all_mine"):
+        assert message.replace("FOLDER", str(tmp_path)) in toy.refusal(zoo.load, Form(name, "acc,none"))
+
+
+def test_a_file_that_is_no_yaml_is_named(zoo, tmp_path, monkeypatch):
+    (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: [json\ntest_split: test\n")
+    monkeypatch.setattr(zoo, "_folder", str(tmp_path))
+    line = toy.refusal(zoo.check, ["bad"])
+    assert line.startswith(f"{tmp_path}/bad.yaml:3 is no YAML (") and "move it out of --include_path" in line
+    zoo.check(["arc_easy"])  # which needs nothing of it
 
 
 def test_mistakes(zoo, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from slm_jax.data import readers
 from slm_jax.errors import UserError
 from slm_jax.evaluate.continuation import Continuation
 from slm_jax.evaluate.generation import Generator, Speed
-from slm_jax.evaluate.lines import Lines
+from slm_jax.evaluate.lines import open_lines
 from slm_jax.evaluate.sampling import Sampling
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
@@ -42,7 +42,9 @@ def generate(
 ) -> None:
     """Continues prompts with a model: one on the terminal as it is written, several as JSON lines in a file.
 
-    Without a prompt the model begins by itself, after BOS. A file that was begun with the same settings is continued.
+    Without a prompt the model begins by itself, after BOS. A file that was begun with the same settings and prompts is
+    continued. One that others have finished keeps its texts, as NAME.before1.jsonl, before2 and so on; what others have
+    only begun is replaced. While one command writes a file, a second one is refused.
 
     Args:
       run: run directory of the model, or an imported model.
@@ -146,9 +148,9 @@ def _one(generator: Generator, text: str, ids: Sequence[int], about: dict[str, A
     assert made is not None
     print(f"\n\ngenerate: {ENDINGS[made.ended]} after {len(made.tokens)} tokens; {_measured(generator.speed)}")
     if output is not None:
-        file = Lines(output, about, 1)
-        if not file.done:
-            file.append([_line(0, text, ids, about, made)])
+        with open_lines(output, about, 1) as file:
+            if not file.done:
+                file.append([_line(0, text, ids, about, made)])
         print(f"generate: see {output}")
 
 
@@ -161,11 +163,8 @@ def _several(
         f"generate: step {about['step']} of {about['run']}, up to {sampling.max_new_tokens} tokens behind each of "
         f"{total} prompts ({min(lengths)} to {max(lengths)} tokens, BOS and prefix among them) -> {output}"
     )
-    file, ended = Lines(output, about, total), Counter()
-    if file.done == total:
-        print(f"generate: {output} is complete already")
-        return
-    with progress(total, file.done, "generate", "prompt") as bar:
+    ended = Counter()
+    with open_lines(output, about, total) as file, progress(total, file.done, "generate", "prompt") as bar:
         while file.done < total:
             places = range(file.done, min(file.done + BATCHES * generator.batch_rows, total))
             made = generator.continue_ids([ids[place] for place in places], sampling, first_place=places.start)
@@ -178,6 +177,9 @@ def _several(
                     bar.write(
                         f"\n[{line['place'] + 1}: {ENDINGS[line['ended']]}] {shown(line['prompt'] + line['text'])}"
                     )
+    if not ended:
+        print(f"generate: {output} is complete already")
+        return
     counts = ", ".join(f"{ended[name]} {words}" for name, words in ENDINGS.items() if ended[name])
     print(f"generate: {counts}; {_measured(generator.speed)}\ngenerate: see {output}")
 

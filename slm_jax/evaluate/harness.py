@@ -17,6 +17,7 @@ import gin
 import numpy as np
 
 from slm_jax import config as config_lib
+from slm_jax.data import readers
 from slm_jax.data.conversations import TEMPLATES, Template
 from slm_jax.errors import UserError
 from slm_jax.evaluate.answers import Answers
@@ -86,12 +87,13 @@ class Zoo:
 
     def check(self, names: Sequence[str]) -> None:
         """Refuses names that are no task, group or tag. lm_eval's own are looked up only where they are needed: there
-        are many."""
+        are many. It passes over files that are no YAML, so that their tasks are missing."""
         if not set(names) <= set(self._manager.all_tasks) and not self._with_defaults:
             self._manager = self._include(include_path=self._folder, include_defaults=True)
             self._with_defaults = True
         for name in names:
             if name not in self._manager.all_tasks:
+                _check_yaml(self._folder)
                 nearest = difflib.get_close_matches(name, self._manager.all_tasks, 1)
                 raise UserError(
                     f"evaluate.tasks: no task {name!r}"
@@ -103,8 +105,10 @@ class Zoo:
         """Name -> task of lm_eval, and its groups, with the form's changes.
 
         Raises:
-          UserError: its data cannot be had; it runs what the model wrote, and may not.
+          UserError: its data cannot be had or read; it runs what the model wrote, and may not.
         """
+        from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingImports]
+        from jinja2 import TemplateError  # pyright: ignore[reportMissingImports]
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED  # pyright: ignore[reportMissingImports]
 
         # Some tasks shuffle their choices as they are loaded.
@@ -115,8 +119,11 @@ class Zoo:
             spec = {"group": f"{form.task}_{form.label}", "task": [{"task": form.task, **form.changes}]}
         try:
             loaded = {**self._manager.load([spec])}
-        except (OSError, ImportError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+        except (OSError, ImportError, ValueError, StopIteration, DatasetsError, TemplateError) as error:
+            if isinstance(error, (ValueError, StopIteration, DatasetsError)):
+                self._check_data(form.task)
+            cause = error.__cause__ if isinstance(error, DatasetsError) else None
+            reason = next(iter(str(cause or error).splitlines()), type(error).__name__)
             offline = " (offline was asked for)" if os.environ.get(OFFLINE[0]) == "1" else ""
             raise UserError(
                 f"task {form.task} cannot be loaded{offline}: {reason}; tasks of lm_eval's zoo download their data, "
@@ -127,6 +134,17 @@ class Zoo:
                 f"task {form.task} runs what the model wrote, without a sandbox: --run_model_code if this machine may"
             )
         return loaded
+
+    def _check_data(self, name: str) -> None:
+        """Refuses JSON lines of the user's own, those of the task or of all where it is a group or tag, that cannot be
+        read or are none."""
+        index = self._manager.task_index
+        if (index[name].cfg or {}).get("dataset_path") or not self._folder:
+            _check_lines(name, index[name].cfg or {})
+            return
+        for own, entry in index.items():
+            if entry.yaml_path and Path(self._folder).resolve() in entry.yaml_path.resolve().parents:
+                _check_lines(own, entry.cfg or {})
 
     def ask(self, answers: Answers, loaded: dict[str, Any], form: Form, harness: Harness) -> dict[str, Any]:
         """What lm_eval returns for what `load` has loaded: the numbers of its simple_evaluate, and each sample."""
@@ -152,6 +170,35 @@ class Zoo:
         return json.loads(json.dumps({**(found or {}), "config": about}, default=_plain))
 
 
+def _check_lines(name: str, settings: Mapping[str, Any]) -> None:
+    """The same of one task, by what its YAML says."""
+    files = (settings.get("dataset_kwargs") or {}).get("data_files") or {}
+    named = files.values() if isinstance(files, dict) else [files]
+    for path in [path for each in named for path in ([each] if isinstance(each, str) else each)]:
+        if settings.get("dataset_path") != "json" or not os.path.isfile(path):
+            continue
+        number, remedy = 0, "write one question a line, as a JSON object"
+        for number, record in enumerate(readers.records(path, ()), 1):  # noqa: B007
+            if record.fields is None:
+                raise UserError(f"task {name} cannot be loaded: {record.place} is {record.problem}: {remedy}")
+        if not number:
+            raise UserError(f"task {name} cannot be loaded: {path} is empty: {remedy}")
+
+
+def _check_yaml(folder: str | None) -> None:
+    """Refuses a folder of tasks with a file that is no YAML."""
+    import yaml  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
+
+    for path in sorted(Path(folder).glob("**/*.yaml")) if folder else ():
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{path}:{mark.line + 1}" if mark else str(path)
+            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise UserError(f"{where} is no YAML ({reason}): mend it, or move it out of --include_path") from error
+
+
 def outermost(loaded: dict[str, Any]) -> list[str]:
     """Names of the groups and tasks that are in no other group."""
     inside = {name for names in loaded["group_map"].values() for name in names}
@@ -159,8 +206,11 @@ def outermost(loaded: dict[str, Any]) -> list[str]:
 
 
 def scored(task: Any, sample: Mapping[str, Any]) -> Scored | None:
-    """A logged sample of a multiple-choice task as likelihoods; None where not exactly one choice is right."""
+    """A logged sample of a multiple-choice task as likelihoods; None where not exactly one choice is right, or, as
+    TruthfulQA's mc2 counts, several may be."""
     choices, doc = task.doc_to_choice(sample["doc"]), sample["doc"]
+    if "mc2_targets" in doc and task.config.process_results is not None:  # mc1 has the same docs, and lm_eval's rule
+        return None
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(gold, str) and gold in choices:
         gold = choices.index(gold)

@@ -46,8 +46,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint: evaluators on local files, or tasks of lm-evaluation-harness.
 
-    With `tasks`, the numbers are those of its own Hugging Face model class. Each answer is kept in
-    `<run>/evaluate/requests.jsonl`: the same command, killed or not, asks for none of them twice.
+    With `tasks`, the numbers are those of its own Hugging Face model class, where that puts BOS before each text. Each
+    answer is kept in `<run>/evaluate/requests.jsonl`: the same command, killed or not, asks for none of them twice.
 
     Args:
       run: model directory: a train run, or an imported model.

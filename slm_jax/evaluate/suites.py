@@ -33,12 +33,14 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The best of its forms; without any, nothing here measures it. `group`: what it is averaged with."""
+    """The best of its forms; without any, nothing here measures it. `group`: what it is averaged with. `suite`: where
+    several are asked together, its own."""
 
     name: str
     forms: tuple[Form, ...] = ()
     note: str = ""
     group: str = "average"
+    suite: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,19 +25,29 @@ RECORD = "record.json"
 
 
 def columns_of(tasks: str, run_model_code: bool) -> list[Column]:
-    """The columns that a list of suites and tasks, parted by commas, names.
+    """The columns that a list of suites and tasks, parted by commas, names. Of several suites, each column and each
+    average bears the suite's name: they ask the same tasks in different ways.
 
     Raises:
       UserError: none, or the same twice.
     """
     columns: list[Column] = []
-    for name in filter(None, (part.strip() for part in tasks.split(","))):
-        columns += SUITES[name].columns if name in SUITES else [Column(name, (Form(name, ""),), group="")]
+    named = [name for part in tasks.split(",") if (name := part.strip())]
+    several = sum(name in SUITES for name in named) > 1
+    for name in named:
+        if name not in SUITES:
+            columns.append(Column(name, (Form(name, ""),), group=""))
+        else:
+            columns += [_of_suite(name, column) if several else column for column in SUITES[name].columns]
     names = [column.name for column in columns]
     if not names or len(set(names)) < len(names):
         twice = f": it names {max(names, key=names.count)} twice" if names else ""
         raise UserError(f"evaluate.tasks takes tasks or suites ({', '.join(SUITES)}), parted by commas{twice}")
     return [_without_code(column) for column in columns] if not run_model_code else columns
+
+
+def _of_suite(name: str, column: Column) -> Column:
+    return dataclasses.replace(column, name=f"{name} {column.name}", group=f"{name} {column.group}", suite=name)
 
 
 def _without_code(column: Column) -> Column:
@@ -107,7 +117,7 @@ def run_tasks(
             title = " ".join(dict.fromkeys((column.name, form.task, form.label))).strip()
             print(f"evaluate: {number} of {len(forms)}, {title}; behind BOS: {condition}", flush=True)
             with answers.recorded(prefix_of[form.task]) as asked:
-                result = _result(answers, zoo, form, tasks, harness, output / condition)
+                result = _result(answers, zoo, form, tasks, harness, output / condition / column.suite)
             about = {"prefix": prefix_of[form.task], **dataclasses.asdict(asked)}
             found[condition][column.name][form.label or form.task] = result | {"asked": about}
     best = {

@@ -30,6 +30,11 @@ class Judge:
     def __init__(self, grader: Grader):
         self._grader = grader
 
+    @property
+    def not_compared(self) -> int:
+        """Comparisons so far that used up their time or memory, and counted as not equal."""
+        return self._grader.not_compared
+
     def answer(self, question: Question, output: str) -> str:
         return extract_choice(output) if question.choice else extract(output)
 
@@ -57,6 +62,7 @@ class Judge:
 def judged(question: Question, prompt: Prompt | None, attempts: Sequence[Attempt], judge: Judge) -> Row:
     """The row of a question: all that its verdict came from."""
     samples: list[dict[str, Any]] = []
+    before = judge.not_compared
     for attempt in attempts:
         answer = judge.answer(question, attempt.text)
         sample = {"output": attempt.text, "ended": attempt.ended, "answer": answer}
@@ -73,6 +79,7 @@ def judged(question: Question, prompt: Prompt | None, attempts: Sequence[Attempt
     if len(samples) != 1:
         answer = judge.majority(question, [sample["answer"] for sample in samples])
         row["majority"] = {"answer": answer, "correct": bool(answer) and judge.verdict(question, answer).correct}
+    row["not_compared"] = judge.not_compared - before
     return row
 
 

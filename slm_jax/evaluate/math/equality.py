@@ -45,11 +45,16 @@ class Rules(NamedTuple):
 
 
 class Grader:
-    """Compares answers; holds the process of `Symbolic`, so close it."""
+    """Compares answers; holds the process of `Symbolic`, so close it.
+
+    not_compared: what the graded answers would have needed, and what ended the process; the same for the same answers,
+    whatever was graded before.
+    """
 
     def __init__(self, symbolic: Symbolic | None = None):
         self.symbolic = symbolic or Symbolic()
-        self._lost_before = 0
+        self.not_compared = 0
+        self._lost: set[tuple[str, str, bool]] = set()  # of the present answer
 
     def close(self) -> None:
         self.symbolic.close()
@@ -63,16 +68,20 @@ class Grader:
         one = normalise(answer, thousands="," not in other)
         if not one or not other:
             return Verdict(False, False)
-        self._lost_before = self.symbolic.lost
+        self._lost.clear()
         percent = percent or "%" in answer or "%" in gold
         correct = self.equal(one, other, Rules(exact=True, percent=percent))
-        return Verdict(correct, correct or self.equal(one, other, Rules(exact=False, percent=True)))
+        published = correct or self.equal(one, other, Rules(exact=False, percent=True))
+        self.not_compared += len(self._lost)
+        return Verdict(correct, published)
 
     def equal(self, one: str, other: str, rules: Rules, depth: int = 0) -> bool:
         """Whether two normalised answers are equal."""
         one, other = without_parentheses(one), without_parentheses(other)
         if one == other:
             return True
+        if not one or not other:  # a part of a list, as in "(1,2),,(3,4)"
+            return False
         numbers = number(one), number(other)
         if numbers[0] and numbers[1]:
             return same_numbers(numbers[0], numbers[1], rules)
@@ -150,9 +159,13 @@ class Grader:
             return False
         if _variables(one) != _variables(other) and not re.search(_CANCELLING, one + other):
             return False
-        if self.symbolic.lost - self._lost_before >= MOST_LOST:
+        if len(self._lost) >= MOST_LOST:
             return False
-        return self.symbolic.same(_for_parser(one), _for_parser(other), approximately)
+        pair = (_for_parser(one), _for_parser(other), approximately)
+        same = self.symbolic.same(*pair)
+        if same is None:
+            self._lost.add(pair)
+        return bool(same)
 
 
 class Number(NamedTuple):

@@ -24,7 +24,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Accuracies in [0, 1] with their intervals, and how the outputs ended.
 
     `accuracy` is the mean over questions of the share of its samples that are right (pass@1); `published` the same by
-    the rules of published numbers (`equality.Verdict`); `majority` that of the most frequent answer of each question.
+    the rules of published numbers (`equality.Verdict`); `majority` that of the most frequent answer of each question;
+    `not_compared` counts comparisons that were given up.
     """
 
     def accuracy(rights: Sequence[float]) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     summary["ended"] = dict(sorted(Counter(sample["ended"] for sample in samples).items()))
     summary["shots"] = {str(shots): count for shots, count in sorted(Counter(row["shots"] for row in rows).items())}
     summary["too_long"] = sum(not row["samples"] for row in rows)
+    summary["not_compared"] = sum(row["not_compared"] for row in rows)
     if "programs" in next(iter(samples), {}):
         summary["programs"] = dict(sorted(Counter(end for sample in samples for end in sample["programs"]).items()))
     return summary

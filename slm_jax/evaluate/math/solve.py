@@ -19,7 +19,7 @@ from slm_jax import processes
 from slm_jax.data import readers
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Generator
-from slm_jax.evaluate.lines import Lines
+from slm_jax.evaluate.lines import move_aside, open_lines
 from slm_jax.evaluate.math import prompts as prompts_lib
 from slm_jax.evaluate.math.chain_of_thought import Attempt, Judge, ask, judged
 from slm_jax.evaluate.math.equality import Grader
@@ -49,7 +49,7 @@ class _Asking:
     shots: int | None
     examples: Mapping[str, str]
     samples: int
-    rounds: int | None  # None without tools
+    rounds: int | None  # programs of an answer; None without tools
     sandbox: Sandbox
 
     def room(self) -> int:
@@ -111,7 +111,10 @@ def solve(
 ) -> dict[str, Any]:
     """Accuracy of a model on question sets of mathematics, by its generated answers.
 
-    Killed and started again, it asks what has not been asked; answers of other settings are replaced.
+    Killed and started again, it asks what has not been asked. A set that was finished with other settings keeps its
+    answers, as NAME.before1.jsonl, before2 and so on; what was only begun with others is asked anew. summary.json holds
+    all sets that were answered with these settings by this model; one of other settings is kept as well. While one
+    command asks a set, a second one that would write the same file is refused.
 
     Args:
       run: model directory.
@@ -128,7 +131,7 @@ def solve(
       top_p: draw from the most likely tokens that make up this share; None from all.
       seed: of what is drawn.
       tools: the model writes programs, which run in a sandbox; prompts are ToRA's, without examples.
-      rounds: with tools, how often it writes.
+      rounds: with tools, how many programs of an answer are run, one after the other.
       sandbox: limits of its programs.
       batch_rows: rows that are continued together.
       mesh: how devices share the work.
@@ -154,12 +157,13 @@ def solve(
     about = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "max_new_tokens": new}
     about |= {"temperature": temperature, "top_p": top_p, "seed": seed, "samples": samples, "stop": stop}
     about |= {"rounds": asking.rounds, "sandbox": sandbox if tools else None, "batch_rows": batch_rows}
+    about["graders"] = _versions()
     results = {}
     with jax.set_mesh(devices):
         for name in sets:
             results[name] = _solve_set(name, asked[name], asking, where, about)
-    record = {**about, "files": files, "graders": _versions(), "results": results}
-    processes.on_first(lambda: config_lib.write_json(where / "summary.json", record))
+    record = {**about, "files": files, "results": results}
+    processes.on_first(lambda: _write_summary(where / "summary.json", about, record))
     print(f"solve: done, {where}/summary.json")
     return record
 
@@ -200,20 +204,31 @@ def _solve_set(
     ids = asking.generator.encode(first.text)[:FIRST_IDS] if first else []
     about = {**about, "set": name, "questions": len(questions), "texts": _hash(questions), "examples": _hash(examples)}
     about |= {"first_prompt": first.text if first else None, "first_ids": ids}
-    file = Lines(str(folder / f"{name}.jsonl"), about, len(questions))
     together = max(1, BATCHES * asking.generator.batch_rows // asking.samples)
-    with contextlib.closing(Grader()) as grader, progress(len(questions), file.done, name, "question") as bar:
-        judge = Judge(grader)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_lines(str(folder / f"{name}.jsonl"), about, len(questions)))
+        bar = stack.enter_context(progress(len(questions), file.done, name, "question"))
+        judge = Judge(stack.enter_context(contextlib.closing(Grader())))
         rounds = ask(questions, prompt_of, asking.attempts, asking.samples, together, file.done, asking.sampling.seed)
         for answered in rounds:
             file.append([judged(*one, judge) if processes.first() else {} for one in answered])
             bar.update(len(answered))
-        lost = grader.symbolic.lost
-    summary = processes.on_first(lambda: {"first_ids": ids, **summarise(_rows(file.path)), "not_compared": lost})
+        summary = processes.on_first(lambda: {"first_ids": ids, **summarise(_rows(file.path))})
     low, high = summary["interval"]
     print(f"  {name}: {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}) of {summary['questions']}", end="")
     print(f", majority {summary['majority']['accuracy']:.3f}" if "majority" in summary else "")
     return summary
+
+
+def _write_summary(path: Path, about: dict[str, Any], record: dict[str, Any]) -> None:
+    """With the sets that other commands have asked the same model with the same settings."""
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if {**before, **config_lib.to_json(about)} == before:
+            record = {**record, **{part: {**before[part], **record[part]} for part in ("files", "results")}}
+        else:
+            move_aside(str(path).removesuffix(".json"), ".json")
+    config_lib.write_json(path, record)
 
 
 def _hash(texts: Sequence[Question] | Sequence[Example]) -> str:

@@ -40,16 +40,17 @@ class Symbolic:
         self.lost = 0  # comparisons that ended the process: time, memory
         self.refused = 0  # expressions that the parser does not read
         self._process: subprocess.Popen[bytes] | None = None
-        self._known: dict[tuple[str, str, bool], bool] = {}
+        self._known: dict[tuple[str, str, bool], bool | None] = {}
 
-    def same(self, first: str, second: str, approximately: bool = False) -> bool:
-        """Whether the two are equal, exactly or within a relative `TOLERANCE`; False where that cannot be found out."""
+    def same(self, first: str, second: str, approximately: bool = False) -> bool | None:
+        """Whether the two are equal, exactly or within a relative `TOLERANCE`; False where the parser does not read
+        one of them, None where the comparison ended the process."""
         question = (first, second, approximately)
         if question not in self._known:
             answer = self._ask(json.dumps(question).encode() + b"\n")
             self.lost += answer == ""
             self.refused += answer == "null"
-            self._known[question] = answer == "true"
+            self._known[question] = answer == "true" if answer else None
         return self._known[question]
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ def attempts_with_tools(
         sampling: how; its `stop` is replaced by ToRA's.
         prompts: of `tool_prompt`.
         run_all: runs programs, each for itself: none sees what an earlier one defined.
-        rounds: how often a model writes, at most: it may run one program less than that.
+        rounds: how many programs a model may run; once it has read the output of the last, it writes its answer.
         has_room: whether the model can read a text and write what `sampling` allows behind it.
 
     Returns:
@@ -63,7 +63,7 @@ def attempts_with_tools(
     ended = ["context"] * len(prompts)
     programs: list[tuple[str, ...]] = [()] * len(prompts)
     active = [place for place in range(len(prompts)) if has_room(prompts[place])]
-    for number in range(rounds):
+    for number in range(rounds + 1):
         if not active:
             break
         how = dataclasses.replace(sampling, stop=STOP, seed=(sampling.seed + number) % 2**32)
@@ -72,7 +72,7 @@ def attempts_with_tools(
         for place, continuation in zip(active, found, strict=True):
             written[place] += continuation.text
             ended[place] = continuation.ended
-            code = program(continuation.text) if continuation.ended == "stop" and number + 1 < rounds else None
+            code = program(continuation.text) if continuation.ended == "stop" and number < rounds else None
             if code is not None:
                 to_run.append((place, code))
         ran = run_all([code for _, code in to_run]) if to_run else []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gin
 import numpy as np
 
 from slm_jax.__main__ import main as slm_jax
@@ -31,6 +32,8 @@ def stage(
     command += [f"--gin.{key}={value!r}" for key, value in settings.items()]
     if slm_jax(command):
         raise SystemExit(f"{' '.join(command)} failed")
+    if name == "train" and not (Path(gin.query_parameter("train.run_dir")) / "summary.json").exists():
+        raise SystemExit("terminated: the same command continues")  # what follows must not start from half a run
 
 
 def last(run_dir: Path) -> dict[str, float] | None:

@@ -131,7 +131,7 @@ def _scores(
     for setting, changes in wanted.items():
         if problem := lacks(**changes):
             raise UserError(f"{setting}: {problem}")
-    return scores or [name for name in COMPARED if not lacks(score=name)]
+    return [name for name in COMPARED if not lacks(score=name)] if scores is None else scores
 
 
 def _losses(

@@ -112,7 +112,7 @@ def layer_at(
     """One block at some rows of its input x, whose values are z; no gradient reaches the other positions.
 
     Equal in value to the whole block; its gradient holds the keys and values of the other positions constant.
-    `evenly`: as `spread_evenly` found, where it matters.
+    `evenly`: as `spread_evenly` found; where it said nothing, False.
     """
     angles = rotary_angles(positions, config)
     others = _block(layer, config).keys_values(x, angles)
@@ -120,10 +120,10 @@ def layer_at(
 
 
 def spread_evenly(config: ModelConfig, rows: Rows, num_sequences: int, length: int) -> Bool[Array, ""] | None:
-    """Whether the rows lie along the sequences such that `layer_at` may leave out keys; None where nothing depends on
-    it: for flash kernels, and for rows so short that the second program is not worth its compilation."""
+    """Whether the rows lie along the sequences such that `layer_at` may leave out queries; None where nothing depends
+    on it: for flash kernels, and for rows so short that the second program is not worth its compilation."""
     backend = chosen_backend(config.attention, length, config.head_dim, config.compute_dtype)
-    if backend != "xla" or length < 512:
+    if backend != "xla" or length < 512 or length % attention_at.QUARTERS:
         return None
     return attention_at.spread_evenly(rows, num_sequences, length)
 

@@ -8,7 +8,6 @@ and eight. Before anything is timed the tokens must agree. Our prompts and token
 """
 
 import importlib.util
-import os
 import sys
 from collections.abc import Iterable
 from typing import SupportsIndex
@@ -40,7 +39,7 @@ def compare(model: ModelConfig, length: int, new: int, rounds: measure.Rounds) -
     """Rows of new tokens per second, of one prompt and of eight."""
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(measure.cores())
     params = jax.jit(lambda: forward.init_params(model, jax.random.key(0)))()
     generator = Generator(params, model, Endless(), mesh_lib.make_mesh(devices=jax.devices()[:1]))
     peer = torch_step.llama(model, jax.tree.map(np.asarray, params), length + new)

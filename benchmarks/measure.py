@@ -161,13 +161,18 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 2)
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on besides the code. Starts the device: call it after processes that need it."""
     facts = {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "python": platform.python_version(),
     }
     for package in PACKAGES:

@@ -8,7 +8,6 @@ gradient, clipping, AdamW. Before anything is timed the losses of two successive
 """
 
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +95,7 @@ def compare(model: ModelConfig, rows: int, length: int, rounds: measure.Rounds) 
     """Rows of tokens per second: ours by remat, PyTorch eager and compiled, against PyTorch compiled."""
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(measure.cores())
     batch = step.random_batch(rows, length, model.vocab_size)
     trainer = step.Trainer(model, batch)
     params = jax.tree.map(np.asarray, mesh_lib.to_host(trainer.state.params))

@@ -187,15 +187,17 @@ def _split_first(x: jax.Array) -> jax.Array:
 
 
 def sum_over_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The sum of [S, D, ...] over the shards, each of which holds its own part; the result is split as `spec` says,
-    its first axis over fsdp: every device receives the piece it keeps, not the whole."""
+    """The sum of [S, ...] over the shards, each of which holds its own part; the result is split as `spec` says, which
+    names fsdp: every device receives the piece it keeps, not the whole."""
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.sum(x, axis=0)
+    split = tuple(spec).index("fsdp")
 
     def meet(part: jax.Array) -> jax.Array:
-        return jax.lax.psum(jax.lax.psum_scatter(part[0], "fsdp", scatter_dimension=0, tiled=True), "data")
+        return jax.lax.psum(jax.lax.psum_scatter(part[0], "fsdp", scatter_dimension=split, tiled=True), "data")
 
-    return jax.shard_map(meet, in_specs=P(*BATCH, None, *spec[1:]), out_specs=spec)(x)
+    own = [None if axis == "fsdp" else axis for axis in spec]
+    return jax.shard_map(meet, in_specs=P(*BATCH, *own), out_specs=spec)(x)
 
 
 def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from slm_jax.models import attention_at, cache
 from slm_jax.models.attention import chosen_backend
 from slm_jax.models.cache import Cache
 from slm_jax.models.config import ModelConfig
-from slm_jax.models.layers import NORMS, dropout, rotary_angles
+from slm_jax.models.layers import NORMS, PROJECTION, dropout, rotary_angles
 from slm_jax.models.rows import Rows
 from slm_jax.models.transformer import Block, Embedding, Head
 
@@ -78,7 +78,7 @@ def layers(
     if config.remat == "full":
         block = jax.checkpoint(block)
     elif config.remat == "dots":
-        block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(PROJECTION))
     return jax.lax.scan(block, x, (params["layers"], keys))[0]
 
 

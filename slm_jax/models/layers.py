@@ -1,12 +1,16 @@
 """Norms, rotary embedding, projections, dropout. Pure modules: a Variable is never written after construction."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from slm_jax import mesh
 from slm_jax.models.config import ModelConfig, RopeScaling
 
 
@@ -39,6 +43,56 @@ class LayerNorm(nnx.Module):
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+PROJECTION = "projection"  # what rematerialisation may keep
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Float[Array, "*BX"], kernel: Float[Array, "*XY"], num_in: int) -> Float[Array, "*BY"]:
+    """x times a float32 kernel over the last `num_in` axes of x: operands in the dtype of x, sums in float32.
+
+    With its gradient written out: that of the kernel comes out of one product over all tokens in float32, never rounded
+    to bfloat16, and in the kernel's own layout, where JAX's would be transposed by a copy (a tenth of a step on CPU).
+    """
+    # Asking for float32 out of the product doubles bfloat16's speed on CPU and is what accelerators do anyway.
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_in, preferred_element_type=jnp.float32)
+
+
+def _product_backward(num_in: int, saved: tuple[Array, Array], d_out: Float[Array, "*BY"]) -> tuple[Array, Array]:
+    x, kernel = saved
+    d_out, tokens = d_out.astype(x.dtype), tuple(range(x.ndim - num_in))
+    into, out = tuple(range(num_in, kernel.ndim)), tuple(range(len(tokens), d_out.ndim))
+    d_x = jnp.tensordot(d_out, kernel.astype(x.dtype), axes=(out, into), preferred_element_type=jnp.float32)
+    d_kernel = jnp.tensordot(x, d_out, axes=(tokens, tokens), preferred_element_type=jnp.float32)
+    return d_x.astype(x.dtype), d_kernel
+
+
+product.defvjp(lambda x, kernel, num_in: (product(x, kernel, num_in), (x, kernel)), _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B L"], dtype: DTypeLike) -> Float[Array, "B L D"]:
+    """Rows of a float32 table, in another dtype.
+
+    Its gradient is summed in float32: in bfloat16, a sum of ones stays at 256, and frequent tokens stand in a batch far
+    more often than that.
+    """
+    # Gathered over fsdp, not over model: each part of the vocabulary looks up its own; the sum of all is the row.
+    return mesh.constrain(mesh.constrain(table.astype(dtype), mesh.P("model"))[tokens], mesh.BATCH)
+
+
+def _lookup_forward(table: Array, tokens: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+    return lookup(table, tokens, dtype), (table, tokens)
+
+
+def _lookup_backward(dtype: DTypeLike, saved: tuple[Array, Array], d_rows: Float[Array, "B L D"]) -> tuple[Array, None]:
+    table, tokens = saved
+    nothing = jnp.zeros(table.shape, jnp.float32)
+    add = jax.vmap(lambda tokens, d_rows: nothing.at[tokens].add(d_rows))
+    parts = add(mesh.by_shard(tokens), mesh.by_shard(d_rows.astype(jnp.float32)))
+    return mesh.sum_over_shards(parts, mesh.P("model", "fsdp")), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Projection(nnx.Module):
@@ -50,10 +104,9 @@ class Projection(nnx.Module):
         self.num_in = num_in
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
-        # Asking for float32 out of the product doubles bfloat16's speed on CPU and is what accelerators do anyway.
-        out = jnp.tensordot(x, kernel, axes=self.num_in, preferred_element_type=jnp.float32)
-        return (out if self.bias is None else out + self.bias[...]).astype(x.dtype)
+        out: jax.Array = product(x, self.kernel[...], self.num_in)
+        out = (out if self.bias is None else out + self.bias[...]).astype(x.dtype)
+        return checkpoint_name(out, PROJECTION)
 
 
 def rotary_angles(positions: Int[Array, "B L"], config: ModelConfig) -> Float[Array, "B L R2"]:

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from slm_jax import mesh
 from slm_jax.models.attention import attention
 from slm_jax.models.attention_at import attention_at
 from slm_jax.models.cache import Cache, cached_attention, write
 from slm_jax.models.config import ModelConfig
-from slm_jax.models.layers import NORMS, Projection, dropout, rotate
+from slm_jax.models.layers import NORMS, Projection, dropout, lookup, rotate
 from slm_jax.models.rows import Rows
 
 
@@ -21,9 +20,7 @@ class Embedding(nnx.Module):
         self.dtype = config.compute_dtype
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        # Gathered over fsdp, not over model: each part of the vocabulary looks up its own; the sum of all is the row.
-        table = mesh.constrain(self.embedding[...].astype(self.dtype), mesh.P("model"))
-        return mesh.constrain(table[tokens], mesh.BATCH)
+        return lookup(self.embedding[...], tokens, self.dtype)
 
 
 class Attention(nnx.Module):

@@ -24,7 +24,7 @@ lint: $(VENV)/.installed
 parity: $(VENV)/.parity
 
 $(VENV)/.parity: $(VENV)/.installed requirements-parity.txt
-	$(BIN)/python -m pip install --quiet -r requirements-parity.txt
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements-parity.txt
 	@touch $@
 
 # The steps of the pods' run files, compiled for the chips that they name; about ten minutes a file on two cores.
@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 		{ echo "slm_jax needs Python 3.11 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
 	@echo "Installing into $(VENV); the first time takes some minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	@touch $@
 

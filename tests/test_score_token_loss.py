@@ -191,3 +191,20 @@ def test_entropy_of_a_uniform_distribution_is_log_v():
     hidden, _, tokens, segments, _ = _inputs()
     _, entropy = token_loss_and_entropy(hidden, jnp.zeros((16, 50)), tokens, segments)
     np.testing.assert_allclose(entropy[np.asarray(predicted(segments))], np.log(50), rtol=1e-6)
+
+
+def test_certain_tokens_keep_the_digits_of_loss_and_entropy():
+    """However far from 0 the logits are: a probability of 0.9999 is a loss of 0.0001, not of 0."""
+    hidden, tokens, segments = jnp.ones((1, 4, 1)), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), jnp.int32)
+    logits = np.array([-100.0, -109.0, -111.0])
+    p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    head = jnp.asarray(logits, jnp.float32)[None]
+    loss, entropy = token_loss_and_entropy(hidden, head, tokens, segments)
+    (
+        weighted,
+        _,
+    ) = weighted_loss(hidden, head, tokens, jnp.ones((1, 4)).at[:, 0].set(0))
+    np.testing.assert_allclose(loss[0, 1:], -np.log(p[0]), rtol=2e-3)
+    np.testing.assert_allclose(token_loss(hidden, head, tokens, segments)[0, 1:], -np.log(p[0]), rtol=2e-3)
+    np.testing.assert_allclose(weighted, -3 * np.log(p[0]), rtol=2e-3)
+    np.testing.assert_allclose(entropy[0, 1:], -(p * np.log(p)).sum(), rtol=2e-3)

@@ -92,14 +92,14 @@ def test_with_every_token_chosen_filtered_is_exact(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
-def test_long_rows_leave_out_keys_only_where_they_may(late):
-    """Rows of 512: spread evenly, most keys of the future are left out; in the last quarter alone, none may be."""
+def test_long_rows_leave_out_queries_only_where_they_may(late):
+    """Rows of 512: spread evenly, the queries of other rows are left out; in the last quarter alone, none may be."""
     model = dataclasses.replace(MODEL, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8)
     params = forward.init_params(model, jax.random.key(0))
     tokens, segments = np.random.default_rng(0).integers(0, 64, (2, 512)), np.ones((2, 512), np.int32)
     batch = jax.tree.map(jnp.asarray, make_batch(tokens, segments, segments > 0))
     chosen = predicted(batch.segment_ids) & (jnp.arange(512) > (383 if late else 0))
-    capacity = int(jnp.sum(chosen))  # more room would be empty blocks, which reach nothing
+    capacity = int(jnp.sum(chosen))  # more room would be more places for each quarter
     rows = Rows.of(predictors(chosen), capacity)
     assert forward.spread_evenly(model, rows, 2, 512) == (not late)
     batch = batch._replace(loss_mask=chosen)

@@ -14,6 +14,7 @@ from slm_jax.mesh import MeshConfig
 from slm_jax.models.config import ModelConfig
 from slm_jax.score.selection import Selection
 from slm_jax.score.token_loss import batch_loss, predicted
+from slm_jax.train.objective import trained_tokens
 from slm_jax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer
 from slm_jax.train.state import init_state, state_shapes
 from slm_jax.train.step import compile_step, make_step
@@ -168,6 +169,29 @@ def test_sums_by_source_add_up():
     ):
         np.testing.assert_allclose(sums[part].sum(), sums[whole], rtol=1e-5)
     np.testing.assert_allclose(sums["trained_loss_sum"] + sums["untrained_loss_sum"], sums["loss_sum"], rtol=1e-6)
+
+
+def test_sums_by_source_of_millions_of_tokens():
+    """Added one by one in float32, the loss would lose more than a thousandth."""
+    shape = (1024, 4096)
+    rng = np.random.default_rng(0)
+    loss, ids = rng.exponential(2.5, shape).astype(np.float32), (rng.random(shape) < 0.1).astype(np.uint8)
+    batch = make_batch(np.ones(shape, np.int32), np.ones(shape, np.int32), np.ones(shape, bool), ids)
+    sums = jax.jit(lambda loss, batch: trained_tokens(None, loss, batch, jax.random.key(0))[1])(loss, batch)
+    for source in (0, 1):
+        exact = loss[:, 1:][ids[:, 1:] == source].astype(np.float64).sum()
+        np.testing.assert_allclose(sums["source_loss"][source], exact, rtol=1e-5)
+
+
+def test_the_moving_average_of_a_constant_is_the_constant():
+    mesh, optimizer = mesh_lib.make_mesh(None, jax.devices()[:1]), make_optimizer(OptimizerConfig())
+    with jax.set_mesh(mesh):
+        state = init_state(MODEL, optimizer, mesh, seed=0, ema=True)
+        start = jax.device_get(state.params)
+        step = jax.jit(make_step(MODEL, None, optimizer, lambda _: 0.0, 0, ema=0.99999))
+        for _ in range(20):
+            state, _ = step(state, _batch())
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.average), start)
 
 
 def test_random_selection_changes_from_step_to_step():

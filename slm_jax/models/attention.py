@@ -229,7 +229,7 @@ def splash_attention(
         assert isinstance(out, jax.Array)
         return out.swapaxes(0, 1)
 
-    scaled = query * jnp.asarray(1 / math.sqrt(query.shape[3]), query.dtype)
+    scaled = (query.astype(jnp.float32) / math.sqrt(query.shape[3])).astype(query.dtype)
     return jax.vmap(row)(scaled, key, value, segment_ids.astype(jnp.int32))
 
 

@@ -53,9 +53,10 @@ class _Quarters(NamedTuple):
     def of(cls, rows: Rows, num_sequences: int, length: int) -> "_Quarters":
         shards, capacity = rows.index.shape
         number, size = num_sequences // shards * QUARTERS, length // QUARTERS
-        # What chance gives a quarter at most: its mean and three standard deviations.
+        # Room for what chance gives the fullest of so many quarters: so many standard deviations above the mean.
         mean = capacity / number
-        places = min(size, math.ceil(mean + 3 * math.sqrt(mean * (1 - mean / size))))
+        deviations = 1 + math.sqrt(2 * math.log(number))
+        places = min(size, math.ceil(mean + deviations * math.sqrt(mean * (1 - mean / size))))
 
         count = jnp.sum((rows.place < capacity).reshape(shards, number, size), axis=2)
         first = jnp.cumsum(count, axis=1) - count  # rows are in order: those of a quarter follow each other

@@ -66,8 +66,9 @@ class ModelConfig:
     init_std: float = 0.02
     output_init_std: float | None = None  # of projections back into the stream; init_std / sqrt(2 num_layers) if None
     dropout: float = 0.0  # share set to 0, in training, of the embedding and of what each part adds to the stream
+    # TPUs and recent GPUs round operands of float32 products too, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
     compute_dtype: str = "float32"  # or bfloat16; parameters and their moments are float32 always
-    remat: str = "full"  # full: keep each layer's input; dots: keep the matrix products too; none: keep everything
+    remat: str = "full"  # full: keep each layer's input; dots: keep the projections too; none: keep everything
     attention: str = "auto"  # xla: any platform; splash: TPU; cudnn: GPU; auto: what the platform has
 
     def __post_init__(self) -> None:

@@ -48,10 +48,11 @@ PROJECTION = "projection"  # what rematerialisation may keep
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Float[Array, "*BX"], kernel: Float[Array, "*XY"], num_in: int) -> Float[Array, "*BY"]:
-    """x times a float32 kernel over the last `num_in` axes of x: operands in the dtype of x, sums in float32.
+    """x times a kernel over the last `num_in` axes of x: operands in the dtype of x, sums in float32.
 
-    With its gradient written out: that of the kernel comes out of one product over all tokens in float32, never rounded
-    to bfloat16, and in the kernel's own layout, where JAX's would be transposed by a copy (a tenth of a step on CPU).
+    With its gradient written out (reverse mode only): that of the kernel comes out of one product over all tokens in
+    float32, never rounded to bfloat16, and in the kernel's own layout. JAX's is transposed by a copy: a tenth of a step
+    on CPU.
     """
     # Asking for float32 out of the product doubles bfloat16's speed on CPU and is what accelerators do anyway.
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_in, preferred_element_type=jnp.float32)
@@ -63,7 +64,7 @@ def _product_backward(num_in: int, saved: tuple[Array, Array], d_out: Float[Arra
     into, out = tuple(range(num_in, kernel.ndim)), tuple(range(len(tokens), d_out.ndim))
     d_x = jnp.tensordot(d_out, kernel.astype(x.dtype), axes=(out, into), preferred_element_type=jnp.float32)
     d_kernel = jnp.tensordot(x, d_out, axes=(tokens, tokens), preferred_element_type=jnp.float32)
-    return d_x.astype(x.dtype), d_kernel
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
 product.defvjp(lambda x, kernel, num_in: (product(x, kernel, num_in), (x, kernel)), _product_backward)
@@ -71,7 +72,7 @@ product.defvjp(lambda x, kernel, num_in: (product(x, kernel, num_in), (x, kernel
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B L"], dtype: DTypeLike) -> Float[Array, "B L D"]:
-    """Rows of a float32 table, in another dtype.
+    """Rows of a table, in another dtype.
 
     Its gradient is summed in float32: in bfloat16, a sum of ones stays at 256, and frequent tokens stand in a batch far
     more often than that.
@@ -89,7 +90,7 @@ def _lookup_backward(dtype: DTypeLike, saved: tuple[Array, Array], d_rows: Float
     nothing = jnp.zeros(table.shape, jnp.float32)
     add = jax.vmap(lambda tokens, d_rows: nothing.at[tokens].add(d_rows))
     parts = add(mesh.by_shard(tokens), mesh.by_shard(d_rows.astype(jnp.float32)))
-    return mesh.sum_over_shards(parts, mesh.P("model", "fsdp")), None
+    return mesh.sum_over_shards(parts, mesh.P("model", "fsdp")).astype(table.dtype), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -156,7 +156,8 @@ def score(
       name: of the column.
       step: checkpoint of the reference; None is its last.
       statistics: `loss` (nats) and, on request, `entropy` of the reference's next-token distribution (nats).
-      dtype: float16 or float32, of the column.
+      dtype: float16 or float32, of the column. A float16 has three digits: which of two tokens is chosen may change
+        where their scores differ by less.
       batch_rows: rows scored at a time, over all devices.
       mesh: how devices share the work.
       without_prefix: for a reference trained on plain documents: it reads the documents of a corpus that carries

@@ -78,7 +78,8 @@ def train(
       evaluators: HeldOut, MultipleChoice, Samples.
       max_unusable: share of a batch whose scores may be not finite before the run stops.
       dry_run: print the plan, draw it as <run_dir>/plan.png, and stop.
-      allow_equal_reference: train on excess loss although reference and initial model are one (excess is 0 at first).
+      allow_equal_reference: train on excess loss although reference and initial model are one. Excess is 0 at first, or
+        in bfloat16 what rounding makes of it, some hundredths: two programs do not round alike.
     """
     # Called here rather than as defaults, so that gin's settings of these dataclasses reach them.
     model, optimizer = model or model_config(), optimizer or OptimizerConfig()

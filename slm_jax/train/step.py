@@ -79,7 +79,8 @@ def make_step(
             updates = jax.tree.map(lambda u, p, s: u + toward_start * (p - s), updates, state.params, state.start)
         rate = jnp.asarray(schedule(t), jnp.float32)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.average, params) if ema else None
+        # Not ema * a + (1 - ema) * p: rounded, the two add up to less than 1, and the average would shrink.
+        average = jax.tree.map(lambda a, p: a + (1 - ema) * (p - a), state.average, params) if ema else None
         sums |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         return TrainState(t, params, opt_state, average, state.start), sums
 

@@ -1,4 +1,4 @@
-"""Preparing a corpus keeps most of the speed of SentencePiece alone.
+"""How much of the speed of SentencePiece alone preparing a corpus keeps.
 
     python benchmarks/prepare.py --text FILE.jsonl.gz --output FILE
 

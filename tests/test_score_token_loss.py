@@ -200,10 +200,7 @@ def test_certain_tokens_keep_the_digits_of_loss_and_entropy():
     p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     head = jnp.asarray(logits, jnp.float32)[None]
     loss, entropy = token_loss_and_entropy(hidden, head, tokens, segments)
-    (
-        weighted,
-        _,
-    ) = weighted_loss(hidden, head, tokens, jnp.ones((1, 4)).at[:, 0].set(0))
+    weighted, _ = weighted_loss(hidden, head, tokens, jnp.ones((1, 4)).at[:, 0].set(0))
     np.testing.assert_allclose(loss[0, 1:], -np.log(p[0]), rtol=2e-3)
     np.testing.assert_allclose(token_loss(hidden, head, tokens, segments)[0, 1:], -np.log(p[0]), rtol=2e-3)
     np.testing.assert_allclose(weighted, -3 * np.log(p[0]), rtol=2e-3)

@@ -192,4 +192,4 @@ class Documents:
     def _arrays(self, unit: int) -> Sequence[np.ndarray]:
         path = unit_path(self._work, unit)
         mapped = [np.load(path / f"{name}.npy", mmap_mode="r") for name in ("tokens", "loss_mask", "noise")]
-        return [np.asarray(array) for array in mapped]  # slices of a memmap cost three times those of an array
+        return [np.asarray(array) for array in mapped]  # slices of a memmap are slow to make

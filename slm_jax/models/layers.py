@@ -1,4 +1,4 @@
-"""Norms, rotary embedding, projections, dropout. Pure modules: a Variable is never written after construction."""
+"""Norms, lookup, projections, rotary embedding, dropout. Pure modules: no Variable is written after construction."""
 
 import functools
 import math

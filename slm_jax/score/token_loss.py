@@ -106,10 +106,10 @@ def token_loss_and_entropy(
     targets, wanted = (mesh.by_shard(predictors(x)) for x in (tokens, predicted(segment_ids)))
 
     def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        below = logits - jnp.max(logits, axis=-1, keepdims=True)
-        z = jnp.sum(jnp.exp(below), axis=-1)
-        mean = jnp.sum(jnp.exp(below) * jnp.where(jnp.isinf(below), 0.0, below), axis=-1) / z
-        return _loss(logits, y), jnp.log(z) - mean
+        largest, unnormed, z = _softmax(logits)
+        below = jnp.where(jnp.isinf(logits), 0.0, logits - largest)
+        entropy = jnp.log(z) - jnp.sum(unnormed * below, axis=-1, keepdims=True) / z
+        return _loss(logits, y, largest, z), entropy[..., 0]
 
     both = _forward(mesh.by_shard(hidden), head, targets, wanted, size, statistics, 2)
     loss, entropy = (jnp.roll(mesh.to_rows(x, tokens.shape[1]), 1, axis=1) for x in both)
@@ -132,7 +132,8 @@ def target_loss_and_greedy(
 
     def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         greedy = jnp.argmax(logits, axis=-1) == y
-        return _loss(logits, y), greedy.astype(jnp.float32)
+        largest, _, z = _softmax(logits)
+        return _loss(logits, y, largest, z), greedy.astype(jnp.float32)
 
     h, y, asked = (mesh.by_shard(x) for x in (hidden, targets, wanted))
     both = _forward(h, head, y, asked, vocab_size or head.shape[1], statistics, 2)
@@ -143,7 +144,8 @@ def target_loss_and_greedy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _losses(h: jax.Array, head: jax.Array, y: jax.Array, wanted: jax.Array, vocab_size: int) -> jax.Array:
     def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array]:
-        return (_loss(logits, y),)
+        largest, _, z = _softmax(logits)
+        return (_loss(logits, y, largest, z),)
 
     return _forward(h, head, y, wanted, vocab_size, statistics, 1)[0]
 
@@ -217,10 +219,8 @@ def _gradients(
         index = tour.index(start, size)
         rows, target, weight = take(h, index), take(y, index), take(weights, index)[..., None]
         logits = _logits(rows, matrix, vocab_size)
-        largest = jnp.max(logits, axis=-1, keepdims=True)
-        unnormed = jnp.exp(logits - largest)
-        z = jnp.sum(unnormed, axis=-1, keepdims=True)
-        loss = jnp.log(z)[..., 0] - (_at(target, logits) - largest[..., 0])  # as in _loss
+        largest, unnormed, z = _softmax(logits)
+        loss = _loss(logits, target, largest, z)
         softmax = unnormed * (weight / z)
         d_logits = jnp.where(columns == target[..., None], softmax - weight, softmax).astype(h.dtype)
         d_rows = jnp.einsum("scv,dv->scd", d_logits, matrix, preferred_element_type=jnp.float32).astype(h.dtype)
@@ -291,11 +291,16 @@ def _logits(h: jax.Array, matrix: jax.Array, vocab_size: int) -> jax.Array:
     return logits
 
 
-def _loss(logits: jax.Array, target: jax.Array) -> jax.Array:
+def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest logit [..., 1], e to the power of each below it [..., V], and their sum [..., 1]."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    unnormed = jnp.exp(logits - largest)
+    return largest, unnormed, jnp.sum(unnormed, axis=-1, keepdims=True)
+
+
+def _loss(logits: jax.Array, target: jax.Array, largest: jax.Array, z: jax.Array) -> jax.Array:
     """-log softmax of the target, from logits below the largest: that of a certain token keeps its digits."""
-    largest = jnp.max(logits, axis=-1)
-    z = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
-    return jnp.log(z) - (_at(target, logits) - largest)
+    return jnp.log(z)[..., 0] - (_at(target, logits) - largest[..., 0])
 
 
 def _at(target: jax.Array, logits: jax.Array) -> jax.Array:

@@ -20,11 +20,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-# PyTorch and transformers: with them `make test` compares models, vocabularies and scores with Hugging Face's too.
+# PyTorch and transformers: with them `make test` compares models, vocabularies and scores with Hugging Face's too. And
+# JAX's compiler for GPUs, without what only a GPU would run: with it the steps are compiled for one.
 parity: $(VENV)/.parity
 
-$(VENV)/.parity: $(VENV)/.installed requirements-parity.txt
+$(VENV)/.parity: $(VENV)/.installed requirements-parity.txt requirements-gpu-compiler.txt
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements-parity.txt
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-gpu-compiler.txt
 	@touch $@
 
 # The steps of the pods' run files, compiled for the chips that they name; about ten minutes a file on two cores.

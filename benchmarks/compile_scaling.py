@@ -12,12 +12,12 @@ import dataclasses
 from typing import Any
 
 from slm_jax import config
+from slm_jax.chips import GIB
 from slm_jax.compile.programs import Run, train_steps
 from slm_jax.compile.stage import plan_step
-from slm_jax.compile.topology import GIB, topology_devices
+from slm_jax.compile.topology import topology_devices
 from slm_jax.data.mixture import Draw
 from slm_jax.mesh import MeshConfig, make_mesh
-from slm_jax.metrics import peak_flops
 from slm_jax.models.config import SIZES
 from slm_jax.score.selection import Selection
 from slm_jax.train.phases import Phase
@@ -48,9 +48,7 @@ def measured(topology: str, layers: int) -> dict[str, Any]:
     phase = Phase(1, mixture=[Draw("nowhere")], batch_rows=ROWS_PER_CHIP * len(devices), selection=Selection())
     run = Run(model, [phase], make_mesh(MeshConfig(data=-1, fsdp=FSDP), devices), LENGTH, {}, {})
     [step] = train_steps(run)
-    peak = peak_flops(devices[0].device_kind)
-    assert peak
-    return {"topology": topology, "mesh": dict(run.mesh.shape)} | plan_step(step, chip, peak)
+    return {"topology": topology, "mesh": dict(run.mesh.shape)} | plan_step(step, chip)
 
 
 def row(plan: dict[str, Any], first: dict[str, Any]) -> str:

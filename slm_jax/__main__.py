@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import gin
 
 from slm_jax import config, processes
-from slm_jax.compile.topology import say_there_is_no_tpu
+from slm_jax.compile.topology import say_what_is_not_here
 from slm_jax.data.store import disk_full_is_an_answer
 from slm_jax.errors import UserError
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message += "".join(f", --{name}=TEXT" for name in config.text_settings(stage))
         message += "".join(f", --{name}" for name in config.flags(stage))
         return _fail(stage, message, USAGE)
-    say_there_is_no_tpu()
+    say_what_is_not_here()
     return _run(stage, known.gin_file, [binding for binding in bindings if binding is not None])
 
 

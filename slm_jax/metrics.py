@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,6 @@ import numpy as np
 from tqdm import tqdm
 
 from slm_jax import processes
-
-# Peak dense bfloat16 FLOP/s of one chip, from the vendors' data sheets; where a device is not listed MFU is not logged.
-PEAK_FLOPS = (
-    (r"TPU v4", 275e12),
-    (r"TPU v5 ?lite|TPU v5e", 197e12),
-    (r"TPU v5", 459e12),
-    (r"TPU v6", 918e12),
-    (r"A100", 312e12),
-    (r"H100|H200|GH200", 989e12),
-    (r"B200", 2250e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak FLOP/s of one device of this kind, or None."""
-    return next((peak for pattern, peak in PEAK_FLOPS if re.search(pattern, device_kind)), None)
 
 
 def mean(total: Any, count: Any) -> float | None:

@@ -12,8 +12,9 @@ import toy
 
 from slm_jax import config
 from slm_jax.__main__ import STAGES
+from slm_jax.chips import GIB, chip_of
 from slm_jax.compile import topology
-from slm_jax.compile.memory import GIB, Memory, Work, refused, verdict
+from slm_jax.compile.memory import Memory, Work, refused, verdict
 from slm_jax.compile.programs import bound_run, score_step, train_steps
 from slm_jax.compile.stage import compile_ahead
 from slm_jax.mesh import MeshConfig, make_mesh
@@ -128,7 +129,7 @@ def test_libtpu_is_told_that_there_is_no_tpu_and_only_then(here, monkeypatch):
         monkeypatch.setenv(name, "")  # so that what is set here is gone after the test
         monkeypatch.delenv(name)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "0" if here else "1")
-    topology.say_there_is_no_tpu()
+    topology.say_what_is_not_here()
     assert {name: os.environ.get(name) for name in topology.NO_HOST} == (
         dict.fromkeys(topology.NO_HOST) if here else topology.NO_HOST
     )
@@ -151,7 +152,7 @@ def test_chips_of_every_kind():
         ("v6e:16x16", "TPU v6 lite", 256),
     ):
         devices, chip = topology.topology_devices(name)
-        assert (devices[0].device_kind, len(devices), chip) == (kind, count, topology.CHIPS[kind])
+        assert (devices[0].device_kind, len(devices), chip) == (kind, count, chip_of(kind))
 
 
 @needs_libtpu

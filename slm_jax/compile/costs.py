@@ -11,8 +11,16 @@ from jax.sharding import Mesh
 from slm_jax.compile.hlo import Array, Execution, Instruction, Program
 from slm_jax.compile.memory import Work
 
-# Splash attention: the forward pass; the backward pass for queries, and for keys and values, which make logits again.
-KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+# Of attention kernels: forward, and backward, where logits are made again; by splash for queries, and again for keys
+# and values, by cuDNN once.
+KERNEL_PRODUCTS = {
+    r"splash_m[hq]a_fwd": 2,
+    r"splash_m[hq]a_dq": 3,
+    r"splash_m[hq]a_dkv": 4,
+    r"dot_product_attention_fwd": 2,
+    r"dot_product_attention_bwd": 5,
+}
+KERNEL_CALLS = ("tpu_custom_call", "__cudnn$fmha")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -30,8 +38,8 @@ class Traffic:
 class Products:
     """FLOPs of one chip in matrix products, 2 for each multiplication and addition.
 
-    counted: read from the program, each loop body times its number of turns. attention: of Pallas kernels, which the
-    program does not show. head: of loops whose length depends on the data.
+    counted: read from the program, each loop body times its number of turns. attention: of kernels, which the program
+    does not show. head: of loops whose length depends on the data.
     """
 
     counted: float
@@ -52,7 +60,7 @@ def products(program: Program, work: Work) -> Products:
         now = product_flops(run.instruction, program.operands(run))
         counted += run.times * now * run.counted
         dynamic |= now > 0 and not run.counted
-        if "tpu_custom_call" in run.instruction.attributes:
+        if any(call in run.instruction.attributes for call in KERNEL_CALLS):
             opaque += run.times * _kernel_flops(run.instruction.where, work)
     tokens = work.rows * work.length / work.mesh.size
     head = 2.0 * work.model.embed_dim * work.model.padded_vocab_size * tokens * (3 if work.training else 1)
@@ -60,14 +68,12 @@ def products(program: Program, work: Work) -> Products:
 
 
 def _kernel_flops(name: str, work: Work) -> float:
-    """One call of a splash attention kernel: all rows and heads of a chip, for each query the keys that it may read."""
-    kernel = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name)
-    if kernel is None:
-        return 0.0
+    """One call of an attention kernel: all rows and heads of a chip, for each query the keys that it may read."""
+    number = next((number for kernel, number in KERNEL_PRODUCTS.items() if re.search(kernel, name)), 0)
     length, window = work.length, min(work.model.sliding_window or work.length, work.length)
     pairs = window * length - window**2 / 2
     heads = work.model.num_heads / work.mesh.shape["model"]
-    return 2.0 * KERNEL_PRODUCTS[kernel[1]] * pairs * work.rows_at_once * heads * work.model.head_dim
+    return 2.0 * number * pairs * work.rows_at_once * heads * work.model.head_dim
 
 
 def product_flops(instruction: Instruction, operands: list[Array]) -> float:

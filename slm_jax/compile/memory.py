@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from slm_jax.chips import GIB
 from slm_jax.compile.hlo import Program
-from slm_jax.compile.topology import GIB
 from slm_jax.mesh import batch_shards
 from slm_jax.models.config import ModelConfig
 

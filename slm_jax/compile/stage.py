@@ -1,4 +1,4 @@
-"""Stage `compile`: the steps of a run, compiled for a TPU topology that is not here, and what they will need of it."""
+"""Stage `compile`: the steps of a run, compiled for TPUs or GPUs that are not here, and what they will need of them."""
 
 import dataclasses
 import time
@@ -9,15 +9,16 @@ import gin
 import jax
 
 from slm_jax import config as config_lib
+from slm_jax.chips import GIB, Chip
 from slm_jax.compile import costs, memory
 from slm_jax.compile.hlo import Program
 from slm_jax.compile.memory import Memory
 from slm_jax.compile.programs import StepProgram, bound_run, score_step, train_steps
-from slm_jax.compile.topology import GIB, Chip, topology_devices
+from slm_jax.compile.topology import topology_devices
 from slm_jax.errors import UserError
-from slm_jax.metrics import peak_flops
 
 PROGRAMS = ("train", "score")
+PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}  # a device's, and as lowering names it
 ASSUMPTIONS = (
     "FLOPs are those of matrix products, 2 for each multiplication and addition, on one chip. They are read from the "
     "compiled program with every loop body multiplied by its number of turns; XLA's own analysis counts it once.",
@@ -25,6 +26,8 @@ ASSUMPTIONS = (
     "the tokens that have a loss count as if all tokens had one.",
     "Model FLOPs are ModelConfig.flops_per_token, a third of it for scoring; recomputation is not among them.",
     "Bytes sent take every collective as a ring over the chips of its axes; a loop of unknown length counts once.",
+    "Of a GPU's memory JAX takes three quarters for programs, or what XLA_PYTHON_CLIENT_MEM_FRACTION says.",
+    "On a GPU XLA times several kernels for each product; here a rule chooses, and temporaries may differ a little.",
     "MFU is bounded by the slowest of three, each at the data sheet's peak and perfectly overlapped: the products; "
     "reading and writing the state once; sending the collectives' bytes over all links at once. No run is as fast.",
 )
@@ -38,13 +41,14 @@ def compile_ahead(
     row_length: int | None = None,
     programs: tuple[str, ...] = PROGRAMS,
 ) -> dict[str, Any]:
-    """Compiles the train and score steps of a train run's gin file for TPUs, on a machine that has none.
+    """Compiles the train and score steps of a train run's gin file for TPUs or GPUs, on a machine that has none.
 
     Prints, and writes as JSON: memory of a chip by kind, FLOPs, bytes sent by each collective over each axis of the
     mesh, an upper bound on MFU, and whether it fits or what to change.
 
     Args:
-      topology: of the TPUs, e.g. v5e:4x4 (16 chips), v5p:4x4x4 (64), v4:4x4x8 (128), v6e:16x16 (256).
+      topology: of TPUs, e.g. v5e:4x4 (16 chips), v5p:4x4x4 (64), v4:4x4x8 (128), v6e:16x16 (256); or the GPUs of one
+        machine: h100:1, a100:8, ...
       output: where the JSON goes.
       row_length: tokens of a row; None is that of the corpus, which must then be here.
       programs: what to compile, of `train` and `score`.
@@ -61,18 +65,16 @@ def compile_ahead(
     run = bound_run(devices, row_length)
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     kind = devices[0].device_kind
-    peak = peak_flops(kind)
-    assert peak, f"metrics.PEAK_FLOPS has no {kind}"
     print(f"compile: {run.model.parameter_count() / 1e6:.1f}M parameters on {len(devices)} x {kind}, mesh {shape}")
     steps = [*(train_steps(run) if "train" in programs else ()), *([score_step(run)] if "score" in programs else ())]
     plans = []
     for step in steps:
-        plans.append(plan_step(step, chip, peak))
+        plans.append(plan_step(step, chip))
         print(describe(plans[-1]), flush=True)
     plan = {
         "topology": topology,
         "chips": len(devices),
-        "chip": {"kind": kind, "peak_flops": peak, **dataclasses.asdict(chip)},
+        "chip": {"kind": kind, **dataclasses.asdict(chip)},
         "mesh": dict(run.mesh.shape),
         "model": run.model,
         "parameters": run.model.parameter_count(),
@@ -99,14 +101,15 @@ def _check_writable(output: Path) -> None:
         raise UserError(f"compile.output {output} is a folder: name a file in it")
 
 
-def plan_step(step: StepProgram, chip: Chip, peak: float) -> dict[str, Any]:
+def plan_step(step: StepProgram, chip: Chip) -> dict[str, Any]:
     """Compiles a step and says what it needs."""
     work, start = step.work, time.time()
     about = {"name": work.name, "rows": work.rows, "length": work.length, "micro_batches": work.micro_batches}
     held = (step.weights, step.moments, step.batch)
     try:
         with jax.set_mesh(work.mesh):
-            compiled = step.function.lower(*step.arguments).compile()
+            platform = PLATFORMS[work.mesh.devices.flat[0].platform]
+            compiled = step.function.trace(*step.arguments).lower(lowering_platforms=(platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = memory.refused(held, str(error))
         if needed is None:
@@ -115,7 +118,7 @@ def plan_step(step: StepProgram, chip: Chip, peak: float) -> dict[str, Any]:
     about["compile_seconds"] = time.time() - start
     program = Program(compiled.as_text())
     needed = memory.measured(held, compiled, memory.kept_activations(program, work))
-    return about | _fit(needed, chip, step) | _costs(step, program, chip, peak)
+    return about | _fit(needed, chip, step) | _costs(step, program, chip)
 
 
 def _fit(needed: Memory, chip: Chip, step: StepProgram) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def _fit(needed: Memory, chip: Chip, step: StepProgram) -> dict[str, Any]:
     }
 
 
-def _costs(step: StepProgram, program: Program, chip: Chip, peak: float) -> dict[str, Any]:
+def _costs(step: StepProgram, program: Program, chip: Chip) -> dict[str, Any]:
     work = step.work
     tokens = work.rows * work.length / work.mesh.size  # of a chip
     model_flops = tokens * work.model.flops_per_token(work.length) / (1 if work.training else 3)
@@ -134,7 +137,7 @@ def _costs(step: StepProgram, program: Program, chip: Chip, peak: float) -> dict
     sent = costs.traffic(program, work.mesh)
     state = memory.tree_bytes((step.weights, step.moments)) * (2 if work.training else 1)
     seconds = {
-        "products": flops.total / peak,
+        "products": flops.total / chip.peak_flops,
         "memory": state / chip.memory_bandwidth,
         "links": sum(x.bytes for x in sent) / chip.link_bandwidth,
     }
@@ -144,7 +147,7 @@ def _costs(step: StepProgram, program: Program, chip: Chip, peak: float) -> dict
         "collectives": [dataclasses.asdict(x) for x in sent],
         "seconds_at_least": seconds,
         "bound_by": slowest,
-        "mfu_at_most": model_flops / peak / seconds[slowest],
+        "mfu_at_most": model_flops / chip.peak_flops / seconds[slowest],
     }
 
 

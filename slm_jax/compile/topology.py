@@ -1,72 +1,129 @@
-"""TPUs that are not here: what a chip of each kind has, and the devices of a named topology to compile for."""
+"""Chips that are not here: the devices of a named topology, to compile for and not to run on."""
 
 import dataclasses
 import importlib.util
 import os
+import re
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 
+from slm_jax.chips import CHIPS, Chip, chip_of
 from slm_jax.errors import UserError
 
-GIB = 2**30
+# Answers to what libtpu would ask of the metadata server of a TPU host.
+NO_HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
+GPU_HOST = 8  # GPUs of one machine, at most
+NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where a driver shows them
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """One chip: memory in bytes, bandwidths in bytes/s. Its peak FLOP/s stands in metrics.PEAK_FLOPS.
+class Gpu:
+    """What XLA asks of a GPU: its number of multiprocessors, their clock in GHz, and the MiB of its L2 cache."""
 
-    memory: what libtpu leaves to a program. link_bandwidth: of all its links to other chips, in one direction.
-    Bandwidths are those of the vendor's data sheets.
-    """
-
-    memory: float
-    memory_bandwidth: float
-    link_bandwidth: float
+    kind: str  # as JAX names it
+    multiprocessors: int
+    clock: float
+    l2_cache: int
 
 
-CHIPS = {
-    "TPU v4": Chip(30.75 * GIB, 1228e9, 300e9),
-    "TPU v5 lite": Chip(15.75 * GIB, 819e9, 200e9),
-    "TPU v5": Chip(95.74 * GIB, 2765e9, 600e9),
-    "TPU v6 lite": Chip(31.25 * GIB, 1640e9, 448e9),
+GPUS = {
+    "a100-40": Gpu("NVIDIA A100-SXM4-40GB", 108, 1.41, 40),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 108, 1.41, 40),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 132, 1.98, 50),
+    "h200": Gpu("NVIDIA H200", 132, 1.98, 50),
+    "l4": Gpu("NVIDIA L4", 58, 2.04, 48),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 128, 2.52, 72),
 }
-# Answers to what libtpu would ask of the metadata server of a TPU host.
-NO_HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
+# Of a multiprocessor by compute capability: threads, float32 units, KiB of shared memory. One of those KiB is not a
+# block's to take.
+MULTIPROCESSORS = {8.0: (2048, 64, 164), 8.9: (1536, 128, 100), 9.0: (2048, 128, 228)}
 
 
 def topology_devices(topology: str) -> tuple[list[Any], Chip]:
-    """The chips of a topology such as 'v5e:4x4', as devices that one can compile for but not run on.
+    """The chips of a topology such as 'v5e:4x4' (TPUs) or 'h100:8' (GPUs of one machine), as devices that one can
+    compile for but not run on. Of a GPU's memory the chip has what JAX takes for programs.
 
     Raises:
-      UserError: libtpu is not installed, or does not know the topology.
+      UserError: the compiler for them is not installed, or the topology is unknown.
     """
+    if topology.split(":")[0] in GPUS:
+        return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compile needs the TPU compiler: pip install libtpu (it needs no TPU)")
     # libtpu reads these when it is loaded: it looks for no host, and takes no lock, since no chip will be used.
     for name, value in (NO_HOST | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
     # The two cores of a v4 chip work as one, as they do where a v4 is attached.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"topology {topology!r} is unknown ({reason}): take one like v5e:4x4 or v5p:4x4x4") from error
+        raise _unknown(topology, str(error).splitlines()[0]) from error
     kind = devices[0].device_kind
-    if kind not in CHIPS:
+    chip = chip_of(kind)
+    if chip is None:
         raise UserError(f"topology {topology!r} has chips of kind {kind!r}: known are {', '.join(CHIPS)}")
-    return devices, CHIPS[kind]
+    return devices, chip
 
 
-def say_there_is_no_tpu() -> None:
-    """Lets a libtpu that is installed for compiling start in silence where there is no TPU.
+def _unknown(topology: str, reason: str) -> UserError:
+    return UserError(
+        f"topology {topology!r} is unknown ({reason}): take one like v5e:4x4 or v5p:4x4x4, "
+        f"or 1 to {GPU_HOST} GPUs of one machine, like h100:8 ({', '.join(GPUS)})"
+    )
+
+
+def _gpus(topology: str) -> tuple[list[Any], Chip]:
+    name, _, number = topology.partition(":")
+    if not re.fullmatch(rf"[1-{GPU_HOST}]", number):
+        raise _unknown(topology, f"{number or 'no number of'} GPUs")
+    gpu = GPUS[name]
+    chip = chip_of(gpu.kind)
+    assert chip, gpu
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda", topology=f"1x1x{number}", target_config=_description(gpu, chip)
+        )
+    except NotImplementedError as error:
+        raise UserError("compile needs JAX's compiler for GPUs: pip install 'jax[cuda13]' (it needs no GPU)") from error
+    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    return described.devices, dataclasses.replace(chip, memory=share * chip.memory)
+
+
+def _description(gpu: Gpu, chip: Chip) -> str:
+    """The GPU in the words of XLA's GpuTargetConfigProto."""
+    threads, units, shared = MULTIPROCESSORS[chip.compute_capability]
+    major, minor = str(chip.compute_capability).split(".")
+    accelerated = "feature_extension: ACCELERATED_FEATURES" if major == "9" else ""  # instructions of this one alone
+    return f"""
+    gpu_device_info {{
+      cuda_compute_capability {{ major: {major} minor: {minor} {accelerated} }}
+      core_count: {gpu.multiprocessors} clock_rate_ghz: {gpu.clock} l2_cache_size: {gpu.l2_cache << 20}
+      device_memory_size: {chip.memory:.0f} memory_bandwidth: {chip.memory_bandwidth:.0f}
+      threads_per_core_limit: {threads} fpus_per_core: {units}
+      shared_memory_per_core: {shared << 10} shared_memory_per_block_optin: {(shared - 1) << 10}
+      shared_memory_per_block: {48 << 10} registers_per_core_limit: {1 << 16} registers_per_block_limit: {1 << 16}
+      threads_per_warp: 32 threads_per_block_limit: 1024
+      thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+      block_dim_limit_x: {2**31 - 1} block_dim_limit_y: {2**16 - 1} block_dim_limit_z: {2**16 - 1}
+      name: "{gpu.kind}" device_vendor: "NVIDIA Corporation"
+      driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0"
+    }}
+    platform_name: "CUDA" device_description_str: "{gpu.kind}" dnn_version_info {{ major: 9 minor: 12 }}
+    """
+
+
+def say_what_is_not_here() -> None:
+    """Lets compilers that are installed start in silence where there is no TPU or GPU.
 
     JAX looks for one whenever libtpu is there, and libtpu then complains, over several lines, about a host that nobody
-    described. JAX itself notes, when it is imported, that no chip is attached: only then is anything set here.
+    described. JAX itself notes, when it is imported, that no chip is attached: only then is anything set here. CUDA's
+    libraries tell JAX no versions without a driver, and it prints where that failed.
     """
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
         for name, value in NO_HOST.items():
             os.environ.setdefault(name, value)
+    if not any(os.path.exists(device) for device in NVIDIA_DEVICES):
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

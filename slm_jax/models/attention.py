@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from slm_jax.chips import chip_of
 from slm_jax.errors import UserError
 from slm_jax.mesh import BATCH, P
 
@@ -101,7 +102,11 @@ def unable(kernel: str, here: str, length: int, head_dim: int, dtype: DTypeLike)
 
 
 def gpu_capability() -> float:
-    """Compute capability of the first GPU, 0 for one that is not NVIDIA's."""
+    """Compute capability of the GPU that is compiled for, 0 for one that is not NVIDIA's."""
+    if jax.default_backend() != "gpu":  # it is not here
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        chip = chip_of(device.device_kind) if device else None
+        return chip.compute_capability if chip else 0.0
     try:
         return float(jax.local_devices(backend="gpu")[0].compute_capability)
     except ValueError:

@@ -15,10 +15,11 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.checkpoint import Checkpoints
+from slm_jax.chips import chip_of
 from slm_jax.data.batches import read_ahead
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
-from slm_jax.metrics import MetricsWriter, peak_flops, progress
+from slm_jax.metrics import MetricsWriter, progress
 from slm_jax.models.config import ModelConfig, model_config
 from slm_jax.score.reference import check_rows
 from slm_jax.train import outline, rundir
@@ -282,5 +283,6 @@ def _pauses(plan: Plan, every: dict[Callable[[TrainState], None], int]) -> Calla
 
 
 def _peak_flops(devices: Mesh) -> float | None:
-    peak = peak_flops(devices.devices.flat[0].device_kind)
-    return peak * devices.size if peak else None
+    """Of all devices; None, and MFU is not logged, where their data sheet is not known."""
+    chip = chip_of(devices.devices.flat[0].device_kind)
+    return chip.peak_flops * devices.size if chip else None

@@ -1,0 +1,119 @@
+"""Stage `compile` for GPUs that are not here: their kernels, memory and traffic, and which sums stay in float32."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+
+import jax
+import pytest
+import toy
+
+from slm_jax import chips
+from slm_jax.compile import topology
+from slm_jax.compile.hlo import Program
+from slm_jax.compile.programs import Run, train_steps
+from slm_jax.compile.stage import PLATFORMS
+from slm_jax.mesh import MeshConfig, make_mesh
+from slm_jax.models.attention import chosen_backend
+from slm_jax.score.selection import Selection
+from slm_jax.train.phases import Phase
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="JAX's compiler for GPUs is not installed"
+)
+MODEL = dataclasses.replace(toy.MODEL, compute_dtype="bfloat16", num_kv_heads=1, remat="full")
+
+
+def program(selection: Selection | None, number: int = 2) -> Program:
+    """A train step for H100s."""
+    devices, _ = topology.topology_devices(f"h100:{number}")
+    mesh = make_mesh(MeshConfig(fsdp=number), devices)
+    phase = Phase(1, mixture=[toy.Draw("nowhere")], batch_rows=8, selection=selection)
+    [step] = train_steps(Run(MODEL, [phase], mesh, 64, {}, {}))
+    with jax.set_mesh(mesh):
+        lowered = step.function.trace(*step.arguments).lower(lowering_platforms=(PLATFORMS["gpu"],))
+    return Program(lowered.compile().as_text())
+
+
+@needs_compiler
+@pytest.mark.parametrize("gradient", ["exact", "filtered"])
+def test_a_step_for_gpus_has_cudnn_attention_and_sums_gradients_in_float32(gradient):
+    """Each layer's attention forward, forward again and backward; no other product is one of [L, L]."""
+    found = program(Selection(score="loss", ratio=0.5, gradient=gradient))
+    runs = list(found.executions())
+    kernels = [re.search(r'custom_call_target="__cudnn\$fmha(\w+)"', run.instruction.attributes) for run in runs]
+    calls = [kernel[1] for kernel in kernels if kernel]
+    assert sorted(name.endswith("Backward") for name in calls) == [False, False, True], calls
+    products = [run.instruction.result[0].shape for run in runs if run.instruction.opcode == "dot"]
+    assert products and not any(shape[-2:] == (64, 64) for shape in products)
+    sums = {
+        (run.instruction.opcode.removesuffix("-start"), array.dtype)
+        for run in runs
+        if re.match(r"all-reduce(-start)?$|reduce-scatter(-start)?$|scatter$", run.instruction.opcode)
+        for array in run.instruction.result
+        if not array.dtype.startswith("s")  # of integers: tokens counted, tokens placed
+    }
+    assert sums >= {("reduce-scatter", "f32"), ("scatter", "f32")} and {dtype for _, dtype in sums} == {"f32"}
+
+
+@needs_compiler
+def test_a_plan_for_gpus(tmp_path, shell):
+    """As for TPUs; of an H100's 80 GB JAX takes three quarters."""
+    run = {"Draw": {"corpus": "nowhere"}, "Phase": {"steps": 1, "batch_rows": 8}, "MeshConfig": {"fsdp": 2}}
+    what = toy.settings(**run, compile={"row_length": 128}, model={"compute_dtype": "bfloat16", "max_length": 128})
+    command = ["compile", "--topology=h100:2", "--gin.train.mesh=@MeshConfig()", *toy.MODEL_SETTINGS, *what]
+    code, output, errors = shell(*command, folder=tmp_path)
+    assert code == 0, errors
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["chip"]["kind"] == "NVIDIA H100 80GB HBM3" and plan["chips"] == 2
+    train, score = plan["steps"]
+    assert train["fits"] and score["fits"] and "compile: everything fits" in output
+    assert train["memory"]["available"] == 0.75 * chips.CHIPS["H100"].memory
+    model = plan["model"]
+    pairs = 128 * 128 / 2 * 4 * model["num_heads"] * model["head_dim"]  # of one GPU's rows
+    assert train["flops"]["attention"] == (2 + 2 + 5) * 2 * pairs * model["num_layers"]
+    assert score["flops"]["attention"] == 2 * 2 * pairs * model["num_layers"]
+    assert {x["axes"] for x in train["collectives"]} == {"fsdp"} and train["mfu_at_most"] > 0
+
+
+@needs_compiler
+def test_the_kernel_is_chosen_for_the_gpu_that_is_compiled_for():
+    for name, head_dim, backend in (("a100:1", 128, "cudnn"), ("l4:1", 128, "cudnn"), ("a100-40:1", 136, "xla")):
+        devices, chip = topology.topology_devices(name)
+        assert chips.chip_of(devices[0].device_kind).compute_capability == chip.compute_capability > 0
+        with jax.set_mesh(make_mesh(devices=devices)):
+            assert chosen_backend("auto", 128, head_dim, "bfloat16") == backend
+
+
+@needs_compiler
+def test_gpus_of_every_kind(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    for name, gpu in topology.GPUS.items():
+        devices, chip = topology.topology_devices(f"{name}:3")
+        assert [device.device_kind for device in devices] == [gpu.kind] * 3
+        known = chips.chip_of(gpu.kind)
+        assert known and chip == dataclasses.replace(known, memory=0.9 * known.memory)
+
+
+@pytest.mark.parametrize("number", ["", "0", "9", "2x8", "two"])
+def test_gpus_of_no_machine_are_one_line(number):
+    message = toy.refusal(topology.topology_devices, f"h100:{number}")
+    assert message.startswith(f"topology 'h100:{number}' is unknown (") and "1 to 8 GPUs of one machine" in message
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
+    assert "pip install 'jax[cuda13]' (it needs no GPU)" in toy.refusal(topology.topology_devices, "h100:1")
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("NVIDIA GH200 480GB", 989e12)],
+)
+def test_chips_by_the_names_that_jax_gives_them(kind, peak):
+    assert chips.chip_of(kind).peak_flops == peak
+    assert chips.chip_of("cpu") is None and chips.chip_of("NVIDIA L40S") is None

@@ -32,6 +32,7 @@ CHIPS = {  # by a pattern in JAX's `device_kind`; the first that is found counts
     r"H100": Chip(989e12, 79.1 * GIB, 3352e9, 450e9, 9.0),
     r"H200": Chip(989e12, 140.4 * GIB, 4800e9, 450e9, 9.0),
     r"B200": Chip(2250e12, 178.3 * GIB, 8000e9, 900e9, 10.0),
+    r"Tesla T4": Chip(65e12, 14.6 * GIB, 320e9, 16e9, 7.5),  # its float16: it has no bfloat16
     r"NVIDIA L4$": Chip(121e12, 22.1 * GIB, 300e9, 32e9, 8.9),
     r"RTX 4090": Chip(165e12, 23.6 * GIB, 1008e9, 32e9, 8.9),
 }

@@ -197,13 +197,33 @@ def test_products_written_as_convolutions(left, right, out, attributes, flops):
     assert costs.products(Program(text), work()).counted == flops
 
 
+def test_a_product_that_cublas_computes():
+    """Three of 8 x 16 by 16 x 32; as XLA writes it for GPUs."""
+    text = """ENTRY %main (x: f32[1]) -> f32[1] {
+  %left = f32[3,8,16]{2,1,0} parameter(0)
+  %right = f32[3,16,32]{2,1,0} parameter(1)
+  ROOT %x = (f32[3,8,32]{2,1,0}, s8[64]{0}) custom-call(%left, %right), custom_call_target="__cublas$lt$matmul", """
+    text += """backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"""
+    text += """"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+}
+"""
+    assert costs.products(Program(text), work()).counted == 3 * 2 * 8 * 16 * 32
+
+
 @pytest.mark.parametrize(
-    "name, products", [("fwd_segmented_residuals.2", 2), ("dq_segmented", 3), ("dkv_segmented", 4)]
+    "target, name, products",
+    [
+        ("tpu_custom_call", "splash_mha_fwd_segmented_residuals.2", 2),
+        ("tpu_custom_call", "splash_mha_dq_segmented", 3),
+        ("tpu_custom_call", "splash_mha_dkv_segmented", 4),
+        ("__cudnn$fmhaScaleBiasSoftmax", "dot_product_attention_fwd", 2),
+        ("__cudnn$fmhaScaleBiasSoftmaxBackward", "dot_product_attention_bwd", 5),
+    ],
 )
 @pytest.mark.parametrize("window, pairs", [(None, 16 * 16 / 2), (4, 4 * 16 - 8)])
-def test_attention_kernels_count_what_they_must_compute(name, products, window, pairs):
+def test_attention_kernels_count_what_they_must_compute(target, name, products, window, pairs):
     text = f"""ENTRY %main (x: f32[1]) -> f32[1] {{
-  ROOT %x = f32[1]{{0}} custom-call(), custom_call_target="tpu_custom_call", metadata={{op_name="s/splash_mha_{name}"}}
+  ROOT %x = f32[1]{{0}} custom-call(), custom_call_target="{target}", metadata={{op_name="s/{name}"}}
 }}
 """
     found = costs.products(Program(text), work(dataclasses.replace(toy.MODEL, sliding_window=window)))

@@ -10,8 +10,9 @@ import pytest
 import toy
 
 from slm_jax import chips
-from slm_jax.compile import topology
+from slm_jax.compile import costs, topology
 from slm_jax.compile.hlo import Program
+from slm_jax.compile.memory import Work
 from slm_jax.compile.programs import Run, train_steps
 from slm_jax.compile.stage import PLATFORMS
 from slm_jax.mesh import MeshConfig, make_mesh
@@ -78,8 +79,25 @@ def test_a_plan_for_gpus(tmp_path, shell):
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", ["t4:1", "h100:1"])
+def test_products_are_counted_however_a_gpu_computes_them(name):
+    """By cuBLAS or in a kernel of XLA's own."""
+    mesh = make_mesh(devices=topology.topology_devices(name)[0])
+    sharding = jax.NamedSharding(mesh, jax.P())
+    left, right = (jax.ShapeDtypeStruct(shape, "float32", sharding=sharding) for shape in ((256, 512), (512, 128)))
+    traced = jax.jit(lambda x, y: x @ y).trace(left, right)
+    found = Program(traced.lower(lowering_platforms=(PLATFORMS["gpu"],)).compile().as_text())
+    assert costs.products(found, Work("x", MODEL, mesh, 8, 64, 1, training=True)).counted == 2 * 256 * 512 * 128
+
+
+@needs_compiler
 def test_the_kernel_is_chosen_for_the_gpu_that_is_compiled_for():
-    for name, head_dim, backend in (("a100:1", 128, "cudnn"), ("l4:1", 128, "cudnn"), ("a100-40:1", 136, "xla")):
+    for name, head_dim, backend in (
+        ("a100:1", 128, "cudnn"),
+        ("l4:1", 128, "cudnn"),
+        ("a100-40:1", 136, "xla"),
+        ("t4:1", 64, "xla"),
+    ):
         devices, chip = topology.topology_devices(name)
         assert chips.chip_of(devices[0].device_kind).compute_capability == chip.compute_capability > 0
         with jax.set_mesh(make_mesh(devices=devices)):

@@ -77,10 +77,11 @@ def _kernel_flops(name: str, work: Work) -> float:
 
 
 def product_flops(instruction: Instruction, operands: list[Array]) -> float:
-    """FLOPs of a matrix product, 0 of anything else. On TPU every product is written as a convolution."""
-    if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        sizes = [operands[0].shape[int(axis)] for axis in contracted[1].split(",") if axis] if contracted else []
+    """FLOPs of a matrix product, 0 of anything else. On TPU every product is written as a convolution, on GPU some are
+    calls of cuBLAS."""
+    if instruction.opcode == "dot" or "__cublas$" in instruction.attributes:
+        contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', instruction.attributes)
+        sizes = [operands[0].shape[int(axis)] for axis in re.findall(r"\d+", contracted[1])] if contracted else []
         return 2.0 * math.prod(instruction.result[0].shape) * math.prod(sizes)
     if instruction.opcode != "convolution":
         return 0.0

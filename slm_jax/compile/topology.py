@@ -33,12 +33,17 @@ GPUS = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", 108, 1.41, 40),
     "h100": Gpu("NVIDIA H100 80GB HBM3", 132, 1.98, 50),
     "h200": Gpu("NVIDIA H200", 132, 1.98, 50),
+    "t4": Gpu("Tesla T4", 40, 1.59, 4),
     "l4": Gpu("NVIDIA L4", 58, 2.04, 48),
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 128, 2.52, 72),
 }
-# Of a multiprocessor by compute capability: threads, float32 units, KiB of shared memory. One of those KiB is not a
-# block's to take.
-MULTIPROCESSORS = {8.0: (2048, 64, 164), 8.9: (1536, 128, 100), 9.0: (2048, 128, 228)}
+# Of a multiprocessor by compute capability: threads, float32 units, KiB of shared memory, KiB that a block may take.
+MULTIPROCESSORS = {
+    7.5: (1024, 64, 64, 64),
+    8.0: (2048, 64, 164, 163),
+    8.9: (1536, 128, 100, 99),
+    9.0: (2048, 128, 228, 227),
+}
 
 
 def topology_devices(topology: str) -> tuple[list[Any], Chip]:
@@ -94,7 +99,7 @@ def _gpus(topology: str) -> tuple[list[Any], Chip]:
 
 def _description(gpu: Gpu, chip: Chip) -> str:
     """The GPU in the words of XLA's GpuTargetConfigProto."""
-    threads, units, shared = MULTIPROCESSORS[chip.compute_capability]
+    threads, units, shared, block = MULTIPROCESSORS[chip.compute_capability]
     major, minor = str(chip.compute_capability).split(".")
     accelerated = "feature_extension: ACCELERATED_FEATURES" if major == "9" else ""  # instructions of this one alone
     return f"""
@@ -103,7 +108,7 @@ def _description(gpu: Gpu, chip: Chip) -> str:
       core_count: {gpu.multiprocessors} clock_rate_ghz: {gpu.clock} l2_cache_size: {gpu.l2_cache << 20}
       device_memory_size: {chip.memory:.0f} memory_bandwidth: {chip.memory_bandwidth:.0f}
       threads_per_core_limit: {threads} fpus_per_core: {units}
-      shared_memory_per_core: {shared << 10} shared_memory_per_block_optin: {(shared - 1) << 10}
+      shared_memory_per_core: {shared << 10} shared_memory_per_block_optin: {block << 10}
       shared_memory_per_block: {48 << 10} registers_per_core_limit: {1 << 16} registers_per_block_limit: {1 << 16}
       threads_per_warp: 32 threads_per_block_limit: 1024
       thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64

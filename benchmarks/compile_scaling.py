@@ -11,6 +11,8 @@ import argparse
 import dataclasses
 from typing import Any
 
+import jax
+
 from slm_jax import config
 from slm_jax.chips import GIB
 from slm_jax.compile.programs import Run, train_steps
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the two smallest slices and two layers")
     parser.add_argument("--output", default=None)
     arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     found = []
     print("| chips | mesh | GiB per chip | ratio | GiB sent per chip | ratio | TFLOP per chip | ratio |")
     print("|---|---|---|---|---|---|---|---|")

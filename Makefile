@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL ?= $(BIN)/python -m pip install --quiet
 
 # `make demo DATA=folder` runs on real text; without DATA the demo generates its corpus.
 ifdef DATA
@@ -24,7 +25,7 @@ lint: $(VENV)/.installed
 parity: $(VENV)/.parity
 
 $(VENV)/.parity: $(VENV)/.installed requirements-parity.txt
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements-parity.txt
+	$(INSTALL) -r requirements-parity.txt
 	@touch $@
 
 # JAX's compiler for GPUs without what only a GPU would run: with it `make test` compiles steps for GPUs, on any machine.
@@ -32,10 +33,10 @@ $(VENV)/.parity: $(VENV)/.installed requirements-parity.txt
 gpu-compiler: $(VENV)/.gpu-compiler
 
 $(VENV)/.gpu-compiler: $(VENV)/.installed requirements-gpu-compiler.txt
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-gpu-compiler.txt
+	$(INSTALL) --no-deps -r requirements-gpu-compiler.txt
 	@touch $@
 
-# The steps of the pods' run files, compiled for the chips that they name; about ten minutes a file on two cores.
+# The steps of the pods' run files, compiled for the chips that they name; some minutes a file on two cores.
 COMPILE := $(BIN)/python -m slm_jax compile
 pods: $(VENV)/.installed
 	$(BIN)/pytest -m pods
@@ -48,8 +49,8 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 		{ echo "slm_jax needs Python 3.11 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
 	@echo "Installing into $(VENV); the first time takes some minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps -e .
+	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-deps -e .
 	@touch $@
 
 clean:

@@ -40,7 +40,8 @@ class Job:
 
 
 def lanes_here() -> tuple[int, dict[str, str]]:
-    """How many stages run at a time, and their environment: one per core on CPU, one on an accelerator.
+    """How many stages run at a time, and their environment: one per core on CPU, one on an accelerator. XLA_FLAGS that
+    are set stay.
 
     Asked in a process of its own: whoever initialises an accelerator keeps it.
     """
@@ -48,7 +49,9 @@ def lanes_here() -> tuple[int, dict[str, str]]:
     backend = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
     if backend != "cpu":
         return 1, {}
-    return min(2, os.cpu_count() or 1), ONE_CORE
+    # Ours end with one that is not XLA's but its thread pool's: what stands behind it is not read.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {ONE_CORE['XLA_FLAGS']}".strip()
+    return min(2, os.cpu_count() or 1), ONE_CORE | {"XLA_FLAGS": flags}
 
 
 def run_jobs(jobs: Sequence[Job], lanes: int, environment: dict[str, str]) -> None:

@@ -247,8 +247,8 @@ def cudnn_attention(
 ) -> Float[Array, "B L H K"]:
     """NVIDIA's kernel. Segments go in as a mask, 2 bytes for each of a row's L x L pairs of tokens, once for all heads.
 
-    The kernel's own packed layout would need no mask, but no public function of JAX passes it; nor does one leave out the
-    mask's gradient, which the backward kernel writes and nobody reads.
+    The kernel's own packed layout would need no mask, but no public function of JAX passes it; nor does one leave out
+    the mask's gradient, which the backward kernel writes and nobody reads.
     """
     mask = readable(segment_ids, window)[:, None]
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, implementation="cudnn")

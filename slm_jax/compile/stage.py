@@ -26,7 +26,7 @@ ASSUMPTIONS = (
     "the tokens that have a loss count as if all tokens had one.",
     "Model FLOPs are ModelConfig.flops_per_token, a third of it for scoring; recomputation is not among them.",
     "Bytes sent take every collective as a ring over the chips of its axes; a loop of unknown length counts once.",
-    "Of a GPU's memory JAX takes three quarters for programs, or what XLA_PYTHON_CLIENT_MEM_FRACTION says.",
+    "Of a GPU's memory JAX takes three quarters for programs, or what XLA_CLIENT_MEM_FRACTION says.",
     "On a GPU XLA times several kernels for each product; here a rule chooses, and temporaries may differ a little.",
     "MFU is bounded by the slowest of three, each at the data sheet's peak and perfectly overlapped: the products; "
     "reading and writing the state once; sending the collectives' bytes over all links at once. No run is as fast.",

@@ -15,6 +15,10 @@ from slm_jax.errors import UserError
 # Answers to what libtpu would ask of the metadata server of a TPU host.
 NO_HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
 GPU_HOST = 8  # GPUs of one machine, at most
+MEMORY_FRACTION = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+)  # what JAX reads, by its new and old name
 NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where a driver shows them
 
 
@@ -93,7 +97,7 @@ def _gpus(topology: str) -> tuple[list[Any], Chip]:
         )
     except NotImplementedError as error:
         raise UserError("compile needs JAX's compiler for GPUs: pip install 'jax[cuda13]' (it needs no GPU)") from error
-    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    share = next((float(os.environ[name]) for name in MEMORY_FRACTION if os.environ.get(name)), 0.75)
     return described.devices, dataclasses.replace(chip, memory=share * chip.memory)
 
 

@@ -124,8 +124,9 @@ def test_a_token_is_written_in_place(alone, expected):
     assert programs
     for text in programs:  # layers, rows, heads, slots, and features
         made = re.findall(r"= f32\[2,4,2,\d+,8\]\S* ([\w-]+)\(", text)
-        assert set(made) == {"parameter", "get-tuple-element", "fusion", "scatter"}
-        assert made.count("scatter") == 2  # keys and values
+        written = [operation for operation in made if operation in ("scatter", "dynamic-update-slice")]  # XLA's ways
+        assert len(written) == 2  # keys and values
+        assert set(made) - set(written) == {"parameter", "get-tuple-element", "fusion"}
 
 
 def test_few_programs_are_compiled(alone, expected):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 
 import jax
@@ -126,6 +127,17 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
     assert "pip install 'jax[cuda13]' (it needs no GPU)" in toy.refusal(topology.topology_devices, "h100:1")
+
+
+@pytest.mark.parametrize("driver, said", [("nowhere", "1"), ("/dev/null", None)])
+def test_jax_is_told_that_there_is_no_gpu_and_only_then(driver, said, monkeypatch):
+    """It would print a traceback of the version that a library does not tell."""
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")  # so that what is set here is gone after the test
+    monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    monkeypatch.setattr(topology, "NVIDIA_DEVICES", (driver,))
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "0")
+    topology.say_what_is_not_here()
+    assert os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK") == said
 
 
 @pytest.mark.parametrize(

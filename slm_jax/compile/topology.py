@@ -15,10 +15,8 @@ from slm_jax.errors import UserError
 # Answers to what libtpu would ask of the metadata server of a TPU host.
 NO_HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
 GPU_HOST = 8  # GPUs of one machine, at most
-MEMORY_FRACTION = (
-    "XLA_CLIENT_MEM_FRACTION",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION",
-)  # what JAX reads, by its new and old name
+# Where JAX reads what share of a GPU's memory to take: the name of today and that of before.
+MEMORY_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where a driver shows them
 
 

@@ -144,6 +144,12 @@ def test_an_unknown_topology_is_one_line(name, tmp_path, shell):
 
 
 @needs_libtpu
+def test_chips_without_a_data_sheet_are_one_line():
+    message = toy.refusal(topology.topology_devices, "v3:2x2")
+    assert message == "topology 'v3:2x2' has chips of kind 'TPU v3': add their data sheet to slm_jax/chips.py"
+
+
+@needs_libtpu
 def test_chips_of_every_kind():
     for name, kind, count in (
         ("v4:2x2x4", "TPU v4", 16),

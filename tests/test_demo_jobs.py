@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from slm_jax.demo import jobs as jobs_module
-from slm_jax.demo.jobs import Job, run_jobs
+from slm_jax.demo.jobs import Job, lanes_here, run_jobs
 from slm_jax.demo.pipeline import CONFIGS, STAGES, _with_inputs
 from slm_jax.demo.summary import steps_to
 from slm_jax.errors import UserError
@@ -55,6 +55,15 @@ def test_a_train_job_that_was_terminated_is_not_done(script, tmp_path):
     job = Job("train", ("pass",), tmp_path / "train.log", run_dir=tmp_path / "run")
     with pytest.raises(UserError, match="the stage train failed"):
         run_jobs([job], 1, {})
+
+
+def test_flags_of_xla_that_are_set_stay(monkeypatch):
+    """Before ours: XLA reads none behind the last of them."""
+    flags = jobs_module.ONE_CORE["XLA_FLAGS"]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    assert lanes_here()[1]["XLA_FLAGS"] == f"--xla_force_host_platform_device_count=1 {flags}"
+    monkeypatch.delenv("XLA_FLAGS")
+    assert lanes_here()[1]["XLA_FLAGS"] == flags
 
 
 def test_stages_bring_what_they_read():

@@ -26,6 +26,8 @@ from slm_jax.train.phases import Phase, keep_ratio, learning_rate
 from slm_jax.train.state import state_shapes
 from slm_jax.train.step import compile_step, make_step
 
+LOWERED = {"gpu": "cuda"}  # what lowering calls a platform by another name than its devices do
+
 
 @dataclasses.dataclass(frozen=True)
 class StepProgram:
@@ -37,6 +39,13 @@ class StepProgram:
     moments: Any  # None when scoring
     batch: Batch
     arguments: tuple[Any, ...]
+
+    def compile(self) -> Any:
+        """For the devices of the mesh, which need not be here."""
+        platform = self.work.mesh.devices.flat[0].platform
+        with jax.set_mesh(self.work.mesh):
+            traced = self.function.trace(*self.arguments)
+            return traced.lower(lowering_platforms=(LOWERED.get(platform, platform),)).compile()
 
 
 @dataclasses.dataclass(frozen=True)

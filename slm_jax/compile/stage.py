@@ -18,7 +18,6 @@ from slm_jax.compile.topology import topology_devices
 from slm_jax.errors import UserError
 
 PROGRAMS = ("train", "score")
-PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}  # a device's, and as lowering names it
 ASSUMPTIONS = (
     "FLOPs are those of matrix products, 2 for each multiplication and addition, on one chip. They are read from the "
     "compiled program with every loop body multiplied by its number of turns; XLA's own analysis counts it once.",
@@ -107,9 +106,7 @@ def plan_step(step: StepProgram, chip: Chip) -> dict[str, Any]:
     about = {"name": work.name, "rows": work.rows, "length": work.length, "micro_batches": work.micro_batches}
     held = (step.weights, step.moments, step.batch)
     try:
-        with jax.set_mesh(work.mesh):
-            platform = PLATFORMS[work.mesh.devices.flat[0].platform]
-            compiled = step.function.trace(*step.arguments).lower(lowering_platforms=(platform,)).compile()
+        compiled = step.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = memory.refused(held, str(error))
         if needed is None:

@@ -8,7 +8,7 @@ ifdef DATA
 DEMO_FLAGS := --gin.demo.recipe="'math_web'" --gin.demo.data="'$(DATA)'"
 endif
 
-.PHONY: demo test lint parity gpu-compiler pods clean
+.PHONY: demo test lint docs parity gpu-compiler pods clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m slm_jax demo $(DEMO_FLAGS)
@@ -20,6 +20,15 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+# The site, into build/site: a dead link, a missing page or a docstring that names an unknown argument is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
+$(VENV)/.docs: $(VENV)/.installed requirements-docs.txt
+	$(INSTALL) -r requirements-docs.txt
+	@touch $@
 
 # PyTorch and transformers: with them `make test` compares models, vocabularies and scores with Hugging Face's too.
 parity: $(VENV)/.parity

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import gin
 
 from slm_jax import config, processes
+from slm_jax import settings as settings_lib
 from slm_jax.compile.topology import say_what_is_not_here
 from slm_jax.data.store import disk_full_is_an_answer
 from slm_jax.errors import UserError
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module in STAGES.values():
         importlib.import_module(module)
     if known.help:
-        print(config.describe(stage, [name.replace(" ", "_") for name in STAGES]))
+        print(settings_lib.help_text(stage))
         return DONE
     bindings = [_binding(stage, argument) for argument in rest]
     if runs and config.takes_runs(stage):

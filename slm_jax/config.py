@@ -114,15 +114,6 @@ def _default(parameter: inspect.Parameter) -> str:
     return repr(parameter.default)
 
 
-def describe(stage: str, stages: Iterable[str]) -> str:
-    """The help text of a stage: its docstring, its settings, and those of the dataclasses that it can take."""
-    names = surface()
-    lines = [inspect.cleandoc(gin.get_configurable(stage).__doc__ or ""), "", "Settings (--gin.NAME=VALUE):"]
-    for configurable in [stage, *sorted(set(names) - set(stages))]:
-        lines += [f"  {configurable}.{name} = {default}" for name, default in names.get(configurable, {}).items()]
-    return "\n".join(lines)
-
-
 def as_list(value: Any, kind: type, name: str) -> list[Any]:
     """The items of a setting that takes several.
 

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "slm_jax"
 MAX_LINES = 400
 
-BOTTOM = {"errors", "config", "chips", "mesh", "processes", "metrics", "checkpoint"}
+BOTTOM = {"errors", "config", "settings", "chips", "mesh", "processes", "metrics", "checkpoint"}
 # What each module directly under the package, or each subpackage, may import besides itself.
 MAY_IMPORT = {
     **{module: BOTTOM for module in BOTTOM},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import toy
 
-from slm_jax import config
+from slm_jax import settings
 from slm_jax.__main__ import STAGES
 from slm_jax.checkpoint import Checkpoints
 from slm_jax.metrics import read_metrics
@@ -77,12 +77,12 @@ def test_help_lists_every_setting_of_a_stage(stage, run):
     stage = stage.replace(" ", "_")
     for module in STAGES.values():
         importlib.import_module(module)
-    names = config.surface()
-    function = stage.replace(" ", "_")
-    for configurable in (function, "Phase", "Source"):
-        for name, default in names[configurable].items():
-            assert f"\n  {configurable}.{name} = {default}\n" in output + "\n"
-    assert names[function]
+    reached = settings.reached_by(stage)
+    for configurable in reached:
+        for setting in settings.settings_of(configurable):
+            assert f"\n  {configurable}.{setting.declaration}\n" in output + "\n"
+    assert reached[0] == stage and settings.settings_of(stage)
+    assert {"train": "Selection", "evaluate": "HeldOut", "prepare": "Source"}.get(stage, stage) in reached
 
 
 @pytest.mark.parametrize(

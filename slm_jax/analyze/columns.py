@@ -196,7 +196,7 @@ def read_trace(run: str, name: str) -> tuple[str, Losses]:
       UserError: the run has no such evaluator, or it stored nothing.
     """
     evaluators = read_run(run).get("settings", {}).get("evaluators") or []
-    corpora = {about["name"]: about["corpus"] for about in evaluators if "name" in about}
+    corpora = {about["name"]: about["corpus"] for about in evaluators if about.get("keep_tokens")}
     files = {int(path.stem): path for path in (Path(run) / "token_losses" / name).glob("*.npy")}
     if name not in corpora or not files:
         there = sorted(path.name for path in (Path(run) / "token_losses").glob("*"))

@@ -17,16 +17,16 @@ import step
 
 from slm_jax.data.batches import read_ahead
 from slm_jax.data.corpus import Corpus, CorpusWriter
-from slm_jax.data.mixture import Draw
+from slm_jax.data.mixture import MixtureComponent
 from slm_jax.data.store import SHARD_ROWS, Store
 from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.demo.jobs import ONE_CORE
-from slm_jax.models.config import model_config
+from slm_jax.models.model_config import model_config
 from slm_jax.score.selection import Selection
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
 
-BATCH_ROWS, ROW_LENGTH = 16, 256  # as in the recipe math_web
+BATCH_ROWS, SEQUENCE_LENGTH = 16, 256  # as in the recipe math_web
 VOCAB_SIZE = 2048
 SELECTION = Selection(score="excess", ratio=0.6, gradient="filtered")
 
@@ -34,9 +34,9 @@ SELECTION = Selection(score="excess", ratio=0.6, gradient="filtered")
 def write_corpus(path: Path, num_rows: int) -> Corpus:
     """Rows of random bytes in segments of about a hundred tokens, with a score column `reference`."""
     rng, vocabulary = np.random.default_rng(0), ByteVocabulary()
-    writer = CorpusWriter(Store(path), num_rows, ROW_LENGTH, vocabulary)
+    writer = CorpusWriter(Store(path), num_rows, SEQUENCE_LENGTH, vocabulary)
     for begin in range(0, num_rows, SHARD_ROWS):
-        shape = (min(SHARD_ROWS, num_rows - begin), ROW_LENGTH)
+        shape = (min(SHARD_ROWS, num_rows - begin), SEQUENCE_LENGTH)
         segments = np.cumsum(rng.random(shape) < 0.01, axis=1) + 1
         writer.write(
             {
@@ -49,7 +49,7 @@ def write_corpus(path: Path, num_rows: int) -> Corpus:
     corpus = writer.finish(pyarrow.table({"id": ["random:0"]}), ["random"], {"settings": {}})
     column = corpus.create_score("reference", ("loss",), reference={"fingerprint": "random"})
     for start, stop in column.pending():
-        column.write(start, {"loss": rng.uniform(0, 15, (stop - start, ROW_LENGTH)).astype(np.float32)})
+        column.write(start, {"loss": rng.uniform(0, 15, (stop - start, SEQUENCE_LENGTH)).astype(np.float32)})
     return corpus
 
 
@@ -66,8 +66,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_corpus(Path(folder) / "corpus", num_rows)
         num_batches = num_rows // BATCH_ROWS
-        draw = Draw(corpus.path, epochs=100.0)
-        plan = Plan([Phase(num_batches, mixture=[draw], batch_rows=BATCH_ROWS, selection=SELECTION)], seed=0)
+        draw = MixtureComponent(corpus.path, epochs=100.0)
+        plan = Plan([Phase(num_batches, mixture=[draw], batch_size=BATCH_ROWS, selection=SELECTION)], seed=0)
         trainer = step.Trainer(model_config("demo", vocab_size=VOCAB_SIZE), plan.batch(0))
         causal, filtered = trainer.step(None)[0], trainer.step(SELECTION)[0]
 
@@ -78,14 +78,14 @@ def main() -> None:
             for _ in range(steps):
                 function()
 
-        tokens = BATCH_ROWS * ROW_LENGTH
+        tokens = BATCH_ROWS * SEQUENCE_LENGTH
         cases = [
             measure.Case("batches", read, num_batches * tokens),
             measure.Case("causal step", lambda: train(causal), steps * tokens),
             measure.Case("filtered step", lambda: train(filtered), steps * tokens),
         ]
         values = measure.interleaved(cases, rounds)
-    about = {"batch": f"{BATCH_ROWS} x {ROW_LENGTH}", "corpus_rows": num_rows, "model": "demo"}
+    about = {"batch": f"{BATCH_ROWS} x {SEQUENCE_LENGTH}", "corpus_rows": num_rows, "model": "demo"}
     rows = [
         measure.row(name, values[name], baseline, values[baseline], "tokens/s", **about)
         for name, baseline in [("batches", "causal step"), ("batches", "filtered step"), ("causal step", "causal step")]

@@ -15,12 +15,12 @@ import jax
 
 from slm_jax import config
 from slm_jax.chips import GIB
+from slm_jax.compile.compile_ahead import plan_step
 from slm_jax.compile.programs import Run, train_steps
-from slm_jax.compile.stage import plan_step
 from slm_jax.compile.topology import topology_devices
-from slm_jax.data.mixture import Draw
+from slm_jax.data.mixture import MixtureComponent
 from slm_jax.mesh import MeshConfig, make_mesh
-from slm_jax.models.config import SIZES
+from slm_jax.models.model_config import SIZES
 from slm_jax.score.selection import Selection
 from slm_jax.train.phases import Phase
 
@@ -48,7 +48,9 @@ def main() -> None:
 def measured(topology: str, layers: int) -> dict[str, Any]:
     devices, chip = topology_devices(topology)
     model = dataclasses.replace(SIZES["small"], vocab_size=32000, num_layers=layers, compute_dtype="bfloat16")
-    phase = Phase(1, mixture=[Draw("nowhere")], batch_rows=ROWS_PER_CHIP * len(devices), selection=Selection())
+    phase = Phase(
+        1, mixture=[MixtureComponent("nowhere")], batch_size=ROWS_PER_CHIP * len(devices), selection=Selection()
+    )
     run = Run(model, [phase], make_mesh(MeshConfig(data=-1, fsdp=FSDP), devices), LENGTH, {}, {})
     [step] = train_steps(run)
     return {"topology": topology, "mesh": dict(run.mesh.shape)} | plan_step(step, chip)

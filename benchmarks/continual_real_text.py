@@ -48,14 +48,14 @@ def run(data: str, seeds: list[int]) -> None:
 def continued(shift: str, seed: int, name: str, share: int, rewarmed: bool = True) -> None:
     """The branch of the seed's base run that goes on with the second data and `share` percent of replay."""
     file = "replay" if share else "weak" if rewarmed else "constant"
-    settings = {"train.seed": seed, "second/Draw.corpus": str(ROOT / SHIFTS[shift])}
-    settings |= {"replayed/Draw.share": share / 100} if share else {}
-    where = {"run_dir": str(ROOT / f"seed{seed}/{name}"), "initial": str(ROOT / f"seed{seed}/base")}
+    settings = {"train.seed": seed, "second/MixtureComponent.corpus": str(ROOT / SHIFTS[shift])}
+    settings |= {"replayed/MixtureComponent.weight": share / 100} if share else {}
+    where = {"run_dir": str(ROOT / f"seed{seed}/{name}"), "init_from": str(ROOT / f"seed{seed}/base")}
     stage("train", [f"{CONFIGS}/{file}.gin"], where, **settings)
 
 
 def union(shift: str, seed: int, name: str, steps: int) -> None:
-    settings = {"train.seed": seed, "Phase.steps": steps, "second/Draw.corpus": str(ROOT / SHIFTS[shift])}
+    settings = {"train.seed": seed, "Phase.steps": steps, "second/MixtureComponent.corpus": str(ROOT / SHIFTS[shift])}
     stage("train", [f"{CONFIGS}/union.gin"], {"run_dir": str(ROOT / f"seed{seed}/{name}")}, **settings)
 
 

@@ -72,7 +72,8 @@ def evaluate(run: Path, data: Path) -> None:
     common = {"run": str(run)}
     if not record_of(run).exists():
         stage("evaluate", [], common | {"tasks": "mmlu_stem", "include_path": str(tasks)})
-    stage("solve", [], common | {"data": str(data)}, **{"solve.questions": QUESTIONS, "solve.shots": 0})
+    asked = {"evaluate_math.questions": QUESTIONS, "evaluate_math.shots": 0}
+    stage("evaluate math", [], common | {"data": str(data)}, **asked)
     if not (run / f"evaluate/{STEPS}.json").exists():
         questions = records(str(data / "gsm8k_test.jsonl.gz"), ())
         prompts = [f"{record.fields['question']}\n" for record, _ in zip(questions, range(PROMPTS), strict=False)]
@@ -99,7 +100,7 @@ def record_of(run: Path) -> Path:
 
 def found_of(run: Path) -> dict[str, Any]:
     choices = json.loads(record_of(run).read_text())["results"]["none"]["mmlu_stem"]["mmlu_stem"]["choices"]
-    solved = json.loads((run / f"solve/{STEPS}/summary.json").read_text())["results"]["gsm8k"]
+    solved = json.loads((run / f"math/{STEPS}/summary.json").read_text())["results"]["gsm8k"]
     texts = json.loads((run / f"evaluate/{STEPS}.json").read_text())["results"]
     return {"last": last(run), "choices": choices, "solved": solved, "texts": texts}
 

@@ -22,7 +22,7 @@ from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.evaluate.generation import Generator
 from slm_jax.evaluate.sampling import Sampling
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig, model_config
+from slm_jax.models.model_config import ModelConfig, model_config
 
 
 class Endless(ByteVocabulary):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import measure
 import step
 
-from slm_jax.models.config import ModelConfig, model_config
+from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.score.selection import Selection
 
 MATRIX = "matrix product"

@@ -38,9 +38,9 @@ def rate(shape: str) -> dict[str, str]:
 
 def annealed(shape: str, splits: int) -> None:
     """What could be released after so many splits."""
-    where = {"run_dir": str(ROOT / f"{shape}_annealed_{splits}"), "initial": str(ROOT / shape)}
+    where = {"run_dir": str(ROOT / f"{shape}_annealed_{splits}"), "init_from": str(ROOT / shape)}
     steps = splits * SPLIT - ANNEAL
-    settings = rate(shape) | {"train.initial_step": steps, "short/Phase.steps": SPLIT - ANNEAL}
+    settings = rate(shape) | {"train.init_step": steps, "short/Phase.steps": SPLIT - ANNEAL}
     phases = ", ".join([*(f"@{name}/Phase()" for name in PHASES[: splits - 1]), "@short/Phase()", "@anneal/Phase()"])
     stage("train", [f"{CONFIGS}/anneal.gin"], where, bindings=[f"train.phases=[{phases}]"], **settings)
 

@@ -32,7 +32,7 @@ def run(data: str, seeds: list[int]) -> None:
         stage("prepare", [f"{CONFIGS}/{corpus}_text.gin"], **{"Source.directory": data})
     stage("train", [f"{CONFIGS}/reference.gin"])
     for corpus in ("standard", "plain", "conditioned"):
-        removed = {"score.without_prefix": corpus == "conditioned"}
+        removed = {"score.strip_metadata": corpus == "conditioned"}
         stage("score", [f"{CONFIGS}/common.gin"], {"corpus": str(ROOT / corpus)}, **removed)
     for seed in seeds:
         for name in RUNS:

@@ -17,8 +17,8 @@ import scoring
 import step
 
 from slm_jax.data.batches import Batch
-from slm_jax.models.config import ModelConfig, model_config
 from slm_jax.models.forward import Params
+from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.score.selection import Selection, row_capacity
 from slm_jax.score.token_loss import batch_loss
 from slm_jax.train import gradients

@@ -17,8 +17,8 @@ import numpy as np
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import Batch, make_batch
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig, model_config
 from slm_jax.models.forward import Params
+from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.score.reference import score_batch
 
 

@@ -37,7 +37,7 @@ class Run:
         settings = {
             "train.run_dir": str(folder),
             "Phase.steps": 1,
-            "Draw.corpus": corpus,
+            "MixtureComponent.corpus": corpus,
             "cosine_schedule.warmup": 0.0,
         }
         self._arguments = ["train", *(f"--gin.{name}={value!r}" for name, value in settings.items())]

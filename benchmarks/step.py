@@ -20,7 +20,7 @@ import numpy as np
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import Batch, make_batch
-from slm_jax.models.config import ModelConfig, model_config
+from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.score.selection import Selection
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.schedules import constant_schedule, over

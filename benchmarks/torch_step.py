@@ -18,7 +18,7 @@ import numpy as np
 import step
 
 from slm_jax import mesh as mesh_lib
-from slm_jax.models.config import ModelConfig, model_config
+from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.train.optimizer import OptimizerConfig
 
 LEARNING_RATE = 1e-4  # that of step.Trainer

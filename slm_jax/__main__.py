@@ -21,22 +21,22 @@ STAGES = {
     "prepare": "slm_jax.data.prepare",
     "train": "slm_jax.train.loop",
     "score": "slm_jax.score.reference",
-    "evaluate": "slm_jax.evaluate.stage",
-    "solve": "slm_jax.evaluate.math.solve",
+    "evaluate": "slm_jax.evaluate.evaluate",
+    "evaluate math": "slm_jax.evaluate.math.evaluate_math",
     "generate": "slm_jax.evaluate.generate",
     "average": "slm_jax.train.average",
-    "import": "slm_jax.exchange.importing",
-    "export": "slm_jax.exchange.exporting",
+    "import": "slm_jax.convert.import_model",
+    "export": "slm_jax.convert.export_model",
     "analyze inspect": "slm_jax.analyze.inspector",
     "analyze report": "slm_jax.analyze.compare",
     "analyze dynamics": "slm_jax.analyze.dynamics",
-    "analyze selection": "slm_jax.analyze.selection",
+    "analyze selection": "slm_jax.analyze.selection_analysis",
     "analyze tokenizers": "slm_jax.analyze.tokenizers",
     "demo": "slm_jax.demo.pipeline",
-    "compile": "slm_jax.compile.stage",
+    "compile": "slm_jax.compile.compile_ahead",
 }
 SHARED = (  # what several processes run together
-    *("train", "score", "evaluate", "solve", "generate", "import", "export"),
+    *("train", "score", "evaluate", "evaluate_math", "generate", "import", "export"),
     *("analyze_inspect", "analyze_dynamics", "analyze_selection", "analyze_tokenizers"),
 )
 DONE, FAILED, USAGE = 0, 1, 2
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not known.stage:
         parser.print_help(sys.stdout if known.help else sys.stderr)
         return DONE if known.help else USAGE
-    words = next((number for number in (1, 2) if " ".join(known.stage[:number]) in STAGES), None)
+    words = next((number for number in (2, 1) if " ".join(known.stage[:number]) in STAGES), None)
     if words is None:
         return _fail(" ".join(known.stage[:2]), f"no such stage: there are {stages}", USAGE)
     # argparse takes an argument with a space in it for a word, even one that begins with --.

@@ -22,6 +22,7 @@ from typing import Any
 import gin
 
 from slm_jax.errors import UserError
+from slm_jax.renamed import new_setting, with_new_keys
 
 RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 # gin would look for includes in Python packages too: it says of each "Path not found", and fails where the folder
@@ -58,9 +59,13 @@ def _explain(error: Exception) -> str:
     parameter = re.search(r"Configurable '([\w.]+)' doesn't (?:have a parameter named|include kwarg) '(\w+)'", text)
     if unknown:
         name = unknown[1].split("/")[-1]
+        if new := new_setting(name):
+            return f"setting {name!r} is now called {new!r} ({where})"
         return f"unknown gin name {name!r}{_nearest(name, known)} ({where})"
     if parameter:
         configurable = parameter[1].split(".")[-1]
+        if new := new_setting(f"{configurable}.{parameter[2]}"):
+            return f"setting '{configurable}.{parameter[2]}' is now called {new!r} ({where})"
         nearest = _nearest(parameter[2], known.get(configurable, {}))
         return f"unknown gin name '{configurable}.{parameter[2]}'{nearest} ({where})"
     if isinstance(error, SyntaxError) or "parse" in text or "malformed" in text:
@@ -175,6 +180,11 @@ def environment(more_packages: Sequence[str] = ()) -> dict[str, Any]:
         "command": sys.argv,
         "platform": platform.platform(),
     }
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file of a run, of whatever version, with the keys of this version."""
+    return with_new_keys(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def write_json(path: str | Path, value: Any) -> None:

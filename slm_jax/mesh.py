@@ -95,13 +95,13 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(mesh: Mesh, batch_rows: int, what: str, micro_batches: int = 1) -> None:
+def check_batch(mesh: Mesh, batch_size: int, what: str, gradient_accumulation_steps: int = 1) -> None:
     """Refuses a batch that the mesh cannot split evenly."""
-    pieces = batch_shards(mesh) * micro_batches
-    if batch_rows < 1 or batch_rows % pieces:
+    pieces = batch_shards(mesh) * gradient_accumulation_steps
+    if batch_size < 1 or batch_size % pieces:
         raise UserError(
-            f"{what}: a batch of {batch_rows} rows does not split into {batch_shards(mesh)} shards (data x fsdp) of "
-            f"{micro_batches} micro-batches: take a multiple of {pieces}"
+            f"{what}: a batch of {batch_size} rows does not split into {batch_shards(mesh)} shards (data x fsdp) of "
+            f"{gradient_accumulation_steps} micro-batches: take a multiple of {pieces}"
         )
 
 
@@ -200,24 +200,24 @@ def sum_over_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.shard_map(meet, in_specs=P(*BATCH, *own), out_specs=spec)(x)
 
 
-def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of the global batch this process must read, ascending."""
-    shards = batch_sharding(mesh).addressable_devices_indices_map((batch_rows,)).values()
-    spans = {index[0].indices(batch_rows)[:2] for index in shards if index is not None}
+    shards = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    spans = {index[0].indices(batch_size)[:2] for index in shards if index is not None}
     return np.concatenate([np.arange(start, stop) for start, stop in sorted(spans)])
 
 
-def to_devices(mesh: Mesh, batch_rows: int, rows: np.ndarray, batch: Any) -> Any:
-    """Puts this process's `rows` of a batch on its devices, as global arrays of `batch_rows` rows."""
+def to_devices(mesh: Mesh, batch_size: int, rows: np.ndarray, batch: Any) -> Any:
+    """Puts this process's `rows` of a batch on its devices, as global arrays of `batch_size` rows."""
     sharding = batch_sharding(mesh)
     place = {row: position for position, row in enumerate(rows.tolist())}
 
     def put(local: np.ndarray) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_rows)
+            start, stop, _ = index[0].indices(batch_size)
             return local[place[start] : place[start] + stop - start]
 
-        return jax.make_array_from_callback((batch_rows, *local.shape[1:]), sharding, shard)
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
     return jax.tree.map(put, batch)
 

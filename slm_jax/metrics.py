@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from slm_jax import processes
+from slm_jax.renamed import with_new_keys
 
 
 def mean(total: Any, count: Any) -> float | None:
@@ -69,7 +70,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text().splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append(with_new_keys(json.loads(line)))
             except json.JSONDecodeError:
                 break
     return rows

@@ -15,7 +15,7 @@ from slm_jax.data.corpus import Corpus, CorpusWriter
 from slm_jax.data.store import Store
 from slm_jax.data.vocabularies import ByteVocabulary
 
-ROW_LENGTH = 64
+SEQUENCE_LENGTH = 64
 KEPT = 18  # rows, of the 20 there are
 TEXTS = {
     "hostile": "</script><script>alert(1)</script><img src=x onerror=alert(2)>",
@@ -34,12 +34,12 @@ def write_rows(path: Path, texts: list[tuple[str, str]]) -> Corpus:
     vocabulary = ByteVocabulary()
     rows = [vocabulary.encode("日本 ends here")[1:]]
     rows += [[vocabulary.bos_id, *vocabulary.encode(text), vocabulary.eos_id] for _, text in texts]
-    tokens = np.stack([np.pad(row, (0, ROW_LENGTH - len(row))) for row in rows]).astype(np.uint16)
+    tokens = np.stack([np.pad(row, (0, SEQUENCE_LENGTH - len(row))) for row in rows]).astype(np.uint16)
     names = list(dict.fromkeys(name for name, _ in texts))
     loss_mask = (tokens > 0) & (tokens != vocabulary.bos_id)
     loss_mask[-1, :6] = False
-    writer = CorpusWriter(Store(path), len(rows), ROW_LENGTH, vocabulary)
-    source_ids = np.repeat([0, *(names.index(name) for name, _ in texts)], ROW_LENGTH).reshape(tokens.shape)
+    writer = CorpusWriter(Store(path), len(rows), SEQUENCE_LENGTH, vocabulary)
+    source_ids = np.repeat([0, *(names.index(name) for name, _ in texts)], SEQUENCE_LENGTH).reshape(tokens.shape)
     segment_ids = (tokens > 0).astype(np.uint16)
     columns = {"segment_ids": segment_ids, "loss_mask": loss_mask, "source_ids": source_ids.astype(np.uint8)}
     writer.write({"tokens": tokens, **columns})
@@ -64,7 +64,7 @@ def make(folder: Path, reference: Path, shell: toy.Shell) -> Made:
     corpus = write_rows(folder / "corpus", [*TEXTS.items(), *(("filler", f"{i} hens and 12 ducks") for i in range(12))])
     rng = np.random.default_rng(0)
     for name, run, step in (("reference", "clean", 9), ("late", "other", 2), ("early", "other", 1)):
-        loss = rng.uniform(3, 6, (corpus.num_rows, ROW_LENGTH)).astype(np.float32)
+        loss = rng.uniform(3, 6, (corpus.num_rows, SEQUENCE_LENGTH)).astype(np.float32)
         corpus.create_score(name, reference={"run": run, "step": step}).write(0, {"loss": loss})
     run = shutil.copytree(reference, folder / "run")
     about = json.loads((run / "run.json").read_text())
@@ -72,7 +72,7 @@ def make(folder: Path, reference: Path, shell: toy.Shell) -> Made:
     (run / "run.json").write_text(json.dumps(about))
     (run / "token_losses" / "trace").mkdir(parents=True)
     for step in (3, 5):
-        np.save(run / "token_losses" / "trace" / f"{step}.npy", np.full((KEPT, ROW_LENGTH), step, np.float32))
+        np.save(run / "token_losses" / "trace" / f"{step}.npy", np.full((KEPT, SEQUENCE_LENGTH), step, np.float32))
     command = ["analyze", "inspect", "run", "--corpus=corpus", "--output=page.html", "--kept=trace"]
     command += ["--gin.analyze_inspect.columns=['late','early']", "--gin.analyze_inspect.predictions=3"]
     code, output, errors = shell(*command, folder=folder)

@@ -25,7 +25,7 @@ from slm_jax.metrics import read_metrics
 from slm_jax.score.selection import Selection
 
 HOSTILE = "<img src=x onerror=alert(1)>|`$a$"
-STEP_FLOPS = toy.MODEL.flops_per_token(toy.ROW_LENGTH) * toy.ROW_LENGTH * 8
+STEP_FLOPS = toy.MODEL.flops_per_token(toy.SEQUENCE_LENGTH) * toy.SEQUENCE_LENGTH * 8
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def runs(corpus, reference, tmp_path_factory) -> Path:
     here = tmp_path_factory.mktemp("compare")
     table = Corpus.open(shutil.copytree(corpus.path, here / "corpus"))
     about = {"run": str(reference), "step": 3, "fingerprint": "f", "parameters": toy.MODEL.parameter_count()}
-    loss = np.random.default_rng(0).uniform(2, 6, (table.num_rows, table.row_length)).astype(np.float32)
+    loss = np.random.default_rng(0).uniform(2, 6, (table.num_rows, table.sequence_length)).astype(np.float32)
     table.create_score("reference", reference=about).write(0, {"loss": loss})
     settings = {"evaluators": [HeldOut("target", table.path, rows=16)], "evaluate_every": 2, "checkpoint_every": 3}
     for name, seed in (("causal", 0), ("seed1/causal", 1)):
@@ -144,8 +144,10 @@ def test_flops_of_what_is_known(runs, tmp_path):
     assert run_flops(settings, 2).training == pytest.approx(2 * STEP_FLOPS)
     filtered = run_flops(with_(gradient="filtered", score="loss"))
     assert filtered.training == pytest.approx(6 * STEP_FLOPS * 2 / 3) and filtered.scoring == 0
-    assert run_flops(settings | {"micro_batches": 2}).training == pytest.approx(6 * STEP_FLOPS * 4 / 3)
-    assert run_flops(with_(scope="sequence") | {"micro_batches": 2}).training == pytest.approx(6 * STEP_FLOPS)
+    assert run_flops(settings | {"gradient_accumulation_steps": 2}).training == pytest.approx(6 * STEP_FLOPS * 4 / 3)
+    assert run_flops(with_(scope="sequence") | {"gradient_accumulation_steps": 2}).training == pytest.approx(
+        6 * STEP_FLOPS
+    )
     long = settings | {"phases": [phase | {"steps": 600}]}
     rows = Corpus.open(phase["mixture"][0]["corpus"]).num_rows
     assert run_flops(long).scoring == pytest.approx(rows / 8 * STEP_FLOPS / 3)  # a row is scored once
@@ -172,11 +174,11 @@ def test_groups_are_of_seeds_and_nothing_else(runs):
     assert sizes(causal, selective, other) == [2, 1]
     assert sizes(causal, causal._replace(path="copy")) == [1, 1]  # the same seed again
     assert sizes(causal, other._replace(path="elsewhere/name")) == [2]  # equal but for the seed, whatever the name
-    longer = causal.settings | {"phases": [causal.settings["phases"][0] | {"batch_rows": 16}]}
+    longer = causal.settings | {"phases": [causal.settings["phases"][0] | {"batch_size": 16}]}
     assert sizes(causal, other._replace(settings=longer)) == [1, 1]
     assert sizes(causal, other._replace(done=5, finished=False)) == [1, 1]
     # Under seed folders each has its own reference and start; elsewhere those make another experiment.
-    own = [run._replace(identity=run.identity | {"initial": f"base{run.seed}"}) for run in (causal, other)]
+    own = [run._replace(identity=run.identity | {"init_from": f"base{run.seed}"}) for run in (causal, other)]
     assert sizes(*own) == [2]
     assert sizes(own[0], own[1]._replace(path="elsewhere/causal")) == [1, 1]
     [group] = group_seeds([own[1], own[0]])
@@ -203,24 +205,24 @@ def test_what_the_stage_evaluate_found_is_there_too(runs, tmp_path):
 
 
 def test_phases_mixtures_and_schedules_in_words():
-    draw = {"corpus": "runs/crawl", "share": 0.5, "replay": None}
-    ramp = {"start": 0.0, "legs": [{"to": 1.0, "steps": None, "shape": "linear"}]}
+    draw = {"corpus": "runs/crawl", "weight": 0.5, "replay": None}
+    ramp = {"start": 0.0, "parts": [{"to": 1.0, "steps": None, "shape": "linear"}]}
     phase = {
         "mixture": [draw, draw | {"corpus": "runs/clean", "replay": "in_order"}],
         "selection": {"score": "loss", "ratio": 0.6, "threshold": None, "scope": "sequence", "gradient": "filtered"},
         "keep_ratio": ramp,
         "reset_optimizer": True,
-        "toward_start": 0.1,
+        "l2_to_init": 0.1,
     }
     assert describe.mixture(phase) == "50 % crawl + 50 % clean (replay, in order)"
     words = "up to 60 %, 0 to 1 linear over the rest by loss, per sequence, filtered gradient, moments forgotten, "
     assert describe.objective(phase) == f"{words}pulled back by 0.1"
-    assert describe.mixture({"mixture": [draw | {"share": None}, draw | {"share": 0.05}]}).startswith("the rest ")
+    assert describe.mixture({"mixture": [draw | {"weight": None}, draw | {"weight": 0.05}]}).startswith("the rest ")
     high = phase["selection"] | {"threshold": 2.0, "capacity": 0.5}
-    above = phase | {"selection": high, "reset_optimizer": False, "toward_start": 0}
+    above = phase | {"selection": high, "reset_optimizer": False, "l2_to_init": 0}
     assert describe.objective(above) == "above 2 by loss, per sequence, filtered gradient"
     legs = [{"to": 0.003, "steps": 0.05, "shape": "linear"}, {"to": 1e-4, "steps": 100, "shape": "cosine"}]
-    assert describe.schedule({"start": None, "legs": legs}) == (
+    assert describe.schedule({"start": None, "parts": legs}) == (
         "from where it was to 0.003 linear over 5 %, to 0.0001 cosine over 100 steps"
     )
 

@@ -27,7 +27,7 @@ FIGURES = {"classes", "classes_by_source", "fluctuating_hh", "fluctuating_ll"}
 def held(tmp_path_factory) -> Corpus:
     """A corpus with the columns of three checkpoints, no model's: the loss of a token follows from its id alone."""
     path = tmp_path_factory.mktemp("held") / "held"
-    corpus = toy.write_corpus(path, seed=3, rows=24, row_length=48, words=[*toy.WORDS, *HOSTILE])
+    corpus = toy.write_corpus(path, seed=3, rows=24, sequence_length=48, words=[*toy.WORDS, *HOSTILE])
     kind = corpus.read(np.arange(24))["tokens"] % 4
     of_class = np.array([[[5.0, 6.5, 5.0], [2.0, 2.2, 2.5], [4.0, 3.0, 1.0], [1.0, 0.5, 1.0]]])
     for number, step in enumerate((0, 10, 20)):
@@ -218,7 +218,7 @@ def test_where_a_run_began_is_its_step_0(traced, corpus_copy, reference, tmp_pat
     """The run that it started from is scored as step 0 where its own checkpoint 0 is gone."""
     run = tmp_path / "branch"
     phases = [toy.phase(corpus_copy, steps=2)]
-    toy.train_here(run, phases, initial=str(reference), initial_step=3, checkpoint_every=2, keep_checkpoints=1)
+    toy.train_here(run, phases, init_from=str(reference), init_step=3, checkpoint_every=2, keep_checkpoints=1)
     shutil.rmtree(run / "checkpoints" / "0", ignore_errors=True)
     with toy.one_device():
         record = analyze_dynamics(corpus_copy.path, str(run), score_missing=True)

@@ -17,7 +17,7 @@ from slm_jax.data.batches import make_batch
 from slm_jax.evaluate.predictions import predict_rows
 from slm_jax.models import forward
 from slm_jax.score.reference import load_model
-from slm_jax.score.selection import Combined, Selection
+from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.score.token_loss import predicted
 
 
@@ -109,7 +109,7 @@ def test_selected_is_the_share_of_these_rows(inspected):
 def test_several_references_and_what_two_selections_both_keep(inspected, tmp_path):
     parts = [Selection(ratio=0.6, reference=["early", "late"], combine="min"), Selection(score="loss", ratio=0.5)]
     page, path = tmp_path / "page.html", inspected.corpus.path
-    analyze_inspect(path, columns=["reference"], selection=Combined(parts), output=str(page), rows=KEPT)
+    analyze_inspect(path, columns=["reference"], selection=CombinedSelection(parts), output=str(page), rows=KEPT)
     data, block = data_of(page.read_text()), inspected.corpus.read(np.arange(KEPT))
     assert data["selection"].startswith(
         "Selection: score excess, ratio 0.6, min of early, late and score loss, ratio 0.5, scope batch. The rows"
@@ -153,7 +153,7 @@ def test_text_never_runs_and_nothing_comes_from_elsewhere(inspected):
         ({"kept": "nothing"}, "has no evaluator 'nothing' that keeps tokens (it has trace): see HeldOut.keep_tokens"),
         ({"steps": [4]}, "has nothing of step 4: it has 3, 6"),
         ({"first_row": 100}, "analyze_inspect.first_row is 100, and corpus"),
-        ({"batch_rows": 3}, "analyze_inspect: a batch of 3 rows does not split"),
+        ({"batch_size": 3}, "analyze_inspect: a batch of 3 rows does not split"),
         ({"selection": Selection(reference="lost")}, "has no score 'lost'"),
         ({"rows": 0}, "rows is 0: it takes a whole number from 1 on"),
     ],

@@ -34,7 +34,7 @@ def sent(program: Program, mesh) -> dict[tuple[str, str], tuple[float, int]]:
 
 def work(model=toy.MODEL, mesh=None, **changes) -> Work:
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    return dataclasses.replace(Work("train", model, mesh, 8, toy.ROW_LENGTH, 1, training=True), **changes)
+    return dataclasses.replace(Work("train", model, mesh, 8, toy.SEQUENCE_LENGTH, 1, training=True), **changes)
 
 
 @pytest.mark.parametrize("axes", [("fsdp",), ("data",), ("data", "fsdp")])
@@ -88,7 +88,7 @@ def test_a_loop_whose_length_depends_on_the_data_is_taken_for_the_heads():
 
     arguments = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     found = costs.products(compiled(looped, *arguments), work())
-    tokens = 8 * toy.ROW_LENGTH
+    tokens = 8 * toy.SEQUENCE_LENGTH
     assert found.counted == 0 and found.head == 6 * toy.MODEL.embed_dim * toy.MODEL.padded_vocab_size * tokens
 
 
@@ -233,7 +233,7 @@ def test_attention_kernels_count_what_they_must_compute(target, name, products, 
 def test_a_causal_step_counts_what_the_models_formula_says():
     """Without recomputation. Rows this short compute the whole square of attention, of which the formula has half."""
     model = dataclasses.replace(toy.MODEL, embed_dim=64, mlp_dim=128, remat="none", attention="xla")
-    mesh, phase = make_mesh(devices=jax.devices()[:1]), Phase(1, mixture=[toy.Draw("nowhere")])
+    mesh, phase = make_mesh(devices=jax.devices()[:1]), Phase(1, mixture=[toy.MixtureComponent("nowhere")])
     [step] = train_steps(Run(model, [phase], mesh, 64, {}, {}))
     program = Program(step.compile().as_text())
     found = costs.products(program, step.work)

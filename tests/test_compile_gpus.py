@@ -29,7 +29,7 @@ MODEL = dataclasses.replace(toy.MODEL, compute_dtype="bfloat16", num_kv_heads=1,
 def program(selection: Selection) -> Program:
     """A train step for two H100s."""
     mesh = make_mesh(MeshConfig(fsdp=2), topology.topology_devices("h100:2")[0])
-    phase = Phase(1, mixture=[toy.Draw("nowhere")], batch_rows=8, selection=selection)
+    phase = Phase(1, mixture=[toy.MixtureComponent("nowhere")], batch_size=8, selection=selection)
     [step] = train_steps(Run(MODEL, [phase], mesh, 64, {}, {}))
     return Program(step.compile().as_text())
 
@@ -58,8 +58,8 @@ def test_a_step_for_gpus_has_cudnn_attention_and_sums_gradients_in_float32(gradi
 @needs_compiler
 def test_a_plan_for_gpus(tmp_path, shell):
     """As for TPUs; of an H100's 80 GB JAX takes three quarters."""
-    run = {"Draw": {"corpus": "nowhere"}, "Phase": {"steps": 1, "batch_rows": 8}, "MeshConfig": {"fsdp": 2}}
-    what = toy.settings(**run, compile={"row_length": 128}, model={"compute_dtype": "bfloat16", "max_length": 128})
+    run = {"MixtureComponent": {"corpus": "nowhere"}, "Phase": {"steps": 1, "batch_size": 8}, "MeshConfig": {"fsdp": 2}}
+    what = toy.settings(**run, compile={"sequence_length": 128}, model={"compute_dtype": "bfloat16", "max_length": 128})
     command = ["compile", "--topology=h100:2", "--gin.train.mesh=@MeshConfig()", *toy.MODEL_SETTINGS, *what]
     code, output, errors = shell(*command, folder=tmp_path)
     assert code == 0, errors

@@ -47,7 +47,7 @@ def test_the_configuration_surface_is_frozen(golden):
 def test_every_configurable_is_frozen_with_its_required_settings_marked():
     surface = config.surface()
     assert {stage.replace(" ", "_") for stage in STAGES} <= set(surface)
-    assert surface["train"]["run_dir"] == surface["Draw"]["corpus"] == "(required)"
+    assert surface["train"]["run_dir"] == surface["MixtureComponent"]["corpus"] == "(required)"
     assert surface["train"]["seed"] == "0" and "num_layers" in surface["model"]
 
 
@@ -81,7 +81,7 @@ def test_the_later_wins(tmp_path):
     "text, message",
     [
         ("train.seed = ", "gin cannot read a value"),
-        ("train.phases = [@Phase(), @Draw(]", "gin cannot read a value"),
+        ("train.phases = [@Phase(), @MixtureComponent(]", "gin cannot read a value"),
         ("include 'nowhere.gin'", "nowhere.gin"),
         ("train.seeds = 1", "unknown gin name 'train.seeds': did you mean 'seed'?"),
         ("import nothing_of_that_name", "nothing_of_that_name"),

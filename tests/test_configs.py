@@ -20,10 +20,10 @@ from slm_jax.__main__ import STAGES
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.sources import SCHEMAS
 from slm_jax.mesh import MeshConfig
-from slm_jax.models.config import ModelConfig, model_config
-from slm_jax.train.lineage import refuse_other_rows
+from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
+from slm_jax.train.resume import refuse_other_rows
 
 RUNS = Path(__file__).parents[1] / "configs" / "runs"
 PAPERS = ("rho1", "meco", "continual")
@@ -139,9 +139,9 @@ RUN_FILES = {
 class FarCorpus(Corpus):
     """What a plan asks of a corpus."""
 
-    def __init__(self, path: str, row_length: int):
+    def __init__(self, path: str, sequence_length: int):
         billions = CORPORA.get(path.removeprefix("runs/"), 1000)
-        self.path, self.num_rows, self.row_length = path, int(billions * 1e9) // row_length, row_length
+        self.path, self.num_rows, self.sequence_length = path, int(billions * 1e9) // sequence_length, sequence_length
         self.vocabulary_hash, self.vocab_size, self.source_names = "one for all", 2048, ("text",)
 
     def score(self, name: str) -> Any:
@@ -154,7 +154,7 @@ class Run(NamedTuple):
 
     phases: tuple[Phase, ...]
     first_steps: list[int]
-    row_length: int
+    sequence_length: int
     rates: np.ndarray
     shares: list[np.ndarray]
     model: ModelConfig
@@ -178,16 +178,16 @@ def _load(name: str, *changes: str) -> None:
 def _run(name: str, *changes: str) -> Run:
     """The run of a file, with settings changed as on the command line."""
     _load(name, *changes)
-    row_length = gin.query_parameter("prepare.row_length")
-    assert gin.get_bindings("compile").get("row_length", row_length) == row_length
+    sequence_length = gin.query_parameter("prepare.sequence_length")
+    assert gin.get_bindings("compile").get("sequence_length", sequence_length) == sequence_length
     settings = gin.get_bindings("train")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Corpus, "open", lambda path: FarCorpus(path, row_length))
+        patch.setattr(Corpus, "open", lambda path: FarCorpus(path, sequence_length))
         plan = Plan(settings.get("phases") or [gin.get_configurable("Phase")()], 0, settings.get("schedule"))
     rates = np.asarray(plan.learning_rate(np.arange(plan.total_steps + 1)))
     shares = [plan.shares(number)[0] for number in range(len(plan.phases))]
     model = settings.get("model") or model_config()
-    return Run(plan.phases, plan.first_steps.tolist(), row_length, rates, shares, model, settings)
+    return Run(plan.phases, plan.first_steps.tolist(), sequence_length, rates, shares, model, settings)
 
 
 def _stages(name: str) -> dict[str, Any]:
@@ -237,8 +237,8 @@ def test_a_run_has_the_numbers_of_its_paper(name, planned):
     paper, run = RUN_FILES[name], planned(name)
     assert run.model.parameter_count() == paper.parameters
     assert run.steps == paper.steps
-    rows = sum(phase.num_steps * phase.batch_rows for phase in run.phases)
-    assert rows * run.row_length / 1e9 == pytest.approx(paper.billions, rel=0.05)
+    rows = sum(phase.num_steps * phase.batch_size for phase in run.phases)
+    assert rows * run.sequence_length / 1e9 == pytest.approx(paper.billions, rel=0.05)
     last = max(number for number, phase in enumerate(run.phases) if number == 0 or phase.schedule)
     ruled = run.rates[run.first_steps[last] + 1 :]
     assert ruled.max() == pytest.approx(paper.peak, rel=1e-3)
@@ -255,9 +255,9 @@ def test_its_pod_can_split_it(name, planned):
     mesh: MeshConfig = run.settings["mesh"]
     shards = mesh.fsdp * max(mesh.data, 1)
     for phase in run.phases:
-        assert phase.batch_rows % (shards * run.settings["micro_batches"]) == 0
-    assert all(evaluator.batch_rows % shards == 0 for evaluator in run.settings.get("evaluators", ()))
-    assert model.embed_dim % mesh.fsdp == 0 and run.row_length <= model.max_length
+        assert phase.batch_size % (shards * run.settings["gradient_accumulation_steps"]) == 0
+    assert all(evaluator.batch_size % shards == 0 for evaluator in run.settings.get("evaluators", ()))
+    assert model.embed_dim % mesh.fsdp == 0 and run.sequence_length <= model.max_length
     split = (model.padded_vocab_size, model.num_heads, model.num_kv_heads, model.mlp_dim)
     assert all(size % mesh.model == 0 for size in split)
 
@@ -300,7 +300,7 @@ def test_the_files_of_a_paper_fit_together(paper, planned, stages):
         made = [f"scores/{score.get('name', 'reference')}/{s}" for s in score.get("statistics", ("loss",))]
         columns |= {(corpus, column) for corpus in scored for column in made}
         assert scored <= corpora and score["reference"].removeprefix("runs/") in RUN_FILES
-        assert score["batch_rows"] % score["mesh"].fsdp == 0
+        assert score["batch_size"] % score["mesh"].fsdp == 0
     for name in files("train", paper):
         run = planned(name)
         assert run.settings["run_dir"].startswith(f"runs/{name.rsplit('/', 1)[0]}/")
@@ -308,7 +308,7 @@ def test_the_files_of_a_paper_fit_together(paper, planned, stages):
         for phase in run.phases:
             assert {(draw.corpus, column) for draw in phase.mixture for column in phase.score_columns} <= columns
         assert run.model.vocab_size is not None and run.model.vocab_size >= largest
-        start = run.settings.get("initial")
+        start = run.settings.get("init_from")
         assert start is None or start in GIVEN or start.removeprefix("runs/") in RUN_FILES
 
 
@@ -339,8 +339,8 @@ def test_fine_tuning_has_toras_settings_and_template(planned, stages):
     """microsoft/ToRA: 3 epochs of 69,000, linear over 3 % and down to 0, no weight decay; loss on solutions only."""
     run, source = planned("rho1/tora/selective"), stages("rho1/tora/trajectories")["Source"]
     (draw,) = run.phases[0].mixture
-    rows = FarCorpus(draw.corpus, run.row_length).num_rows
-    assert run.steps * run.phases[0].batch_rows / rows == pytest.approx(3, abs=0.01)
+    rows = FarCorpus(draw.corpus, run.sequence_length).num_rows
+    assert run.steps * run.phases[0].batch_size / rows == pytest.approx(3, abs=0.01)
     warmup = round(0.03 * run.steps)
     np.testing.assert_allclose(run.rates[: warmup + 1], 2e-5 * np.arange(warmup + 1) / warmup, rtol=1e-4)
     middle = (warmup + run.steps) // 2
@@ -395,9 +395,9 @@ def test_mecos_forms_of_metadata_are_prepared_as_they_are_drawn(name, form, hash
 def test_a_continual_run_goes_on_with_the_run_that_it_names(name, planned):
     """It has that run's phases up to where it takes over, so its state and place in the data can be inherited."""
     run = planned(name)
-    before = planned(run.settings["initial"].removeprefix("runs/"))
-    done = run.settings.get("initial_step", before.steps)
-    assert run.settings["inherit"] == "state" and run.model == before.model
+    before = planned(run.settings["init_from"].removeprefix("runs/"))
+    done = run.settings.get("init_step", before.steps)
+    assert run.settings["init_mode"] == "state" and run.model == before.model
     assert done in before.first_steps, "no checkpoint stays there"
     was, now = (config.to_json(each.phases) for each in (before, run))
     refuse_other_rows(was, now, done, "the run before", "choose another")
@@ -429,7 +429,7 @@ def test_replay_is_compute_equivalent_and_in_the_first_order(data, share, shares
     assert [draw.replay for draw in without.phases[1].mixture] == [None]
     np.testing.assert_allclose(run.shares[1], [1 - share, share])
     for other in shares:
-        changed = planned(name, f"replay/Draw.share={other}")
+        changed = planned(name, f"replay/MixtureComponent.weight={other}")
         np.testing.assert_allclose(changed.shares[1], [1 - other, other])
 
 

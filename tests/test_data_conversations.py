@@ -237,7 +237,12 @@ def test_prepare_and_train_on_answers_alone(tmp_path):
     """From the file to a selective step: prompts are read and not trained on, no answer loses its question."""
     problems = [{"prompt": f"{i}+1?", "response": f"It is {i + 1}.\n```output\n{i}\n```\nYes"} for i in range(120)]
     source = Source("sums", [write(tmp_path / "a.jsonl", *problems)], schema="prompt_response", template="tora")
-    arguments = {"vocabulary": VocabularyConfig(kind="bytes"), "row_length": 160, "packing": "whole", "processes": 1}
+    arguments = {
+        "vocabulary": VocabularyConfig(kind="bytes"),
+        "sequence_length": 160,
+        "packing": "whole",
+        "processes": 1,
+    }
     corpus: Corpus = prepare(tmp_path / "corpus", [source], **arguments)
     columns = corpus.read(np.arange(corpus.num_rows))
     answers = []

@@ -57,7 +57,7 @@ def test_rows_come_back_in_the_order_asked_for(corpus):
         assert read[name].dtype == column.dtype
         np.testing.assert_array_equal(read[name], column[rows])
     assert corpus.read(np.array([], np.int64), ["tokens"])["tokens"].shape == (0, LENGTH)
-    assert (corpus.num_rows, corpus.row_length, corpus.vocab_size) == (ROWS, LENGTH, 259)
+    assert (corpus.num_rows, corpus.sequence_length, corpus.vocab_size) == (ROWS, LENGTH, 259)
     assert corpus.source_names == ("a", "b")
     assert corpus.vocabulary().content_hash == corpus.vocabulary_hash
     assert corpus.documents().to_pylist() == [{"id": "a:0"}]

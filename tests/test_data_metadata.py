@@ -168,7 +168,7 @@ def source(tmp_path_factory) -> Source:
 def pair(source, tmp_path_factory) -> tuple[Corpus, Corpus]:
     """The corpus with hosts, packed as in the paper, and the plain one of a quarter of the documents."""
     where = tmp_path_factory.mktemp("pair")
-    settings = {"vocabulary": BYTES, "row_length": 256, "packing": "complete", "processes": 1}
+    settings = {"vocabulary": BYTES, "sequence_length": 256, "packing": "complete", "processes": 1}
     first = prepare(where / "url", [source], metadata=Metadata(), plain=where / "plain", plain_share=0.25, **settings)
     return first, Corpus.open(where / "plain")
 
@@ -284,7 +284,7 @@ def test_a_document_that_continues_carries_no_prefix(source, tmp_path):
 
 def test_the_same_again_and_other_settings(pair, source, capsys):
     where, plain = pathlib.Path(pair[0].path), pathlib.Path(pair[1].path)
-    settings = {"vocabulary": BYTES, "row_length": 256, "packing": "complete", "processes": 1}
+    settings = {"vocabulary": BYTES, "sequence_length": 256, "packing": "complete", "processes": 1}
     again = {**settings, "metadata": Metadata(), "plain": plain, "plain_share": 0.25}
     assert prepare(where, [source], **again).fingerprint == pair[0].fingerprint
     assert capsys.readouterr().out.count("is there already") == 2
@@ -341,7 +341,7 @@ def test_killed_within_the_second_it_goes_on_there(pair, source, tmp_path, capsy
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert "half prepared" in toy.refusal(Corpus.open, tmp_path / "plain")
-    settings = {"vocabulary": BYTES, "row_length": 256, "packing": "complete", "processes": 1}
+    settings = {"vocabulary": BYTES, "sequence_length": 256, "packing": "complete", "processes": 1}
     where = {"plain": tmp_path / "plain", "plain_share": 0.25}
     prepare(tmp_path / "url", [source], metadata=Metadata(), **where, **settings)
     assert "is there already" in (printed := capsys.readouterr().out) and "1 units were tokenized before" in printed

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_jax.data.batches import read_ahead
-from slm_jax.data.mixture import Draw, Mixture, Scheduled, Supply, pattern, permuted
+from slm_jax.data.mixture import Mixture, MixtureComponent, Scheduled, Supply, pattern, permuted
 from slm_jax.errors import UserError
 
 ONE = np.ones(1)
@@ -43,7 +43,9 @@ PINNED = [7, 11, 5, 4, 10, 8, 3, 9, 1, 6, 0, 2]
 
 
 def test_rows_do_not_repeat_before_the_corpus_is_used_up():
-    mixture = Mixture([Draw("a"), Draw("b")], [Supply(30), Supply(10)], seed=1, shares=np.array([3.0, 1.0]))
+    mixture = Mixture(
+        [MixtureComponent("a"), MixtureComponent("b")], [Supply(30), Supply(10)], seed=1, shares=np.array([3.0, 1.0])
+    )
     which, rows = mixture.rows(np.arange(80))
     for corpus, size in ((0, 30), (1, 10)):
         drawn = rows[which == corpus]
@@ -52,7 +54,12 @@ def test_rows_do_not_repeat_before_the_corpus_is_used_up():
 
 
 def test_positions_can_be_asked_for_in_any_order():
-    mixture = Mixture([Draw("a"), Draw("b")], [Supply(1000, 5), Supply(1000)], seed=3, shares=np.array([0.7, 0.3]))
+    mixture = Mixture(
+        [MixtureComponent("a"), MixtureComponent("b")],
+        [Supply(1000, 5), Supply(1000)],
+        seed=3,
+        shares=np.array([0.7, 0.3]),
+    )
     positions = np.random.default_rng(0).permutation(500)
     which, rows = mixture.rows(np.arange(500))
     some_which, some_rows = mixture.rows(positions)
@@ -61,14 +68,16 @@ def test_positions_can_be_asked_for_in_any_order():
 
 
 def test_a_later_phase_goes_on_where_an_earlier_one_stopped():
-    draws = [Draw("a")]
+    draws = [MixtureComponent("a")]
     whole = Mixture(draws, [Supply(100)], seed=2, shares=ONE).rows(np.arange(60))[1]
     later = Mixture(draws, [Supply(100, 40)], seed=2, shares=ONE).rows(np.arange(20))[1]
     np.testing.assert_array_equal(later, whole[40:])
 
 
 def test_original_order():
-    _, rows = Mixture([Draw("a", order="original", epochs=2)], [Supply(4)], seed=0, shares=ONE).rows(np.arange(8))
+    _, rows = Mixture([MixtureComponent("a", order="original", epochs=2)], [Supply(4)], seed=0, shares=ONE).rows(
+        np.arange(8)
+    )
     assert rows.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
@@ -77,10 +86,10 @@ def test_a_share_that_would_never_be_drawn_is_refused():
         pattern([1, 0.0004])
 
 
-@pytest.mark.parametrize("wrong", [{"order": "sorted"}, {"share": 0.0}, {"epochs": -1.0}, {"replay": "again"}])
+@pytest.mark.parametrize("wrong", [{"order": "sorted"}, {"weight": 0.0}, {"epochs": -1.0}, {"replay": "again"}])
 def test_wrong_draws_are_refused(wrong):
-    with pytest.raises(UserError, match=r"Draw"):
-        Draw("a", **wrong)
+    with pytest.raises(UserError, match=r"MixtureComponent"):
+        MixtureComponent("a", **wrong)
 
 
 def test_read_ahead_hands_errors_over_and_stops():
@@ -100,8 +109,8 @@ def test_read_ahead_hands_errors_over_and_stops():
 
 def test_a_replay_in_order_reads_again_what_was_read_from_the_first_row_on():
     """The order of the first reading, although that was a shuffled one; at its end it begins again."""
-    first = Mixture([Draw("a")], [Supply(100)], seed=2, shares=ONE).rows(np.arange(30))[1]
-    draws, shares = [Draw("b"), Draw("a", replay="in_order")], np.array([4.0, 1.0])
+    first = Mixture([MixtureComponent("a")], [Supply(100)], seed=2, shares=ONE).rows(np.arange(30))[1]
+    draws, shares = [MixtureComponent("b"), MixtureComponent("a", replay="in_order")], np.array([4.0, 1.0])
     which, rows = Mixture(draws, [Supply(50), Supply(100, 0, 30)], seed=2, shares=shares).rows(np.arange(200))
     replayed = rows[which == 1]
     np.testing.assert_array_equal(replayed, np.resize(first, len(replayed)))
@@ -110,22 +119,24 @@ def test_a_replay_in_order_reads_again_what_was_read_from_the_first_row_on():
 
 
 def test_a_shuffled_replay_reads_the_same_rows_in_other_orders():
-    first = Mixture([Draw("a")], [Supply(100)], seed=2, shares=ONE).rows(np.arange(30))[1]
-    rows = Mixture([Draw("a", replay="shuffled")], [Supply(100, 0, 30)], seed=2, shares=ONE).rows(np.arange(60))[1]
+    first = Mixture([MixtureComponent("a")], [Supply(100)], seed=2, shares=ONE).rows(np.arange(30))[1]
+    rows = Mixture([MixtureComponent("a", replay="shuffled")], [Supply(100, 0, 30)], seed=2, shares=ONE).rows(
+        np.arange(60)
+    )[1]
     assert sorted(rows[:30]) == sorted(rows[30:]) == sorted(first)
     assert len({tuple(order.tolist()) for order in (first, rows[:30], rows[30:])}) == 3
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(2, 5), st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_scheduled_shares_are_met_within_a_row_at_every_step(num_draws, batch_rows, seed):
+def test_scheduled_shares_are_met_within_a_row_at_every_step(num_draws, batch_size, seed):
     rng = np.random.default_rng(seed)
     shares = rng.dirichlet(np.ones(num_draws), 50)[np.sort(rng.integers(0, 50, 50))] * rng.uniform(0.1, 3.0)
-    places = Scheduled(shares, batch_rows)
-    ideal = np.cumsum(shares / shares.sum(axis=1, keepdims=True) * batch_rows, axis=0)
-    counts = places.counts(batch_rows * np.arange(1, 51))
+    places = Scheduled(shares, batch_size)
+    ideal = np.cumsum(shares / shares.sum(axis=1, keepdims=True) * batch_size, axis=0)
+    counts = places.counts(batch_size * np.arange(1, 51))
     assert np.abs(counts - ideal).max() < 1 + 1e-6
-    assert (np.diff(counts, axis=0) >= 0).all() and (counts.sum(axis=1) == batch_rows * np.arange(1, 51)).all()
+    assert (np.diff(counts, axis=0) >= 0).all() and (counts.sum(axis=1) == batch_size * np.arange(1, 51)).all()
 
 
 def test_scheduled_positions_can_be_asked_for_in_any_order():

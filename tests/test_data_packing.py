@@ -15,12 +15,12 @@ from slm_jax.data.packing import (
 )
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=0, max_size=60).map(lambda lengths: np.array(lengths, np.int64))
-ROW_LENGTH = st.integers(1, 24)
+SEQUENCE_LENGTH = st.integers(1, 24)
 
 
-def segment_rows(pieces: Pieces, row_length: int) -> np.ndarray:
+def segment_rows(pieces: Pieces, sequence_length: int) -> np.ndarray:
     """Lays the pieces out token by token, so that an overlap would show."""
-    rows = np.zeros((pieces.num_rows, row_length), np.uint16)
+    rows = np.zeros((pieces.num_rows, sequence_length), np.uint16)
     for row, offset, length, segment in zip(pieces.row, pieces.offset, pieces.length, pieces.segment, strict=True):
         place = rows[row, offset : offset + length]
         assert len(place) == length and not place.any()
@@ -29,9 +29,9 @@ def segment_rows(pieces: Pieces, row_length: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@given(LENGTHS, ROW_LENGTH)
-def test_rows_are_full_and_segments_contiguous(packing, lengths, row_length):
-    rows = segment_rows(PACKINGS[packing](lengths, row_length), row_length)
+@given(LENGTHS, SEQUENCE_LENGTH)
+def test_rows_are_full_and_segments_contiguous(packing, lengths, sequence_length):
+    rows = segment_rows(PACKINGS[packing](lengths, sequence_length), sequence_length)
     assert packing == "whole" or (rows[:-1] > 0).all()  # only the last row is padded
     for row in rows:
         used = row[row > 0].astype(int)
@@ -39,33 +39,33 @@ def test_rows_are_full_and_segments_contiguous(packing, lengths, row_length):
         assert used[0] == 1 and set(np.diff(used)) <= {0, 1}
 
 
-@given(LENGTHS, ROW_LENGTH)
-def test_split_holds_every_token_once_and_in_order(lengths, row_length):
-    pieces = pack_split(lengths, row_length)
+@given(LENGTHS, SEQUENCE_LENGTH)
+def test_split_holds_every_token_once_and_in_order(lengths, sequence_length):
+    pieces = pack_split(lengths, sequence_length)
     tokens = [(d, s + i) for d, s, n in zip(*pieces[:3], strict=True) for i in range(n)]
     assert tokens == [(d, i) for d, n in enumerate(lengths) for i in range(n)]
-    assert pieces.num_rows == -(-lengths.sum() // row_length)
+    assert pieces.num_rows == -(-lengths.sum() // sequence_length)
 
 
-@given(LENGTHS, ROW_LENGTH)
-def test_complete_begins_every_row_with_a_document_and_uses_each_once(lengths, row_length):
-    pieces = pack_complete(lengths, row_length)
+@given(LENGTHS, SEQUENCE_LENGTH)
+def test_complete_begins_every_row_with_a_document_and_uses_each_once(lengths, sequence_length):
+    pieces = pack_complete(lengths, sequence_length)
     assert (pieces.start == 0).all()
     assert pieces.document.tolist() == list(range(len(lengths)))
     ends = pieces.offset + pieces.length
     cut = pieces.length < lengths
-    assert (ends[cut] == row_length).all()  # tokens are discarded only at the end of a full row
+    assert (ends[cut] == sequence_length).all()  # tokens are discarded only at the end of a full row
 
 
-@given(LENGTHS, ROW_LENGTH)
-def test_whole_cuts_only_what_no_row_can_hold_and_begins_a_row_only_where_it_must(lengths, row_length):
-    pieces = pack_whole(lengths, row_length)
+@given(LENGTHS, SEQUENCE_LENGTH)
+def test_whole_cuts_only_what_no_row_can_hold_and_begins_a_row_only_where_it_must(lengths, sequence_length):
+    pieces = pack_whole(lengths, sequence_length)
     assert pieces.document.tolist() == list(range(len(lengths))) and (pieces.start == 0).all()
-    np.testing.assert_array_equal(pieces.length, np.minimum(lengths, row_length))
+    np.testing.assert_array_equal(pieces.length, np.minimum(lengths, sequence_length))
     used = np.bincount(pieces.row, pieces.length, minlength=pieces.num_rows)
     first = pieces.offset == 0
     assert first.sum() == pieces.num_rows
-    assert (used[pieces.row[first][1:] - 1] + pieces.length[first][1:] > row_length).all()
+    assert (used[pieces.row[first][1:] - 1] + pieces.length[first][1:] > sequence_length).all()
 
 
 def test_whole_on_paper():
@@ -82,9 +82,9 @@ def test_complete_on_paper():
     assert pieces.length.tolist() == [3, 2, 2, 3, 1]
 
 
-@given(LENGTHS, ROW_LENGTH)
-def test_positions_restart_with_every_segment(lengths, row_length):
-    rows = segment_rows(pack_split(lengths, row_length), row_length)
+@given(LENGTHS, SEQUENCE_LENGTH)
+def test_positions_restart_with_every_segment(lengths, sequence_length):
+    rows = segment_rows(pack_split(lengths, sequence_length), sequence_length)
     positions = positions_from_segments(rows)
     for row, places in zip(rows, positions, strict=True):
         for segment in set(row.tolist()):

@@ -58,7 +58,7 @@ def everything(corpus: Corpus) -> dict[str, np.ndarray]:
 def corpus(files, tmp_path_factory) -> Corpus:
     """Trained vocabulary, one process: what the other runs are compared with."""
     path = tmp_path_factory.mktemp("corpora") / "one"
-    return prepare(path, sources(files), VocabularyConfig(size=400), row_length=64, processes=1)
+    return prepare(path, sources(files), VocabularyConfig(size=400), sequence_length=64, processes=1)
 
 
 def refusal(call, *arguments, **named) -> str:
@@ -80,7 +80,7 @@ def test_every_document_is_there_once_and_whole(corpus, files):
     assert sorted(row["id"] for row in table) == sorted(originals)
     for row in table:
         tokens = flat[begin : begin + row["length"]]
-        assert (row["row"], row["start"]) == divmod(begin, corpus.row_length)
+        assert (row["row"], row["start"]) == divmod(begin, corpus.sequence_length)
         assert tokens[0] == vocabulary.bos_id and tokens[-1] == vocabulary.eos_id
         assert vocabulary.decode(tokens[1:-1]) == originals[row["id"]]
         assert row["bytes"] == len(originals[row["id"]].encode("utf-8"))
@@ -120,7 +120,7 @@ def test_marked_spans_are_their_own_source(corpus):
 
 
 def test_two_processes_make_the_same_corpus(corpus, files, tmp_path):
-    other = prepare(tmp_path / "two", sources(files), VocabularyConfig(size=400), row_length=64, processes=2)
+    other = prepare(tmp_path / "two", sources(files), VocabularyConfig(size=400), sequence_length=64, processes=2)
     assert other.fingerprint == corpus.fingerprint
     for name, column in everything(corpus).items():
         np.testing.assert_array_equal(column, everything(other)[name])
@@ -135,7 +135,7 @@ from slm_jax.data.sources import Source
 from slm_jax.data.vocabularies import VocabularyConfig
 path, stories, marked = sys.argv[1:]
 sources = [Source("stories", [stories]), Source("marked", [marked], spans_field="spans")]
-prepare(path, sources, VocabularyConfig(size=400), row_length=64, processes=2)
+prepare(path, sources, VocabularyConfig(size=400), sequence_length=64, processes=2)
 """  # no main guard on purpose: workers must not run the caller's module again
 
 
@@ -157,18 +157,18 @@ def test_killed_at_any_moment_and_started_again(corpus, files, tmp_path):
     kill_when(lambda: any(path.glob("work/unit-???????")))
     units = {unit: unit.stat().st_mtime_ns for unit in path.glob("work/unit-???????")}
     assert units and "only half prepared" in refusal(Corpus.open, path)
-    message = refusal(prepare, path, sources(files), VocabularyConfig(size=400), row_length=32)
-    assert "half prepared with other settings (row_length was 64, now 32)" in message
+    message = refusal(prepare, path, sources(files), VocabularyConfig(size=400), sequence_length=32)
+    assert "half prepared with other settings (sequence_length was 64, now 32)" in message
     kill_when(lambda: (path / "columns" / "source_ids" / "c").exists())
     assert all(unit.stat().st_mtime_ns == written for unit, written in units.items() if unit.exists())
-    finished = prepare(path, sources(files), VocabularyConfig(size=400), row_length=64, processes=1)
+    finished = prepare(path, sources(files), VocabularyConfig(size=400), sequence_length=64, processes=1)
     assert finished.fingerprint == corpus.fingerprint
     assert finished.documents() == corpus.documents()
     assert finished.manifest == corpus.manifest
 
 
 def test_the_same_again_says_so_and_anything_else_is_refused(corpus, files, capsys):
-    same = prepare(corpus.path, sources(files), VocabularyConfig(size=400), row_length=64, processes=2)
+    same = prepare(corpus.path, sources(files), VocabularyConfig(size=400), sequence_length=64, processes=2)
     assert same.fingerprint == corpus.fingerprint
     assert "is there already" in capsys.readouterr().out
     for changed, message in [
@@ -178,7 +178,7 @@ def test_the_same_again_says_so_and_anything_else_is_refused(corpus, files, caps
         ({"sources": sources(files, part="0/2")}, "part of source 'stories' was None, now 0/2"),
         ({"sources": [sources(files)[0], Source("marked", [files["stories"]])]}, "input files of source 'marked'"),
     ]:
-        settings = {"sources": sources(files), "vocabulary": VocabularyConfig(size=400), "row_length": 64}
+        settings = {"sources": sources(files), "vocabulary": VocabularyConfig(size=400), "sequence_length": 64}
         assert message in refusal(prepare, corpus.path, **{**settings, **changed})
 
 
@@ -189,10 +189,10 @@ def test_a_corpus_of_an_earlier_version_lacks_settings_that_are_off(corpus, file
     for source in manifest["settings"]["sources"]:
         del source["template"], source["response_field"]
     (old / "manifest.json").write_text(json.dumps(manifest))
-    prepare(old, sources(files), VocabularyConfig(size=400), row_length=64)
+    prepare(old, sources(files), VocabularyConfig(size=400), sequence_length=64)
     assert "is there already" in capsys.readouterr().out
-    refused = refusal(prepare, old, sources(files), VocabularyConfig(size=400), row_length=32)
-    assert "(row_length was 64, now 32)" in refused
+    refused = refusal(prepare, old, sources(files), VocabularyConfig(size=400), sequence_length=32)
+    assert "(sequence_length was 64, now 32)" in refused
 
 
 def test_seed_packing_and_a_given_vocabulary(corpus, files, tmp_path):
@@ -210,8 +210,8 @@ def test_seed_packing_and_a_given_vocabulary(corpus, files, tmp_path):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"row_length": 1 << 18}, "row_length is 262144"),
-        ({"row_length": 1}, "row_length is 1"),
+        ({"sequence_length": 1 << 18}, "sequence_length is 262144"),
+        ({"sequence_length": 1}, "sequence_length is 1"),
         ({"packing": "best"}, "packing is 'best', must be one of split, complete"),
         ({"processes": -1}, "processes is -1"),
         ({"vocabulary": VocabularyConfig(kind="words")}, "kind is 'words'"),
@@ -266,10 +266,10 @@ def test_a_full_disk_and_then_more_space(files, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting is not permitted")
     try:
-        message = refusal(prepare, disk / "corpus", sources(files), BYTES, row_length=64, processes=1)
+        message = refusal(prepare, disk / "corpus", sources(files), BYTES, sequence_length=64, processes=1)
         assert "disk full while writing" in message and "finished units" in message
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        resumed = prepare(disk / "corpus", sources(files), BYTES, row_length=64, processes=1)
+        resumed = prepare(disk / "corpus", sources(files), BYTES, sequence_length=64, processes=1)
         assert resumed.fingerprint == prepare(tmp_path / "c", sources(files), BYTES, 64, processes=1).fingerprint
         resumed = None
     finally:

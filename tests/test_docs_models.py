@@ -17,9 +17,9 @@ from tokenizer_families import save
 from slm_jax.__main__ import STAGES
 from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.metrics import read_metrics
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.huggingface import tensors
 from slm_jax.models.huggingface_config import write_config
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.tensor_files import write_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -29,9 +29,11 @@ COMMANDS = [line for language, block in BLOCKS if not language for line in block
 
 # What makes a command of the page small, by its stage.
 SMALL = {
-    "prepare": toy.settings(prepare={"row_length": 64, "processes": 1}),
+    "prepare": toy.settings(prepare={"sequence_length": 64, "processes": 1}),
     "train": toy.settings(
-        Phase={"steps": 2, "batch_rows": 8}, train={"micro_batches": 2}, Draw={"epochs": 100.0}
+        Phase={"steps": 2, "batch_size": 8},
+        train={"gradient_accumulation_steps": 2},
+        MixtureComponent={"epochs": 100.0},
     ),
     "generate": toy.settings(Sampling={"max_new_tokens": 4}),
 }  # fmt: skip

@@ -106,7 +106,7 @@ class Killed(BaseException):
 def test_killed_in_the_middle_it_makes_what_is_missing(reference, prompts, tmp_path, monkeypatch):
     """Four prompts at a time; the last is lost, with half a line. What is there is not made again."""
     monkeypatch.setattr(stage, "BATCHES", 1)
-    settings = {"prompts": prompts, "batch_rows": 4}
+    settings = {"prompts": prompts, "batch_size": 4}
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     generate_here(reference, **settings, output=str(whole))
     append = Lines.append

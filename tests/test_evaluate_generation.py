@@ -40,10 +40,10 @@ def random_params(model):
     return jax.tree_util.tree_map_with_path(random, forward.param_shapes(model))
 
 
-def generator(model=MODEL, batch_rows=4, devices=1, axes=None):
+def generator(model=MODEL, batch_size=4, devices=1, axes=None):
     mesh = mesh_lib.make_mesh(axes, jax.devices()[:devices])
     params = random_params(model)
-    return Generator(jax.device_put(params, mesh_lib.tree_shardings(params, mesh)), model, VOCABULARY, mesh, batch_rows)
+    return Generator(jax.device_put(params, mesh_lib.tree_shardings(params, mesh)), model, VOCABULARY, mesh, batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_tokens_are_those_of_the_uncached_forward(name):
     """Each is the most likely one behind the prompt and the tokens before it, read in one row."""
     model = MODELS[name]
     prompts = [*PROMPTS, PROMPTS[2] + PROMPTS[3]]  # the longest has 42, in a batch of rows of 64
-    made = generator(model, batch_rows=8).continue_ids(prompts, GREEDY)
+    made = generator(model, batch_size=8).continue_ids(prompts, GREEDY)
     length = max(map(len, prompts)) + GREEDY.max_new_tokens
     tokens, segments = np.zeros((2, len(prompts), length), np.int32)
     for row, (prompt, continuation) in enumerate(zip(prompts, made, strict=True)):
@@ -90,7 +90,7 @@ def test_tokens_are_those_of_the_uncached_forward(name):
 
 def test_rows_do_not_depend_on_their_batch(alone, expected):
     """Ragged and padded, or alone: in one list, one after the other, with another size of batches."""
-    one_by_one = generator(batch_rows=1)
+    one_by_one = generator(batch_size=1)
     for sampling, whole in expected.items():
         for place, prompt in enumerate(PROMPTS):
             assert alone.continue_ids([prompt], sampling, first_place=place) == [whole[place]]
@@ -99,14 +99,14 @@ def test_rows_do_not_depend_on_their_batch(alone, expected):
 
 
 def test_eight_devices_continue_as_one(expected):
-    several = generator(batch_rows=8, devices=8)
+    several = generator(batch_size=8, devices=8)
     for sampling, whole in expected.items():
         assert several.continue_ids(PROMPTS, sampling) == whole
 
 
 def test_a_mesh_with_all_axes_continues_as_one_device_and_the_cache_stays_where_it_is(expected):
     """No device sends keys and values of its rows and heads (of 2 layers, in 64 slots) to another."""
-    several = generator(batch_rows=8, devices=8, axes=MeshConfig(data=2, fsdp=2, model=2))
+    several = generator(batch_size=8, devices=8, axes=MeshConfig(data=2, fsdp=2, model=2))
     for sampling, whole in expected.items():
         assert several.continue_ids(PROMPTS, sampling) == whole
     programs = [program.as_text() for key, program in several._programs.items() if key[0] is decoding.advance]
@@ -140,7 +140,7 @@ def test_few_programs_are_compiled(alone, expected):
 def test_one_step_follows_the_softmax(alone):
     """The frequency of each token in many draws, at a temperature."""
     count = 2000
-    wide = generator(batch_rows=count)
+    wide = generator(batch_size=count)
     drawn = wide.continue_ids([PROMPTS[0]] * count, Sampling(max_new_tokens=1, temperature=2.0, seed=3))
     tokens = jnp.asarray([PROMPTS[0]])
     place = jnp.arange(tokens.shape[1])[None]
@@ -162,7 +162,7 @@ def test_a_seed_is_repeated_and_another_one_is_another(alone, expected):
 
 def test_only_ids_of_the_vocabulary_are_made():
     """A model may embed more ids than its vocabulary has."""
-    wide = generator(dataclasses.replace(MODEL, vocab_size=300), batch_rows=1000)
+    wide = generator(dataclasses.replace(MODEL, vocab_size=300), batch_size=1000)
     made = wide.continue_ids([[1]] * 1000, Sampling(max_new_tokens=1, temperature=100.0))
     tokens = [continuation.tokens[0] for continuation in made]
     assert 250 < max(tokens) < VOCABULARY.size and len(set(tokens)) > 200
@@ -209,4 +209,4 @@ def test_prompts_that_cannot_be_continued_are_refused(alone):
     assert "prompt 1 of 1 has the id 62, the model embeds 0 to 61" in message([62])
     assert "has the id -1" in message([1, -1])
     assert alone.continue_ids([], GREEDY) == []
-    assert "a batch of 3 rows does not split into 8 shards" in refusal(generator, batch_rows=3, devices=8)
+    assert "a batch of 3 rows does not split into 8 shards" in refusal(generator, batch_size=3, devices=8)

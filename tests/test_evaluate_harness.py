@@ -18,16 +18,16 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints
 from slm_jax.config import to_json
 from slm_jax.data.vocabularies import ByteVocabulary
-from slm_jax.evaluate.answers import Answers, rolling_windows
+from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.harness import Harness
 from slm_jax.evaluate.likelihood import Likelihoods
+from slm_jax.evaluate.lm_adapter import Answers, rolling_windows
 from slm_jax.evaluate.request_cache import RequestCache
 from slm_jax.evaluate.sampling import Sampling
-from slm_jax.evaluate.stage import evaluate
 from slm_jax.evaluate.suites import SUITES, UNCONDITIONAL, Column, Form, Suite
 from slm_jax.evaluate.task_table import table
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.reference import load_model
 
 pytest.importorskip("lm_eval")
@@ -253,7 +253,7 @@ def test_results_are_lm_evals_own_and_ours(record):
 def answers(run, tmp_path) -> Answers:
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
     cache = RequestCache(tmp_path / "requests.jsonl")
-    return Answers(load_model(str(run), mesh), ByteVocabulary(), mesh, cache, batch_tokens=512, batch_rows=4)
+    return Answers(load_model(str(run), mesh), ByteVocabulary(), mesh, cache, batch_tokens=512, batch_size=4)
 
 
 def test_a_prefix_is_as_if_the_text_began_with_it(answers):

@@ -15,11 +15,11 @@ import toy
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
+from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.likelihood import Likelihood, Likelihoods, Pair, encode_pair, head_ids, widths
 from slm_jax.evaluate.multiple_choice import Estimate, MultipleChoice, Scored, estimate, measures, read_questions
 from slm_jax.evaluate.samples import Samples
 from slm_jax.evaluate.sampling import Sampling
-from slm_jax.evaluate.stage import evaluate
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import read_metrics
 from slm_jax.models import forward
@@ -172,7 +172,7 @@ def test_mistakes(questions, corpus, tmp_path):
 
 def test_in_the_loop_they_change_nothing_and_are_what_the_stage_measures(corpus, questions, tmp_path):
     choice = MultipleChoice("mc", str(questions), str(corpus.path))
-    samples = Samples("text", str(corpus.path), ["the", "", "pigs"], "URL: a.org\n\n", Sampling(12), batch_rows=4)
+    samples = Samples("text", str(corpus.path), ["the", "", "pigs"], "URL: a.org\n\n", Sampling(12), batch_size=4)
     evaluators = [choice, samples]
     toy.train_here(tmp_path / "with", [toy.phase(corpus, steps=4)], evaluators=evaluators, evaluate_every=2)
     toy.train_here(tmp_path / "without", [toy.phase(corpus, steps=4)])

@@ -14,9 +14,9 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.packing import PACKINGS
 from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.evaluate.prefix import conditioned, document_prefixes, repack, row_width, segments_of
-from slm_jax.evaluate.stage import evaluate
 from slm_jax.metrics import read_metrics
 from slm_jax.score.reference import TrainedModel, load_model
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_measured_is_refused(model, plain, tmp_path):
     assert "HeldOut.metadata" in message(shuffled=True)
     line = message(prefix="x" * 41)
     assert "has 65 tokens in its row behind a prefix of up to 41, the model reads 64" in line
-    assert "row_length = 23 or less" in line
+    assert "sequence_length = 23 or less" in line
     assert "Metadata.field" in message(metadata=Metadata(field="topic")) and "Metadata.top" in message(
         metadata=Metadata(top=3)
     )
@@ -168,9 +168,9 @@ def test_what_cannot_be_measured_is_refused(model, plain, tmp_path):
     st.sampled_from(sorted(PACKINGS)),
     st.data(),
 )
-def test_repacking_keeps_every_segment_whole_and_in_order(lengths, row_length, packing, data):
-    pieces = PACKINGS[packing](np.array(lengths), row_length)
-    shape = (pieces.num_rows, row_length)
+def test_repacking_keeps_every_segment_whole_and_in_order(lengths, sequence_length, packing, data):
+    pieces = PACKINGS[packing](np.array(lengths), sequence_length)
+    shape = (pieces.num_rows, sequence_length)
     segment_ids = np.zeros(shape, np.uint16)
     for row, offset, length, segment in zip(pieces.row, pieces.offset, pieces.length, pieces.segment, strict=True):
         segment_ids[row, offset : offset + length] = segment

@@ -8,10 +8,10 @@ import pytest
 import toy
 
 from slm_jax.data.conversations import TEMPLATES, Turn, written
+from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.harness import Harness, Zoo, chat_text, sampling_of, scored
 from slm_jax.evaluate.multiple_choice import Scored
 from slm_jax.evaluate.sampling import Sampling
-from slm_jax.evaluate.stage import evaluate
 from slm_jax.evaluate.suites import HOSTS, MECO_FORMS, SUITES, Column, Form, host_prefix
 from slm_jax.evaluate.task_table import averages, table
 from slm_jax.evaluate.tasks import best_form, columns_of, prefixes, unconditional

@@ -7,27 +7,40 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "slm_jax"
-MAX_LINES = 400
+MAX_LINES = 500
 
-BOTTOM = {"errors", "config", "settings", "chips", "mesh", "processes", "metrics", "checkpoint"}
+BOTTOM = {
+    "errors",
+    "files",
+    "jsonl",
+    "renamed",
+    "run_directory",
+    "config",
+    "settings",
+    "chips",
+    "mesh",
+    "processes",
+    "metrics",
+    "checkpoint",
+}
 # What each module directly under the package, or each subpackage, may import besides itself.
 MAY_IMPORT = {
     **{module: BOTTOM for module in BOTTOM},
-    "data": {"errors", "config"},
+    "data": {"errors", "files", "jsonl", "renamed", "config"},
     "models": BOTTOM,
     "score": BOTTOM | {"models", "data"},
     "train": BOTTOM | {"models", "data", "score"},
     "evaluate": BOTTOM | {"models", "data", "score"},
     "analyze": BOTTOM | {"data", "score", "evaluate"},
-    "exchange": BOTTOM | {"models", "data", "score"},
+    "convert": BOTTOM | {"models", "data", "score"},
     "demo": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze"},
     "compile": BOTTOM | {"models", "data", "score", "train"},
-    "__main__": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze", "exchange", "demo", "compile"},
+    "__main__": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze", "convert", "demo", "compile"},
     "__init__": set(),
 }
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
 TENSORFLOW = {"seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text"}
-TENSORFLOW_FILES = {"data/tasks.py", "data/vocabularies.py", "data/prepare.py"}
+TENSORFLOW_FILES = {"data/seqio_tasks.py", "data/vocabularies.py", "data/prepare.py"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
 
 
@@ -119,7 +132,7 @@ def test_package_keeps_the_rules():
         ("train/step.py", "from flax import nnx", "only models/ imports flax"),
         ("data/packing.py", "import jax.numpy as jnp", "data/ imports no jax"),
         ("data/corpus.py", "def f():\n    import seqio", "only data/prepare.py"),
-        ("data/tasks.py", "try:\n    import seqio\nexcept ImportError:\n    pass", "inside the function"),
+        ("data/seqio_tasks.py", "try:\n    import seqio\nexcept ImportError:\n    pass", "inside the function"),
         ("checkpoint.py", "import pickle", "no pickle"),
         ("config.py", "eval('1')", "no eval()"),
         ("config.py", "exec('1')", "no exec()"),
@@ -127,7 +140,7 @@ def test_package_keeps_the_rules():
         ("data/corpus.py", "import numpy as np\nnp.load('x.npy', allow_pickle=True)", "no allow_pickle=True"),
         ("config.py", "import os\nos.system('ls')", "no os.system"),
         ("data/utils.py", "", "no utils.py"),
-        ("config.py", "\n" * 401, "401 lines"),
+        ("config.py", "\n" * 501, "501 lines"),
         ("extras/tools.py", "", "has no place in the layers"),
     ],
 )
@@ -139,7 +152,7 @@ def test_a_broken_rule_is_named_with_file_and_line(path: str, source: str, rule:
 
 
 def test_what_is_allowed_passes():
-    assert not violations("data/tasks.py", "from slm_jax.errors import UserError\ndef f():\n    import seqio")
+    assert not violations("data/seqio_tasks.py", "from slm_jax.errors import UserError\ndef f():\n    import seqio")
     assert not violations(
         "data/vocabularies.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import seqio"
     )

@@ -10,7 +10,7 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.models import forward
-from slm_jax.models.config import SIZES
+from slm_jax.models.model_config import SIZES
 
 
 def test_every_parameter_has_a_rule_and_big_ones_are_split():

@@ -26,7 +26,7 @@ from slm_jax.models.attention import (
     splash_attention,
     xla_attention,
 )
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.model_config import ModelConfig
 
 HEAD_DIM = 8
 LONG = 384  # three of the kernel's smallest blocks

@@ -12,8 +12,8 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import make_batch
 from slm_jax.mesh import MeshConfig
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.layers import dropout
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.token_loss import batch_loss
 
 RATE = 0.3

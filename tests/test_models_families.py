@@ -14,8 +14,8 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.config import to_json
 from slm_jax.data.batches import make_batch
 from slm_jax.models import forward
-from slm_jax.models.config import FUNCTION_FIELDS, SIZES, ModelConfig, RopeScaling
 from slm_jax.models.layers import rotary_angles, rotate, scaled_frequencies
+from slm_jax.models.model_config import FUNCTION_FIELDS, SIZES, ModelConfig, RopeScaling
 from slm_jax.score.token_loss import predicted
 from slm_jax.train import gradients
 from slm_jax.train.optimizer import decay_mask

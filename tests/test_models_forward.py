@@ -10,7 +10,7 @@ import pytest
 from slm_jax.data.batches import make_batch
 from slm_jax.errors import UserError
 from slm_jax.models import forward
-from slm_jax.models.config import SIZES, ModelConfig, model_config
+from slm_jax.models.model_config import SIZES, ModelConfig, model_config
 from slm_jax.score.token_loss import batch_loss
 
 TINY = ModelConfig(

@@ -6,8 +6,8 @@ import json
 import pytest
 import toy
 
-from slm_jax.models.config import FUNCTION_FIELDS, SIZES, ModelConfig, RopeScaling
 from slm_jax.models.huggingface_config import family, read_config, write_config
+from slm_jax.models.model_config import FUNCTION_FIELDS, SIZES, ModelConfig, RopeScaling
 
 # As they were published, in the older spelling of rotary settings; without what says nothing of the function.
 LLAMA = {

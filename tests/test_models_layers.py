@@ -10,8 +10,8 @@ import pytest
 from slm_jax import mesh as mesh_lib
 from slm_jax.mesh import MeshConfig, P
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.layers import lookup, product
+from slm_jax.models.model_config import ModelConfig
 
 SHAPES = {1: ((6, 5, 8), (8, 3, 4)), 2: ((6, 5, 3, 4), (3, 4, 8))}  # x and kernel by contracted axes
 

@@ -11,9 +11,9 @@ import toy
 from tokenizer_families import HARD, sentencepiece_of_llama
 
 from slm_jax import mesh as mesh_lib
+from slm_jax.convert.import_model import import_model
 from slm_jax.data.llama2c_vocabulary import read_tokenizer_bin
 from slm_jax.data.vocabularies import SentencePieceVocabulary
-from slm_jax.exchange.importing import import_model
 from slm_jax.models import forward
 from slm_jax.models.llama2c import MAGIC
 from slm_jax.score.reference import load_model, run_vocabulary

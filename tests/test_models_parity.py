@@ -13,14 +13,14 @@ import pytest
 import toy
 
 from slm_jax import mesh
+from slm_jax.convert.export_model import export_model
+from slm_jax.convert.import_model import import_model
 from slm_jax.data.batches import make_batch
 from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.evaluate.generation import Generator, Sampling
-from slm_jax.exchange.exporting import export_model
-from slm_jax.exchange.importing import import_model
 from slm_jax.models import forward
-from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig, RopeScaling
 from slm_jax.models.huggingface import tensors, to_ours
+from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig, RopeScaling
 from slm_jax.score.reference import load_model
 from slm_jax.score.token_loss import batch_loss
 

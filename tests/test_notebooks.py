@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 TOY = {"DOCUMENTS": 160, "STEPS": 4, "CHECKPOINTS": 2, "WORK": "here", "MODEL": "", "PEAK": 1e-3}
 # And behind it: models that are asked for by name are small.
 SMALL = """
-import gin, slm_jax.models.config
+import gin, slm_jax.models.model_config
 gin.parse_config(["model.num_layers = 1", "model.embed_dim = 32", "model.num_heads = 2", "model.num_kv_heads = 2",
                   "model.head_dim = 16", "model.mlp_dim = 64"])
 """

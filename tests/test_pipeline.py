@@ -14,15 +14,15 @@ RUN = {"target_loss", "target_bits_per_byte", "general_loss", "tokens_seen", "to
 RUN |= {"training_flops", "scoring_flops"}
 OVERRIDES = [
     *(setting.removeprefix("--gin.") for setting in toy.MODEL_SETTINGS if "vocab_size" not in setting),
-    "prepare.row_length = 64",
+    "prepare.sequence_length = 64",
     "prepare.processes = 1",
     "VocabularyConfig.size = 500",
     "Phase.steps = 6",
-    "Phase.batch_rows = 8",
-    "Draw.epochs = 50",
+    "Phase.batch_size = 8",
+    "MixtureComponent.epochs = 50",
     "train.evaluate_every = 3",
     "HeldOut.rows = 16",
-    "HeldOut.batch_rows = 16",
+    "HeldOut.batch_size = 16",
     "trace/HeldOut.rows = 16",
 ]
 

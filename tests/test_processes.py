@@ -64,7 +64,7 @@ def phase(corpus: Corpus, steps: int) -> Phase:
 
 
 def held_out(corpus: Corpus) -> HeldOut:
-    return HeldOut("held", corpus.path, rows=16, batch_rows=8, keep_tokens=True, prefix=PREFIX)
+    return HeldOut("held", corpus.path, rows=16, batch_size=8, keep_tokens=True, prefix=PREFIX)
 
 
 def command(corpus: Corpus, run_dir: Path, steps: int) -> tuple[str, ...]:
@@ -78,8 +78,8 @@ def command(corpus: Corpus, run_dir: Path, steps: int) -> tuple[str, ...]:
         "--gin.train.evaluators=[@HeldOut()]",
         *toy.settings(
             Selection={"score": "loss", "ratio": 0.5, "scope": "batch"},
-            Draw={"corpus": corpus.path, "epochs": 100.0},
-            Phase={"steps": steps, "batch_rows": 8},
+            MixtureComponent={"corpus": corpus.path, "epochs": 100.0},
+            Phase={"steps": steps, "batch_size": 8},
             constant_schedule={"peak": 1e-2, "warmup": 0.0},
             HeldOut=dataclasses.asdict(held_out(corpus)),
             train={"run_dir": str(run_dir), "checkpoint_every": 4, "evaluate_every": 1000},
@@ -147,7 +147,7 @@ def test_two_processes_score_as_one(reference, tmp_path):
     """Though each takes the metadata out of its own rows."""
     records = [{"text": " ".join(toy.WORDS[: i % 9 + 1]), "url": f"https://a{i % 3}.org"} for i in range(60)]
     corpus = toy.write_documents(tmp_path / "corpus", records, 64, metadata=Metadata())
-    settings = {"corpus": corpus.path, "reference": str(reference), "batch_rows": 8, "without_prefix": True}
+    settings = {"corpus": corpus.path, "reference": str(reference), "batch_size": 8, "strip_metadata": True}
     mesh = (part.replace("train.mesh", "score.mesh") for part in MESH)
     codes, output, other = finish(start(tmp_path, "score", *mesh, *toy.settings(score={**settings, "name": "two"})))
     assert codes == [0, 0], output + other
@@ -163,7 +163,7 @@ def test_a_mistake_that_one_process_finds_ends_all_with_one_line(corpus, tmp_pat
         codes, output, other = finish(start(tmp_path, *command(corpus, run, 6)))
     assert codes == [1, 1]
     assert (output + other).count("error: another process is training in") == 1 and "Traceback" not in output + other
-    elsewhere = tuple(toy.settings(Draw={"corpus": str(tmp_path / "nowhere")}))
+    elsewhere = tuple(toy.settings(MixtureComponent={"corpus": str(tmp_path / "nowhere")}))
     codes, output, other = finish(start(tmp_path, *command(corpus, run, 6), second=elsewhere))
     assert codes == [1, 1]
     assert f"slm-jax train: error: no corpus at {tmp_path / 'nowhere'}" in output and "(process 1)" in output
@@ -175,11 +175,11 @@ def test_two_commands_do_not_write_one_column(corpus_copy, reference, monkeypatc
     refusals, write = [], ScoreColumn.write
 
     def write_and_score(column: ScoreColumn, begin: int, values) -> None:
-        refusals.append(toy.refusal(score, corpus_copy.path, str(reference), batch_rows=8))
+        refusals.append(toy.refusal(score, corpus_copy.path, str(reference), batch_size=8))
         write(column, begin, values)
 
     monkeypatch.setattr(ScoreColumn, "write", write_and_score)
-    score(corpus_copy.path, str(reference), batch_rows=8)
+    score(corpus_copy.path, str(reference), batch_size=8)
     assert refusals and all("another process is scoring" in line for line in refusals)
     assert corpus_copy.score("reference").complete
 
@@ -273,7 +273,7 @@ def test_two_processes_generate_as_one(reference, tmp_path):
     """The model, the rows and the cache are split over both; a stop that the text tells is heard by both."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": word}) + "\n" for word in toy.WORDS))
     sampling = Sampling(max_new_tokens=20, temperature=1.0, stop=["a", "e"], seed=1)
-    names = {"run": str(reference), "prompts": str(tmp_path / "prompts.jsonl"), "batch_rows": 8}
+    names = {"run": str(reference), "prompts": str(tmp_path / "prompts.jsonl"), "batch_size": 8}
     generate(**names, sampling=sampling, output=str(tmp_path / "one.jsonl"), mesh=AXES)
     output = str(tmp_path / "two.jsonl")
     settings = toy.settings(

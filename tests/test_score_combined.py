@@ -16,11 +16,18 @@ from slm_jax.checkpoint import params_fingerprint
 from slm_jax.data.corpus import Corpus
 from slm_jax.metrics import read_metrics
 from slm_jax.score.reference import load_model
-from slm_jax.score.selection import Choice, Combined, Selection, choose, looks_ahead, row_capacity, within_capacity
-from slm_jax.train import outline
+from slm_jax.score.selection import (
+    Choice,
+    CombinedSelection,
+    Selection,
+    choose,
+    looks_ahead,
+    row_capacity,
+    within_capacity,
+)
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
-from slm_jax.train.schedules import Leg, Schedule
+from slm_jax.train.schedules import Schedule, SchedulePart
 from slm_jax.train.start import refuse_equal_reference
 
 jit_choose = jax.jit(choose, static_argnums=0)
@@ -70,7 +77,7 @@ def _top(scores: np.ndarray, valid: np.ndarray, ratio: float) -> set[int]:
 def test_sets_of_the_usable_tokens(read, valid, keeps):
     """Whatever the ties, masks and tokens without a score: the two sets, each of its own share, met or joined."""
     columns = {"scores/self/loss": read[0], "scores/self/entropy": read[1]}
-    chosen, usable, _ = jit_choose(Combined([LIKELY, CERTAIN], keeps), jnp.zeros((4, 16)), columns, valid, KEY)
+    chosen, usable, _ = jit_choose(CombinedSelection([LIKELY, CERTAIN], keeps), jnp.zeros((4, 16)), columns, valid, KEY)
     finite = valid & np.isfinite(read).all(axis=0)
     np.testing.assert_array_equal(usable, finite)
     likely, certain = _top(-read[0], finite, 0.7), _top(-read[1], finite, 0.5)
@@ -93,14 +100,14 @@ def test_eight_devices_choose_as_one(keeps):
     valid = np.random.default_rng(1).random(loss.shape) < 0.9
     for devices in (1, 8):
         with jax.set_mesh(mesh_lib.make_mesh(devices=jax.devices()[:devices])):
-            found.append(jit_choose(Combined([LIKELY, CERTAIN], keeps), loss, columns, valid, KEY).chosen)
+            found.append(jit_choose(CombinedSelection([LIKELY, CERTAIN], keeps), loss, columns, valid, KEY).chosen)
     np.testing.assert_array_equal(*found)
 
 
 def test_each_random_part_draws_for_itself():
     """Two random halves have a quarter in common, not a half."""
     halves = [Selection("random", 0.5), Selection("random", 0.5)]
-    chosen = jit_choose(Combined(halves), jnp.zeros((4, 256)), {}, jnp.ones((4, 256), bool), KEY).chosen
+    chosen = jit_choose(CombinedSelection(halves), jnp.zeros((4, 256)), {}, jnp.ones((4, 256), bool), KEY).chosen
     assert 200 < int(chosen.sum()) < 312
 
 
@@ -111,18 +118,18 @@ def test_the_room_of_a_filtered_backward():
         Selection("entropy", 0.2, reference="self", gradient="filtered"),
     ]
     assert [row_capacity(part, (16, 64)) for part in parts] == [309, 206]
-    assert row_capacity(Combined(parts), (16, 64)) == 206
-    assert row_capacity(Combined(parts, "union"), (16, 64)) == 309 + 206
-    assert row_capacity(Combined([*parts, *parts], "union"), (16, 64)) == 16 * 64
+    assert row_capacity(CombinedSelection(parts), (16, 64)) == 206
+    assert row_capacity(CombinedSelection(parts, "union"), (16, 64)) == 309 + 206
+    assert row_capacity(CombinedSelection([*parts, *parts], "union"), (16, 64)) == 16 * 64
     loss, columns = _columns()
     valid = np.ones(loss.shape, bool)
     for keeps in ("intersection", "union"):
-        whole = jit_choose(Combined(parts, keeps), loss, columns, valid, KEY)
-        kept = within_capacity(Combined(parts, keeps), whole.scores, whole.chosen)
+        whole = jit_choose(CombinedSelection(parts, keeps), loss, columns, valid, KEY)
+        kept = within_capacity(CombinedSelection(parts, keeps), whole.scores, whole.chosen)
         np.testing.assert_array_equal(kept, whole.chosen)
     small = [Selection("reference", 0.3, reference="self", gradient="filtered", capacity=0.1)] * 2
-    assert row_capacity(Combined(small, "union"), (16, 64)) == 103
-    kept = within_capacity(Combined(small, "union"), whole.scores, whole.chosen)
+    assert row_capacity(CombinedSelection(small, "union"), (16, 64)) == 103
+    kept = within_capacity(CombinedSelection(small, "union"), whole.scores, whole.chosen)
     assert kept.sum() == 103
     low = -columns["scores/self/loss"]
     assert low[np.asarray(whole.chosen & ~kept)].max() <= low[np.asarray(kept)].min()
@@ -133,10 +140,10 @@ def test_the_room_of_a_filtered_backward():
 )
 def test_who_competes_across_micro_batches(scope, ahead):
     part = Selection(scope=scope)
-    assert looks_ahead(part) == looks_ahead(Combined([part, part])) == ahead
+    assert looks_ahead(part) == looks_ahead(CombinedSelection([part, part])) == ahead
     threshold = Selection(scope=scope, threshold=0.0)
-    assert not looks_ahead(Combined([threshold, threshold]))
-    assert looks_ahead(Combined([threshold, part])) == ahead
+    assert not looks_ahead(CombinedSelection([threshold, threshold]))
+    assert looks_ahead(CombinedSelection([threshold, part])) == ahead
 
 
 @pytest.mark.parametrize(
@@ -145,16 +152,19 @@ def test_who_competes_across_micro_batches(scope, ahead):
         ("one name at least, and each of them once", lambda: Selection(reference=["a", "a"])),
         ("Selection.reference []", lambda: Selection(reference=[])),
         ("Selection.combine 'median' is unknown: known are mean, min, max", lambda: Selection(combine="median")),
-        ("Combined.parts has 1 Selection", lambda: Combined([Selection()])),
-        ("Combined.keeps 'xor' is unknown: known are intersection, union", lambda: Combined([LIKELY, CERTAIN], "xor")),
+        ("CombinedSelection.parts has 1 Selection", lambda: CombinedSelection([Selection()])),
         (
-            "Combined.parts differ in scope (batch, sequence): set Selection.scope for all",
-            lambda: Combined([Selection(), Selection(scope="sequence")]),
+            "CombinedSelection.keeps 'xor' is unknown: known are intersection, union",
+            lambda: CombinedSelection([LIKELY, CERTAIN], "xor"),
         ),
-        ("differ in gradient (exact, filtered)", lambda: Combined([LIKELY, Selection(gradient="filtered")])),
+        (
+            "CombinedSelection.parts differ in scope (batch, sequence): set Selection.scope for all",
+            lambda: CombinedSelection([Selection(), Selection(scope="sequence")]),
+        ),
+        ("differ in gradient (exact, filtered)", lambda: CombinedSelection([LIKELY, Selection(gradient="filtered")])),
         (
             "Phase.keep_ratio is the share that one Selection keeps",
-            lambda: Phase(3, selection=Combined([LIKELY, CERTAIN]), keep_ratio=Schedule([Leg(0.5)])),
+            lambda: Phase(3, selection=CombinedSelection([LIKELY, CERTAIN]), keep_ratio=Schedule([SchedulePart(0.5)])),
         ),
     ],
 )
@@ -163,27 +173,29 @@ def test_wrong_settings_are_refused(message, make):
 
 
 def _with_column(corpus: Corpus, name: str, seed: int, fingerprint: str, statistics=("loss",)) -> None:
-    values = np.random.default_rng(seed).normal(4, 1, (corpus.num_rows, corpus.row_length)).astype(np.float32)
+    values = np.random.default_rng(seed).normal(4, 1, (corpus.num_rows, corpus.sequence_length)).astype(np.float32)
     column = corpus.create_score(name, statistics, reference={"fingerprint": fingerprint})
     column.write(0, {statistic: np.roll(values, i) for i, statistic in enumerate(statistics)})
 
 
 def test_a_run_by_an_intersection(corpus_copy, tmp_path, capsys):
     """Through plan, steps on eight devices in micro-batches, and metrics: what trains is what both keep."""
-    both = Combined([Selection("reference", 0.7, reference="self"), Selection("entropy", 0.7, reference="self")])
+    both = CombinedSelection(
+        [Selection("reference", 0.7, reference="self"), Selection("entropy", 0.7, reference="self")]
+    )
     missing = toy.refusal(toy.train_here, tmp_path / "none", [toy.phase(corpus_copy, selection=both)])
     assert "has no score 'self' (it has none)" in missing
     _with_column(corpus_copy, "self", 0, "abc", ("loss", "entropy"))
-    phases = [toy.phase(corpus_copy, steps=2, batch_rows=16, selection=both)]
+    phases = [toy.phase(corpus_copy, steps=2, batch_size=16, selection=both)]
     plan = Plan(phases, 0)
     assert plan.references() == {f"{corpus_copy.path}/scores/self/{s}": "abc" for s in ("loss", "entropy")}
-    toy.train(str(tmp_path / "run"), toy.MODEL, phases, toy.SCHEDULE, micro_batches=2)
+    toy.train(str(tmp_path / "run"), toy.MODEL, phases, toy.SCHEDULE, gradient_accumulation_steps=2)
     assert "70% by reference and 70% by entropy (40% to 70% of all), per batch" in capsys.readouterr().out
-    either = Combined([*both.parts, Selection("loss", threshold=1.0)], "union")
+    either = CombinedSelection([*both.parts, Selection("loss", threshold=1.0)], "union")
     unions = Plan([*phases, toy.phase(corpus_copy, steps=2, selection=either)], 0)
     said = "70% by reference or 70% by entropy or above 1 by loss (70% to 100% of all), per batch"
-    assert said in outline.table(unions)
-    outline.draw(unions, tmp_path / "plan.png")
+    assert said in plan_summary.table(unions)
+    plan_summary.draw(unions, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     for step, row in enumerate(read_metrics(tmp_path / "run")):
         batch = plan.batch(step)
@@ -201,19 +213,26 @@ def test_several_references_are_refused_where_all_are_the_model_itself(corpus_co
     for name, fingerprint in (("a", params_fingerprint(params)), ("b", params_fingerprint(params)), ("c", "another")):
         _with_column(corpus_copy, name, ord(name), fingerprint)
 
-    def plan(selection: Selection | Combined) -> Plan:
+    def plan(selection: Selection | CombinedSelection) -> Plan:
         return Plan([toy.phase(corpus_copy, selection=selection)], 0)
 
     refused = toy.refusal(refuse_equal_reference, params, plan(Selection(reference=["a", "b"])))
     assert "column a, b of" in refused and "scored by the very model this run starts from" in refused
-    part = Combined([Selection(reference="b"), Selection("loss")])
+    part = CombinedSelection([Selection(reference="b"), Selection("loss")])
     assert "column b of" in toy.refusal(refuse_equal_reference, params, plan(part))
     refuse_equal_reference(params, one_is_another := plan(Selection(reference=["a", "c"], combine="max")))
-    assert "60% by excess (max of a, c), per batch" in outline.table(one_is_another)
+    assert "60% by excess (max of a, c), per batch" in plan_summary.table(one_is_another)
 
 
 def test_a_choice_is_hashable_and_compares(corpus):
     """As a setting of a compiled step: equal ones are one program."""
-    assert Combined([LIKELY, CERTAIN]) == Combined((LIKELY, CERTAIN)) != Combined([CERTAIN, LIKELY])
-    assert len({Combined([LIKELY, CERTAIN]), Combined([LIKELY, CERTAIN]), Selection(reference=["a"])}) == 2
+    assert (
+        CombinedSelection([LIKELY, CERTAIN])
+        == CombinedSelection((LIKELY, CERTAIN))
+        != CombinedSelection([CERTAIN, LIKELY])
+    )
+    assert (
+        len({CombinedSelection([LIKELY, CERTAIN]), CombinedSelection([LIKELY, CERTAIN]), Selection(reference=["a"])})
+        == 2
+    )
     assert Choice._fields == ("chosen", "usable", "scores")

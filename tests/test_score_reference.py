@@ -75,12 +75,12 @@ def test_entropy_lies_between_none_and_uniform(scored):
 
 
 def test_eight_devices_score_as_one(corpus_copy, scored, reference):
-    score(str(corpus_copy.path), str(reference), batch_rows=8)
+    score(str(corpus_copy.path), str(reference), batch_size=8)
     np.testing.assert_allclose(read_column(corpus_copy), read_column(scored), rtol=1e-5, atol=1e-6)
 
 
 def test_rows_do_not_depend_on_the_batch_and_its_padding(corpus_copy, scored, reference):
-    score_here(corpus_copy, reference, batch_rows=36)  # 96 = 2 x 36 + 24
+    score_here(corpus_copy, reference, batch_size=36)  # 96 = 2 x 36 + 24
     np.testing.assert_allclose(read_column(corpus_copy), read_column(scored), rtol=1e-5, atol=1e-6)
 
 
@@ -109,7 +109,7 @@ main(sys.argv[1:])
 def test_killed_in_the_middle_it_scores_only_what_is_missing(reference, tmp_path, monkeypatch):
     """The second chunk of three is lost with the process; a third start has nothing to do."""
     corpus = toy.write_corpus(tmp_path / "corpus", seed=2, rows=2 * SHARD_ROWS + 40)
-    arguments = ["score", *toy.settings(score={"corpus": corpus.path, "reference": str(reference), "batch_rows": 64})]
+    arguments = ["score", *toy.settings(score={"corpus": corpus.path, "reference": str(reference), "batch_size": 64})]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     message = toy.refusal(toy.train_here, tmp_path / "run", [toy.phase(corpus, selection=Selection(score="reference"))])
@@ -123,9 +123,9 @@ def test_killed_in_the_middle_it_scores_only_what_is_missing(reference, tmp_path
 
     monkeypatch.setattr(ScoreColumn, "write", counted)
     for _ in range(2):
-        score_here(corpus, reference, batch_rows=64)
+        score_here(corpus, reference, batch_size=64)
         assert written == [SHARD_ROWS, 2 * SHARD_ROWS]
-    score_here(corpus, reference, batch_rows=64, name="whole")
+    score_here(corpus, reference, batch_size=64, name="whole")
     np.testing.assert_array_equal(read_column(corpus), read_column(corpus, "whole"))
 
 
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused(corpus_copy, reference, tmp_path):
     def message(corpus: Corpus = corpus_copy, run: Path = reference, **settings) -> str:
         return toy.refusal(score_here, corpus, run, **settings)
 
-    long = toy.write_corpus(tmp_path / "long", rows=4, row_length=2 * toy.MODEL.max_length)
+    long = toy.write_corpus(tmp_path / "long", rows=4, sequence_length=2 * toy.MODEL.max_length)
     assert "have 128 tokens, reference" in message(long) and "reads 64" in message(long)
     assert "no checkpoint of step 4: it has 3, 6" in message(step=4)
     assert "holds no checkpoints" in message(run=tmp_path)
@@ -174,12 +174,12 @@ def test_a_damaged_reference_is_one_line(corpus_copy, reference, tmp_path):
 def test_a_reference_that_is_the_model_itself_is_refused(scored, reference, tmp_path):
     """Every excess would be 0; asked for, it trains, and the first excess is."""
     phases = [toy.phase(scored, steps=2, selection=Selection())]
-    start = {"initial": str(reference)}
+    start = {"init_from": str(reference)}
     message = toy.refusal(toy.train_here, tmp_path / "run", phases, **start)
     assert "scored by the very model this run starts from" in message and "allow_equal_reference" in message
     toy.train_here(tmp_path / "run", phases, **start, allow_equal_reference=True)
     assert len(read_metrics(tmp_path / "run")) == 2
-    toy.train_here(tmp_path / "third", phases, initial=str(reference), initial_step=3)  # another model of that run
+    toy.train_here(tmp_path / "third", phases, init_from=str(reference), init_step=3)  # another model of that run
     assert len(read_metrics(tmp_path / "third")) == 2
 
 

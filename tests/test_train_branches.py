@@ -20,7 +20,7 @@ from slm_jax.score.selection import Selection
 from slm_jax.train.average import average
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.plan import Plan
-from slm_jax.train.schedules import Leg, Schedule, anneal_schedule, infinite_schedule
+from slm_jax.train.schedules import Schedule, SchedulePart, anneal_schedule, infinite_schedule
 from slm_jax.train.state import TrainState, init_state, state_shapes
 from slm_jax.train.step import make_step
 
@@ -52,13 +52,13 @@ def parent(corpus, tmp_path_factory) -> Path:
 def test_a_branch_goes_on_to_the_bit_and_its_anneal_needs_no_plan(corpus, parent, tmp_path):
     """From step 6 on, 2 steps as the parent made them; from step 4 on, an anneal that nobody planned."""
     before = rows(parent)
-    branch = {"schedule": CONSTANT, "initial": str(parent), "inherit": "state"}
-    toy.train_here(tmp_path / "same", [toy.phase(corpus, steps=8)], initial_step=6, **branch)
+    branch = {"schedule": CONSTANT, "init_from": str(parent), "init_mode": "state"}
+    toy.train_here(tmp_path / "same", [toy.phase(corpus, steps=8)], init_step=6, **branch)
     assert rows(tmp_path / "same") == before[6:]
     assert_equal(params(tmp_path / "same"), params(parent))
 
     anneal = toy.phase(corpus, steps=3, schedule=anneal_schedule(to=1e-4))
-    toy.train_here(tmp_path / "annealed", [toy.phase(corpus, steps=4), anneal], initial_step=4, **branch)
+    toy.train_here(tmp_path / "annealed", [toy.phase(corpus, steps=4), anneal], init_step=4, **branch)
     annealed = rows(tmp_path / "annealed")
     assert [row["step"] for row in annealed] == [5, 6, 7]
     assert annealed[0]["loss"] == before[4]["loss"]  # the same parameters, the same batch
@@ -80,20 +80,20 @@ def test_a_finished_run_goes_on_with_more_phases(corpus, parent, tmp_path):
 
 def test_a_branch_that_is_none_is_refused(corpus, parent, tmp_path):
     def refusal(phases, **settings):
-        settings = {"schedule": CONSTANT, "initial": str(parent), "inherit": "state"} | settings
+        settings = {"schedule": CONSTANT, "init_from": str(parent), "init_mode": "state"} | settings
         message = toy.refusal(toy.train_here, tmp_path / "branch", phases, **settings)
         assert not list((tmp_path / "branch").glob("checkpoints/*"))
         return message
 
     assert "goes on from step 8" in refusal([toy.phase(corpus, steps=8)])
-    assert "batch_rows 8 in phase 0, now 16" in refusal([toy.phase(corpus, steps=20, batch_rows=16)])
+    assert "batch_size 8 in phase 0, now 16" in refusal([toy.phase(corpus, steps=20, batch_size=16)])
     assert "steps 8 in phase 0, now 4" in refusal([toy.phase(corpus, steps=4)] * 3)
     assert "with seed 0, this one has 1" in refusal([toy.phase(corpus, steps=9)], seed=1)
-    assert "train.inherit 'all' is unknown" in refusal([toy.phase(corpus, steps=9)], inherit="all")
-    assert "name it with train.initial" in refusal([toy.phase(corpus, steps=9)], initial=None)
+    assert "train.init_mode 'all' is unknown" in refusal([toy.phase(corpus, steps=9)], init_mode="all")
+    assert "name it with train.init_from" in refusal([toy.phase(corpus, steps=9)], init_from=None)
     anneal = [toy.phase(corpus, steps=4), toy.phase(corpus, steps=3, schedule=anneal_schedule(to=1e-4))]
     shares = infinite_schedule(peak=1e-2, warmup=0.25, cooldown=0.75, constant=0.3)
-    assert "at step 4 was 0.0055, this plan says 0.003" in refusal(anneal, initial_step=4, schedule=shares)
+    assert "at step 4 was 0.0055, this plan says 0.003" in refusal(anneal, init_step=4, schedule=shares)
 
 
 def test_a_wrong_length_does_no_harm_to_a_run(corpus, parent, tmp_path):
@@ -111,7 +111,7 @@ def test_a_wrong_length_does_no_harm_to_a_run(corpus, parent, tmp_path):
 def test_a_phase_that_is_held_near_its_start(corpus, tmp_path):
     """Each step adds rate * strength of the distance from the parameters that the phase began with, and a run that is
     ended inside the phase goes on with the same ones."""
-    pulled = toy.phase(corpus, steps=4, toward_start=0.5)
+    pulled = toy.phase(corpus, steps=4, l2_to_init=0.5)
     phases = [toy.phase(corpus, steps=2), pulled]
     toy.train_here(tmp_path / "whole", phases, checkpoint_every=1, keep_checkpoints=9)
     run = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
@@ -136,7 +136,7 @@ def test_the_pull_and_the_average_by_hand(corpus):
     state = init_state(toy.MODEL, optimizer, devices, seed=0, ema=True)
     start = jax.tree.map(lambda p: p - 1.0, state.params)
     plain = jax.jit(make_step(toy.MODEL, None, optimizer, rate, 0))(state._replace(average=None), batch)[0]
-    step = jax.jit(make_step(toy.MODEL, None, optimizer, rate, 0, toward_start=0.5, ema=0.75))
+    step = jax.jit(make_step(toy.MODEL, None, optimizer, rate, 0, l2_to_init=0.5, ema=0.75))
     after: TrainState = step(state._replace(start=start), batch)[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b - 0.05, atol=1e-6), after.params, plain.params)
     expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, state.params, after.params)
@@ -160,7 +160,7 @@ def test_the_moving_average_of_a_run_and_the_mean_of_its_checkpoints(corpus, tmp
     jax.tree.map(close, params(tmp_path / "moving"), by_hand)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, params(run, 2), params(run, 4))
     jax.tree.map(close, params(tmp_path / "mean"), mean)
-    toy.train_here(tmp_path / "on", [toy.phase(corpus, steps=1)], initial=str(tmp_path / "mean"))
+    toy.train_here(tmp_path / "on", [toy.phase(corpus, steps=1)], init_from=str(tmp_path / "mean"))
     assert run_vocabulary(str(tmp_path / "mean"), corpus.vocabulary_hash).size == corpus.vocab_size
 
     with toy.one_device():
@@ -178,10 +178,14 @@ def test_a_run_without_an_average_says_so(parent, tmp_path):
 
 def test_the_share_that_is_kept_warms_up(corpus, tmp_path):
     """Counted by the metrics of the run, also where it was ended in between."""
-    warmup = Schedule([Leg(0.25, 3.0)], start=1.0)
+    warmup = Schedule([SchedulePart(0.25, 3.0)], start=1.0)
     for steps in (2, 4):
         phase = toy.phase(corpus, steps=steps, selection=Selection("loss"), keep_ratio=warmup)
-        phase = dataclasses.replace(phase, keep_ratio=Schedule([Leg(0.5, 2.0)], start=1.0)) if steps == 2 else phase
+        phase = (
+            dataclasses.replace(phase, keep_ratio=Schedule([SchedulePart(0.5, 2.0)], start=1.0))
+            if steps == 2
+            else phase
+        )
         toy.train_here(tmp_path / "run", [toy.phase(corpus, steps=1), phase])
     shares = [row["selected_share"] for row in read_metrics(tmp_path / "run") if "selected_share" in row]
     np.testing.assert_allclose(shares, [0.75, 0.5, 0.25, 0.25], atol=0.01)
@@ -191,7 +195,7 @@ def test_dropout_trains_otherwise_and_is_refused_where_it_cannot_be(corpus, tmp_
     dropped = dataclasses.replace(toy.MODEL, dropout=0.3)
     phases = [toy.phase(corpus, steps=2)]
     toy.train_here(tmp_path / "run", phases, model=dropped)
-    toy.train_here(tmp_path / "parts", phases, model=dropped, micro_batches=2)
+    toy.train_here(tmp_path / "parts", phases, model=dropped, gradient_accumulation_steps=2)
     toy.train_here(tmp_path / "plain", phases)
     losses = [toy.losses(tmp_path / name) for name in ("run", "parts", "plain")]
     assert len({loss[0][1] for loss in losses}) == 3
@@ -201,7 +205,9 @@ def test_dropout_trains_otherwise_and_is_refused_where_it_cannot_be(corpus, tmp_
 
 
 def test_a_dry_run_draws_the_plan_and_trains_nothing(corpus, shell, tmp_path):
-    bindings = toy.settings(Draw={"corpus": corpus.path, "epochs": 100.0}, Phase={"steps": 6, "batch_rows": 8})
+    bindings = toy.settings(
+        MixtureComponent={"corpus": corpus.path, "epochs": 100.0}, Phase={"steps": 6, "batch_size": 8}
+    )
     code, output, error = shell(
         "train", "--run_dir=run", "--dry_run", *toy.MODEL_SETTINGS, *toy.CONSTANT, *bindings, folder=tmp_path
     )

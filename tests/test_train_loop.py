@@ -78,17 +78,17 @@ def test_killed_at_random_steps_and_terminated_it_ends_the_same_to_the_bit(corpu
     other = toy.write_corpus(tmp_path / "other", seed=1, sources=("b", "c"))
     common = (
         *toy.MODEL_SETTINGS,
-        "--gin.Phase.mixture=[@one/Draw(), @two/Draw()]",
-        *(f"--gin.{name}/Draw.corpus={c.path!r}" for name, c in (("one", corpus), ("two", other))),
-        "--gin.two/Draw.share=0.5",
+        "--gin.Phase.mixture=[@one/MixtureComponent(), @two/MixtureComponent()]",
+        *(f"--gin.{name}/MixtureComponent.corpus={c.path!r}" for name, c in (("one", corpus), ("two", other))),
+        "--gin.two/MixtureComponent.weight=0.5",
         "--gin.Phase.selection=@Selection()",
         "--gin.train.evaluators=[@HeldOut()]",
         *toy.settings(
             Selection={"score": "random"},
-            Draw={"epochs": 100},
-            Phase={"steps": 60, "batch_rows": 8},
+            MixtureComponent={"epochs": 100},
+            Phase={"steps": 60, "batch_size": 8},
             cosine_schedule={"peak": 1e-2},
-            HeldOut={"name": "held", "corpus": other.path, "rows": 16, "batch_rows": 8},
+            HeldOut={"name": "held", "corpus": other.path, "rows": 16, "batch_size": 8},
             train={"checkpoint_every": 5, "evaluate_every": 10},
         ),
     )
@@ -133,10 +133,12 @@ while stages:
 loaded = {"tensorflow", "seqio", "tensorflow_datasets"} & set(sys.modules)
 sys.exit(f"imported: {loaded}" if loaded else 0)
 """
-    run, held = str(tmp_path / "run"), {"name": "held", "corpus": corpus_copy.path, "batch_rows": 8}
+    run, held = str(tmp_path / "run"), {"name": "held", "corpus": corpus_copy.path, "batch_size": 8}
     command = [
         *("train", *toy.MODEL_SETTINGS),
-        *toy.settings(train={"run_dir": run}, Phase={"steps": 2, "batch_rows": 8}, Draw={"corpus": corpus_copy.path}),
+        *toy.settings(
+            train={"run_dir": run}, Phase={"steps": 2, "batch_size": 8}, MixtureComponent={"corpus": corpus_copy.path}
+        ),
         *("--", "score", *toy.settings(score={"corpus": corpus_copy.path, "reference": run}), "--"),
         *("evaluate", *toy.settings(evaluate={"run": run}, HeldOut=held), "--"),
     ]
@@ -166,7 +168,7 @@ def test_a_checkpoint_of_eight_devices_continues_on_one(corpus, tmp_path):
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_batches_do_not_depend_on_the_number_of_hosts(corpus, tmp_path, hosts):
     other = toy.write_corpus(tmp_path / "other", seed=1, sources=("b", "c"))
-    plan = Plan([toy.phase(corpus, other), toy.phase(other, batch_rows=16)], seed=3)
+    plan = Plan([toy.phase(corpus, other), toy.phase(other, batch_size=16)], seed=3)
     for step in (7, 0, 5):  # in any order, across the phase boundary
         whole = plan.batch(step)
         shares = np.split(np.arange(len(whole.tokens)), hosts)
@@ -178,7 +180,7 @@ def test_batches_do_not_depend_on_the_number_of_hosts(corpus, tmp_path, hosts):
 
 
 def test_evaluation_changes_nothing(corpus, tmp_path):
-    held = HeldOut("held", corpus.path, rows=20, batch_rows=8, keep_tokens=True)
+    held = HeldOut("held", corpus.path, rows=20, batch_size=8, keep_tokens=True)
     toy.train_here(tmp_path / "with", [toy.phase(corpus)], evaluators=[held], evaluate_every=2)
     toy.train_here(tmp_path / "without", [toy.phase(corpus)])
     assert toy.losses(tmp_path / "with") == toy.losses(tmp_path / "without")
@@ -186,7 +188,7 @@ def test_evaluation_changes_nothing(corpus, tmp_path):
     traces = sorted((tmp_path / "with" / "token_losses" / "held").glob("*.npy"))
     assert [int(path.stem) for path in traces] == [0, 2, 4, 6]
     tokens = np.load(traces[-1])
-    assert tokens.shape == (20, toy.ROW_LENGTH)
+    assert tokens.shape == (20, toy.SEQUENCE_LENGTH)
     evaluated = [row for row in read_metrics(tmp_path / "with") if "held/loss" in row]
     np.testing.assert_allclose(np.nanmean(tokens), evaluated[-1]["held/loss"], rtol=1e-6)
     assert evaluated[-1]["held/loss"] < evaluated[0]["held/loss"]
@@ -286,9 +288,9 @@ def test_when_no_checkpoint_can_be_read_nothing_is_started_anew(corpus, referenc
 
 def test_starting_from_another_run(corpus, reference, tmp_path):
     """The loss of its first step is that of the other's parameters, of the step asked for, on the first batch."""
-    start, phases = {"initial": str(reference)}, [toy.phase(corpus, steps=2)]
+    start, phases = {"init_from": str(reference)}, [toy.phase(corpus, steps=2)]
     toy.train_here(tmp_path / "last", phases, **start)
-    toy.train_here(tmp_path / "third", phases, **start, initial_step=3)
+    toy.train_here(tmp_path / "third", phases, **start, init_step=3)
     batch = jax.tree.map(jnp.asarray, Plan(phases, seed=0).batch(0))
     valid = batch.loss_mask & predicted(batch.segment_ids)
     for run, step in (("last", 6), ("third", 3)):
@@ -299,5 +301,5 @@ def test_starting_from_another_run(corpus, reference, tmp_path):
         return toy.refusal(toy.train_here, tmp_path / "new", [toy.phase(corpus)], **{**start, **changed})
 
     assert "has mlp_dim = 64, the run's model 32" in message(model=dataclasses.replace(toy.MODEL, mlp_dim=32))
-    assert "has no checkpoint of step 5: it has 3, 6" in message(initial_step=5)
-    assert "holds no checkpoints" in message(initial=str(tmp_path))
+    assert "has no checkpoint of step 5: it has 3, 6" in message(init_step=5)
+    assert "holds no checkpoints" in message(init_from=str(tmp_path))

@@ -7,14 +7,13 @@ import pytest
 import toy
 
 from slm_jax.data.corpus import Corpus
-from slm_jax.data.mixture import Draw
+from slm_jax.data.mixture import MixtureComponent
 from slm_jax.score.selection import Selection
-from slm_jax.train import outline
 from slm_jax.train.phases import Phase, keep_ratio
 from slm_jax.train.plan import Plan
 from slm_jax.train.schedules import (
-    Leg,
     Schedule,
+    SchedulePart,
     anneal_schedule,
     constant_schedule,
     cosine_schedule,
@@ -35,19 +34,19 @@ def rows_of(plan: Plan, corpus: Corpus, steps: range) -> np.ndarray:
 
 
 def test_a_length_in_tokens_is_rounded_up_to_whole_steps(corpus):
-    draw = Draw(corpus.path, epochs=100.0)
-    batch = 8 * corpus.row_length
-    plan = Plan([Phase(tokens=2 * batch + 1, mixture=[draw], batch_rows=8), Phase(4, mixture=[draw])], seed=0)
+    draw = MixtureComponent(corpus.path, epochs=100.0)
+    batch = 8 * corpus.sequence_length
+    plan = Plan([Phase(tokens=2 * batch + 1, mixture=[draw], batch_size=8), Phase(4, mixture=[draw])], seed=0)
     assert [phase.steps for phase in plan.phases] == [3, 4] and plan.total_steps == 7
 
 
 def test_replay_repeats_the_first_phase_in_its_order_at_an_exact_share(corpus, other):
     """Compute-equivalent: a quarter of every batch, beside fresh rows; a third phase replays on and reads on."""
-    replayed = [Draw(other.path, None, epochs=9.0), Draw(corpus.path, 0.25, replay="in_order")]
+    replayed = [MixtureComponent(other.path, None, epochs=9.0), MixtureComponent(corpus.path, 0.25, replay="in_order")]
     phases = [
-        Phase(6, mixture=[Draw(corpus.path)], batch_rows=8),
-        Phase(8, mixture=replayed, batch_rows=8),
-        Phase(4, mixture=[*replayed, Draw(corpus.path, 0.5)], batch_rows=8),
+        Phase(6, mixture=[MixtureComponent(corpus.path)], batch_size=8),
+        Phase(8, mixture=replayed, batch_size=8),
+        Phase(4, mixture=[*replayed, MixtureComponent(corpus.path, 0.5)], batch_size=8),
     ]
     plan = Plan(phases, seed=5)
     first = rows_of(plan, corpus, range(6))
@@ -59,8 +58,8 @@ def test_replay_repeats_the_first_phase_in_its_order_at_an_exact_share(corpus, o
 
 
 def test_batches_follow_from_seed_and_step_alone(corpus, other):
-    share = Schedule([Leg(1.0)], start=0.0)
-    phases = [Phase(9, mixture=[Draw(corpus.path), Draw(other.path, share)], batch_rows=8)]
+    share = Schedule([SchedulePart(1.0)], start=0.0)
+    phases = [Phase(9, mixture=[MixtureComponent(corpus.path), MixtureComponent(other.path, share)], batch_size=8)]
     plan, again = Plan(phases, seed=3), Plan(phases, seed=3)
     for step in (8, 0, 5):
         whole = plan.batch(step)
@@ -69,8 +68,14 @@ def test_batches_follow_from_seed_and_step_alone(corpus, other):
 
 
 def test_a_scheduled_share_grows_over_the_phase(corpus, other):
-    share = Schedule([Leg(1.0)], start=0.0)
-    phases = [Phase(10, mixture=[Draw(corpus.path, epochs=9.0), Draw(other.path, share, epochs=9.0)], batch_rows=8)]
+    share = Schedule([SchedulePart(1.0)], start=0.0)
+    phases = [
+        Phase(
+            10,
+            mixture=[MixtureComponent(corpus.path, epochs=9.0), MixtureComponent(other.path, share, epochs=9.0)],
+            batch_size=8,
+        )
+    ]
     plan = Plan(phases, seed=3)
     drawn = [len(rows_of(plan, other, range(step, step + 1))) for step in range(10)]
     np.testing.assert_allclose(plan.shares(0)[:, 1], np.arange(1, 11) / (10 + np.arange(1, 11)), 1e-6)
@@ -96,7 +101,7 @@ def test_more_phases_do_not_change_an_infinite_schedule_in_steps(corpus):
 
 
 def test_keep_ratio_rules_its_phase(corpus):
-    warmup = Schedule([Leg(0.5, 4.0)], start=1.0)
+    warmup = Schedule([SchedulePart(0.5, 4.0)], start=1.0)
     selects = toy.phase(corpus, steps=8, selection=Selection("loss", ratio=0.1), keep_ratio=warmup)
     plan = Plan([toy.phase(corpus, steps=3), selects], 0)
     assert plan.phases[1].selection.ratio == 0.875  # what a filtered gradient must have room for: the first step's
@@ -107,23 +112,23 @@ def test_keep_ratio_rules_its_phase(corpus):
 
 def test_the_plan_as_a_table_and_a_picture(corpus, other, tmp_path):
     phases = [
-        Phase(6, mixture=[Draw(corpus.path)], batch_rows=8),
+        Phase(6, mixture=[MixtureComponent(corpus.path)], batch_size=8),
         Phase(
             4,
-            mixture=[Draw(other.path, 0.75), Draw(corpus.path, 0.25, replay="in_order")],
-            batch_rows=8,
+            mixture=[MixtureComponent(other.path, 0.75), MixtureComponent(corpus.path, 0.25, replay="in_order")],
+            batch_size=8,
             selection=Selection("loss", ratio=0.6),
             schedule=cosine_schedule(peak=1.0, warmup=2.0),
             reset_optimizer=True,
         ),
     ]
     plan = Plan(phases, 0, constant_schedule(peak=0.5, warmup=0.0))
-    header, first, second = outline.table(plan).splitlines()
+    header, first, second = plan_summary.table(plan).splitlines()
     assert "learning rate" in header
-    assert "1-6 of 8 rows" in first and f"{6 * 8 * corpus.row_length:,}" in first and "0.5 > 0.5 > 0.5" in first
+    assert "1-6 of 8 rows" in first and f"{6 * 8 * corpus.sequence_length:,}" in first and "0.5 > 0.5 > 0.5" in first
     assert "7-10 of 8 rows" in second and "0.5 > 1 > 0.1" in second and "60% by loss, per batch" in second
     assert "moments forgotten" in second and f"0.25 {corpus.path} (replay, in order)" in second
-    outline.draw(plan, tmp_path / "plan.png")
+    plan_summary.draw(plan, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -132,25 +137,25 @@ REFUSED = {
     "steps or tokens, one of the two": lambda draw: [Phase(mixture=[draw])],
     "it was given 3 and 1000": lambda draw: [Phase(3, 1000.0, mixture=[draw])],
     "Phase.tokens is 0.0": lambda draw: [Phase(tokens=0.0, mixture=[draw])],
-    "Phase.toward_start is -1.0": lambda draw: [Phase(3, mixture=[draw], toward_start=-1.0)],
+    "Phase.l2_to_init is -1.0": lambda draw: [Phase(3, mixture=[draw], l2_to_init=-1.0)],
     "names a corpus twice": lambda draw: [Phase(3, mixture=[draw, draw])],
-    "give it one without threshold": lambda draw: [Phase(3, mixture=[draw], keep_ratio=Schedule([Leg(0.5)]))],
+    "give it one without threshold": lambda draw: [Phase(3, mixture=[draw], keep_ratio=Schedule([SchedulePart(0.5)]))],
     "a share that is kept is in (0, 1]": lambda draw: [
-        Phase(3, mixture=[draw], keep_ratio=Schedule([Leg(2.0)]), **SELECTS)
+        Phase(3, mixture=[draw], keep_ratio=Schedule([SchedulePart(2.0)]), **SELECTS)
     ],
-    "two have Draw.share = None": lambda draw: [
-        Phase(3, mixture=[Draw(draw.corpus, None), Draw(draw.corpus, None, replay="in_order")])
+    "two have MixtureComponent.weight = None": lambda draw: [
+        Phase(3, mixture=[MixtureComponent(draw.corpus, None), MixtureComponent(draw.corpus, None, replay="in_order")])
     ],
     "what the others leave of 1, which is below 0": lambda draw: [
-        Phase(3, mixture=[Draw(draw.corpus, None), Draw(draw.corpus, 1.5, replay="in_order")])
+        Phase(3, mixture=[MixtureComponent(draw.corpus, None), MixtureComponent(draw.corpus, 1.5, replay="in_order")])
     ],
-    "share and epochs are above 0": lambda draw: [Phase(3, mixture=[Draw(draw.corpus, -0.5)])],
-    "at step 1 of a phase no Draw has a share above 0": lambda draw: [
-        Phase(3, mixture=[Draw(draw.corpus, Schedule([Leg(0.0)]))])
+    "share and epochs are above 0": lambda draw: [Phase(3, mixture=[MixtureComponent(draw.corpus, -0.5)])],
+    "at step 1 of a phase no MixtureComponent has a share above 0": lambda draw: [
+        Phase(3, mixture=[MixtureComponent(draw.corpus, Schedule([SchedulePart(0.0)]))])
     ],
     "the run replays 16 rows of corpus": lambda draw: [
-        Phase(1, mixture=[draw], batch_rows=8),
-        Phase(2, mixture=[Draw(draw.corpus, replay="in_order")], batch_rows=8),
+        Phase(1, mixture=[draw], batch_size=8),
+        Phase(2, mixture=[MixtureComponent(draw.corpus, replay="in_order")], batch_size=8),
     ],
     "the schedule of phase 0 take 5 + 0 steps, it rules 3": lambda draw: [
         Phase(3, mixture=[draw], schedule=cosine_schedule(warmup=5.0))
@@ -163,15 +168,17 @@ REFUSED = {
         Phase(3, mixture=[draw]),
         Phase(3, mixture=[dataclasses.replace(draw, order="original")]),
     ],
-    "write its path in one way": lambda draw: [Phase(3, mixture=[draw, Draw(draw.corpus + "/")])],
-    "it takes a number, None or a @Schedule()": lambda draw: [Phase(3, mixture=[Draw(draw.corpus, "half")])],
+    "write its path in one way": lambda draw: [Phase(3, mixture=[draw, MixtureComponent(draw.corpus + "/")])],
+    "it takes a number, None or a @Schedule()": lambda draw: [
+        Phase(3, mixture=[MixtureComponent(draw.corpus, "half")])
+    ],
     "has no score 'reference'": lambda draw: [Phase(3, mixture=[draw], selection=Selection())],
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_is_refused_in_one_line(message, other):
-    draw = Draw(other.path, epochs=100.0)
+    draw = MixtureComponent(other.path, epochs=100.0)
     assert message in toy.refusal(lambda: Plan(REFUSED[message](draw), seed=0))
 
 

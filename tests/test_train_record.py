@@ -9,7 +9,7 @@ from slm_jax.train import record as record_lib
 from slm_jax.train.record import Record
 
 COUNTS = {"positions": 100, "valid_tokens": 80, "trained_tokens": 40, "loss_sum": 160, "trained_loss_sum": 100}
-COUNTS |= {"untrained_loss_sum": 60, "unusable_scores": 0, "dropped_tokens": 0, "grad_norm": 1, "learning_rate": 0.1}
+COUNTS |= {"untrained_loss_sum": 60, "nonfinite_scores": 0, "dropped_tokens": 0, "grad_norm": 1, "learning_rate": 0.1}
 SUMS = {name: np.float32(value) for name, value in COUNTS.items()}
 
 

@@ -37,7 +37,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_source(corpus
     initial = poisoned(reference, tmp_path / "poisoned", token=3 + ord("Q"))
     phases = [toy.phase(corpus, steps=2), toy.phase(corpus, other, steps=2)]
     with pytest.raises(FloatingPointError, match=r"step 3: the loss is not finite, in source tainted \(\d+ tokens\);"):
-        toy.train_here(tmp_path / "run", phases, initial=initial, checkpoint_every=1)
+        toy.train_here(tmp_path / "run", phases, init_from=initial, checkpoint_every=1)
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.steps()[-1] == 2  # not of the step that failed
     checkpoints.close()
@@ -68,12 +68,12 @@ def test_scores_that_are_no_numbers_are_counted_and_limited(corpus_copy, tmp_pat
     """12 steps of 8 rows read every row once, so every such score once; they never train."""
     add_column(corpus_copy, not_finite=30)
     everything = [toy.phase(corpus_copy, steps=12, selection=Selection(ratio=1.0))]
-    toy.train_here(tmp_path / "run", everything, max_unusable=0.5)
+    toy.train_here(tmp_path / "run", everything, max_nonfinite_scores=0.5)
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
-    assert sum(row["unusable_scores"] for row in rows) == 30
+    assert sum(row["nonfinite_scores"] for row in rows) == 30
     assert rows[-1]["tokens_seen"] - rows[-1]["tokens_trained"] == 30
-    message = toy.refusal(toy.train_here, tmp_path / "strict", everything, max_unusable=0.0)
-    assert "tokens have a score that is not finite" in message and "train.max_unusable (now 0.0)" in message
+    message = toy.refusal(toy.train_here, tmp_path / "strict", everything, max_nonfinite_scores=0.0)
+    assert "tokens have a score that is not finite" in message and "train.max_nonfinite_scores (now 0.0)" in message
 
 
 def test_a_column_that_is_missing_half_finished_or_lacks_what_is_needed(corpus_copy, tmp_path):
@@ -83,7 +83,7 @@ def test_a_column_that_is_missing_half_finished_or_lacks_what_is_needed(corpus_c
     assert "has no score 'reference' (it has none)" in message(Selection())
     column = corpus_copy.create_score("reference", reference={"fingerprint": "another"})
     assert "is half finished (0 of 96 rows)" in message(Selection())
-    column.write(0, {"loss": np.zeros((96, toy.ROW_LENGTH), np.float32)})
+    column.write(0, {"loss": np.zeros((96, toy.SEQUENCE_LENGTH), np.float32)})
     assert "has loss but the phase needs entropy" in message(Selection(score="entropy"))
     assert not (tmp_path / "run").exists()
 
@@ -135,8 +135,8 @@ def test_a_finished_run_does_not_become_another(corpus, reference, tmp_path, cap
 def test_a_changed_data_order_is_refused(corpus, reference, tmp_path):
     """Rows are counted in batches of the phase: another batch size would repeat or skip rows."""
     run = shutil.copytree(reference, tmp_path / "run")
-    phase = dataclasses.replace(toy.phase(corpus), batch_rows=16, steps=9)
-    assert "batch_rows 8 in phase 0, now 16: rows would be repeated" in toy.refusal(
+    phase = dataclasses.replace(toy.phase(corpus), batch_size=16, steps=9)
+    assert "batch_size 8 in phase 0, now 16: rows would be repeated" in toy.refusal(
         toy.train_here, run, [phase], seed=100
     )
 
@@ -162,7 +162,7 @@ def test_the_initial_models_vocabulary_must_be_the_corpus(corpus_copy, reference
     manifest["vocabulary"]["content_hash"] = "0123456789abcdef"
     path.write_text(json.dumps(manifest))
     message = toy.refusal(
-        toy.train_here, tmp_path / "new", [toy.phase(Corpus.open(corpus_copy.path))], initial=str(reference)
+        toy.train_here, tmp_path / "new", [toy.phase(Corpus.open(corpus_copy.path))], init_from=str(reference)
     )
     assert "different vocabularies" in message
 
@@ -172,7 +172,10 @@ def test_the_initial_models_vocabulary_must_be_the_corpus(corpus_copy, reference
     [
         ({"mesh": MeshConfig(data=3)}, "needs 3 devices, 1 are here"),
         ({"mesh": MeshConfig(data=-1, fsdp=-1)}, "one at most is -1"),
-        ({"micro_batches": 3}, "a batch of 8 rows does not split into 1 shards (data x fsdp) of 3 micro-batches"),
+        (
+            {"gradient_accumulation_steps": 3},
+            "a batch of 8 rows does not split into 1 shards (data x fsdp) of 3 micro-batches",
+        ),
         ({"model": dataclasses.replace(toy.MODEL, max_length=8)}, "have 16 tokens, the model reads 8"),
         ({"model": dataclasses.replace(toy.MODEL, vocab_size=100)}, "has 259 ids, the model embeds 100"),
         ({"schedule": cosine_schedule(warmup=7.0)}, "the schedule of phase 0 take 7 + 0 steps, it rules 6"),
@@ -187,4 +190,8 @@ def test_more_rows_than_there_are(corpus, tmp_path):
     few = dataclasses.replace(toy.phase(corpus, steps=13).mixture[0], epochs=1.0)
     phase = dataclasses.replace(toy.phase(corpus, steps=13), mixture=[few])
     message = toy.refusal(toy.train_here, tmp_path / "run", [phase])
-    assert "draws 104 rows from corpus" in message and "which has 96" in message and "Draw.epochs = 2" in message
+    assert (
+        "draws 104 rows from corpus" in message
+        and "which has 96" in message
+        and "MixtureComponent.epochs = 2" in message
+    )

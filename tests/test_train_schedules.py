@@ -6,8 +6,8 @@ import pytest
 
 from slm_jax.errors import UserError
 from slm_jax.train.schedules import (
-    Leg,
     Schedule,
+    SchedulePart,
     anneal_schedule,
     constant_schedule,
     cosine_schedule,
@@ -86,11 +86,11 @@ def test_in_turn_on_arrays_and_under_jit():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Leg(1.0, shape="sine"), "Leg.shape 'sine' is unknown: known are linear, cosine"),
-        (lambda: Leg(-1.0), "neither a value nor a length can be negative"),
-        (lambda: Leg(1.0, -3.0), "neither a value nor a length can be negative"),
-        (lambda: Schedule([Leg(1.0), Leg(2.0)]), "at most one leg takes what the others leave"),
-        (lambda: Schedule([Leg(1.0)], start=-1.0), "Schedule.start -1.0 is negative"),
+        (lambda: SchedulePart(1.0, shape="sine"), "SchedulePart.shape 'sine' is unknown: known are linear, cosine"),
+        (lambda: SchedulePart(-1.0), "neither a value nor a length can be negative"),
+        (lambda: SchedulePart(1.0, -3.0), "neither a value nor a length can be negative"),
+        (lambda: Schedule([SchedulePart(1.0), SchedulePart(2.0)]), "at most one leg takes what the others leave"),
+        (lambda: Schedule([SchedulePart(1.0)], start=-1.0), "Schedule.start -1.0 is negative"),
         (lambda: cosine_schedule(peak=0.0), "it is above 0"),
         (lambda: over(wsd_schedule(warmup=60.0, decay=50.0), 100), r"take 60 \+ 0 \+ 50 steps, it rules 100"),
         (lambda: over(anneal_schedule(to=1e-5), 10), "an exponential leg from 0.0 to 1e-05: both are above 0"),
@@ -113,5 +113,5 @@ def test_settings_of_other_legs_do_not_reach_the_families():
 
 def test_two_halves_are_a_whole_at_every_length():
     for total in range(2, 40):
-        lengths = Schedule([Leg(1.0, 0.5), Leg(0.1, 0.5)]).lengths(total)
+        lengths = Schedule([SchedulePart(1.0, 0.5), SchedulePart(0.1, 0.5)]).lengths(total)
         assert sum(lengths) == total and abs(lengths[0] - lengths[1]) <= 1

@@ -11,7 +11,7 @@ import pytest
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import make_batch
 from slm_jax.mesh import MeshConfig
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.selection import Selection
 from slm_jax.score.token_loss import batch_loss, predicted
 from slm_jax.train.objective import trained_tokens
@@ -37,13 +37,13 @@ def _batch(seed=0):
     return make_batch(rng.integers(0, 64, (ROWS, LENGTH)), segments, mask, rng.integers(0, 3, (ROWS, LENGTH)), scores)
 
 
-def _run(selection, mesh_config=None, devices=None, micro_batches=1, batch=None, steps=1):
+def _run(selection, mesh_config=None, devices=None, gradient_accumulation_steps=1, batch=None, steps=1):
     mesh = mesh_lib.make_mesh(mesh_config or MeshConfig(), devices or jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig())
     batch = _batch() if batch is None else batch
     with jax.set_mesh(mesh):
         state = init_state(MODEL, optimizer, mesh, seed=0)
-        step = make_step(MODEL, selection, optimizer, lambda _: RATE, 0, micro_batches)
+        step = make_step(MODEL, selection, optimizer, lambda _: RATE, 0, gradient_accumulation_steps)
         step = compile_step(step, mesh, state_shapes(MODEL, optimizer, mesh))
         for _ in range(steps):
             state, sums = step(state, jax.device_put(batch, mesh_lib.batch_sharding(mesh)))
@@ -74,7 +74,7 @@ def test_equal_on_any_split(name, split):
     elif split == "2x2x2":
         arguments = {"mesh_config": MeshConfig(data=2, fsdp=2, model=2), "devices": jax.devices()}
     else:
-        arguments = {"mesh_config": MeshConfig(fsdp=2), "devices": jax.devices()[:2], "micro_batches": 4}
+        arguments = {"mesh_config": MeshConfig(fsdp=2), "devices": jax.devices()[:2], "gradient_accumulation_steps": 4}
     expected, expected_sums = _one_device(name)
     state, sums = _run(SELECTIONS[name], **arguments)
     for key in expected_sums:
@@ -121,7 +121,7 @@ def test_device_scope_selects_on_each_shard():
 
 def test_micro_batch_scope_selects_in_each():
     """Each micro-batch, of every fourth row, keeps its share; the loss is over all that were kept."""
-    _, sums = _run(Selection(ratio=0.5, scope="micro_batch"), micro_batches=4)
+    _, sums = _run(Selection(ratio=0.5, scope="micro_batch"), gradient_accumulation_steps=4)
     batch = _batch()
     valid = np.asarray(batch.loss_mask & predicted(batch.segment_ids)).sum(axis=1).reshape(-1, 4).sum(axis=0)
     assert sums["trained_tokens"] == np.floor(valid * 0.5 + 0.5).sum()
@@ -155,7 +155,7 @@ def test_scores_that_are_not_finite_drop_out_and_are_counted():
     scores[rows[:5], columns[:5]] = [np.nan, np.inf, -np.inf, np.nan, np.nan]
     scores[~valid] = np.nan  # those of tokens that do not count are nobody's business
     _, sums = _run(Selection(ratio=1.0), batch=batch._replace(scores={COLUMN: scores}))
-    assert sums["unusable_scores"] == 5
+    assert sums["nonfinite_scores"] == 5
     assert sums["trained_tokens"] == valid.sum() - 5
     assert np.isfinite(sums["trained_loss_sum"])
 

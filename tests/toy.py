@@ -25,20 +25,20 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.__main__ import main
 from slm_jax.data.corpus import Corpus, CorpusWriter
 from slm_jax.data.metadata import Metadata, with_metadata
-from slm_jax.data.mixture import Draw
+from slm_jax.data.mixture import MixtureComponent
 from slm_jax.data.packing import pack_split
-from slm_jax.data.rows import write_rows
 from slm_jax.data.store import SHARD_ROWS, Store
-from slm_jax.data.units import Documents, write_unit
+from slm_jax.data.tokenized_shards import Documents, write_unit
 from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary
+from slm_jax.data.write_corpus import write_rows
 from slm_jax.errors import UserError
 from slm_jax.metrics import read_metrics
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.train.loop import train
 from slm_jax.train.phases import Phase
 from slm_jax.train.schedules import constant_schedule
 
-ROW_LENGTH = 16
+SEQUENCE_LENGTH = 16
 WORDS = "the farm has hens and pigs that eat corn while 12 ducks swim".split()
 # 260 ids for 259, so that a mesh can halve them.
 MODEL = ModelConfig(
@@ -64,16 +64,16 @@ CONSTANT = ("--gin.train.schedule=@constant_schedule()",)  # on the command line
 
 
 def write_corpus(
-    path: Path, seed: int = 0, rows: int = 96, row_length: int = ROW_LENGTH, sources=("a", "b"), words=WORDS
+    path: Path, seed: int = 0, rows: int = 96, sequence_length: int = SEQUENCE_LENGTH, sources=("a", "b"), words=WORDS
 ) -> Corpus:
     """A corpus of `rows` rows of bytes: short documents of common words, in turn from the sources."""
     rng, vocabulary = random.Random(seed), ByteVocabulary()
     documents: list[list[int]] = []
-    while sum(map(len, documents)) < rows * row_length:
+    while sum(map(len, documents)) < rows * sequence_length:
         text = " ".join(rng.choices(words, k=rng.randint(1, 6)))
         documents.append([vocabulary.bos_id, *vocabulary.encode(text), vocabulary.eos_id])
-    pieces = pack_split(np.array([len(document) for document in documents]), row_length)
-    shape = (pieces.num_rows, row_length)
+    pieces = pack_split(np.array([len(document) for document in documents]), sequence_length)
+    shape = (pieces.num_rows, sequence_length)
     columns = {
         "tokens": np.zeros(shape, np.uint16),
         "segment_ids": np.zeros(shape, np.uint16),
@@ -85,7 +85,7 @@ def write_corpus(
         columns["segment_ids"][place] = segment
         columns["source_ids"][place] = document % len(sources)
     columns["loss_mask"] = (columns["segment_ids"] > 0) & (columns["tokens"] != vocabulary.bos_id)
-    writer = CorpusWriter(Store(path), rows, row_length, vocabulary)
+    writer = CorpusWriter(Store(path), rows, sequence_length, vocabulary)
     for begin in range(0, rows, SHARD_ROWS):
         writer.write({name: column[begin : min(begin + SHARD_ROWS, rows)] for name, column in columns.items()})
     return writer.finish(
@@ -103,7 +103,7 @@ def write_score(corpus: Corpus, name: str, loss: np.ndarray, step: int = 0, dtyp
 def write_documents(
     path: Path,
     records: Sequence[Mapping[str, str]],
-    row_length: int,
+    sequence_length: int,
     packing: str = "complete",
     metadata: Metadata | None = None,
     vocabulary: Vocabulary | None = None,
@@ -115,16 +115,21 @@ def write_documents(
     (path / "work").mkdir(parents=True)
     write_unit(path / "work", 0, list(with_metadata(rows, metadata, None, Counter())), vocabulary)
     names = dict.fromkeys(row["source"] for row in rows)
-    settings = {"sources": [{"name": name} for name in names], "seed": 0, "row_length": row_length, "packing": packing}
+    settings = {
+        "sources": [{"name": name} for name in names],
+        "seed": 0,
+        "sequence_length": sequence_length,
+        "packing": packing,
+    }
     settings |= {"metadata": dataclasses.asdict(metadata)} if metadata else {}
     counts = {"skipped": Counter(), "without": Counter()}
     return write_rows(Store(path), Documents(path / "work", 1), vocabulary, settings, counts)
 
 
-def phase(*corpora: Corpus, steps: int = 6, batch_rows: int = 8, **settings: Any) -> Phase:
+def phase(*corpora: Corpus, steps: int = 6, batch_size: int = 8, **settings: Any) -> Phase:
     """A phase that draws from the corpora in equal shares."""
-    mixture = [Draw(corpus.path, epochs=100.0) for corpus in corpora]
-    return Phase(steps, mixture=mixture, batch_rows=batch_rows, **settings)
+    mixture = [MixtureComponent(corpus.path, epochs=100.0) for corpus in corpora]
+    return Phase(steps, mixture=mixture, batch_size=batch_size, **settings)
 
 
 @contextlib.contextmanager
@@ -156,13 +161,24 @@ def refusal(call: Callable[..., Any], *arguments: Any, **named: Any) -> str:
     return line
 
 
+def refused(code: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> str:
+    """The text with which a call is refused, of one line; its code must be `code`."""
+    with pytest.raises(UserError) as error:
+        call(*arguments, **named)
+    assert error.value.code == code, f"{error.value.code}: {error.value}"
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def settings(**named: Any) -> list[str]:
     """Arguments of a command: settings(train={"seed": 1}) is ["--gin.train.seed=1"]."""
     return [f"--gin.{owner}.{name}={value!r}" for owner, values in named.items() for name, value in values.items()]
 
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["slm_jax.__main__", "slm_jax.train.loop", "slm_jax.evaluate.stage", "tensorboardX"])
+_processes.set_forkserver_preload(
+    ["slm_jax.__main__", "slm_jax.train.loop", "slm_jax.evaluate.evaluate", "tensorboardX"]
+)
 
 
 class Command:

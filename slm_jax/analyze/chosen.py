@@ -9,37 +9,41 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from slm_jax.data.packing import positions_from_segments
 from slm_jax.score import selection as selection_lib
-from slm_jax.score.selection import Combined, Selection
+from slm_jax.score.selection import CombinedSelection, Selection
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _choose(
-    selection: Selection | Combined, loss: jax.Array, columns: dict[str, jax.Array], valid: jax.Array, key: jax.Array
+    selection: Selection | CombinedSelection,
+    loss: jax.Array,
+    columns: dict[str, jax.Array],
+    valid: jax.Array,
+    key: jax.Array,
 ) -> jax.Array:
     return selection_lib.choose(selection, loss, columns, valid, key).chosen
 
 
 def choose(
-    selection: Selection | Combined,
+    selection: Selection | CombinedSelection,
     loss: Float[np.ndarray, "N L"],
     columns: dict[str, Float[np.ndarray, "N L"]],
     valid: Bool[np.ndarray, "N L"],
-    batch_rows: int,
+    batch_size: int,
     seed: int = 0,
 ) -> Bool[np.ndarray, "N L"]:
-    """The tokens that train, where each `batch_rows` rows are a batch on one device.
+    """The tokens that train, where each `batch_size` rows are a batch on one device.
 
     Args:
       selection: its own functions choose; what it says of devices, micro-batches and gradients has no meaning here.
       loss: of the model.
       columns: what `selection.columns()` names.
       valid: tokens that take part.
-      batch_rows: the last batch may have fewer.
+      batch_size: the last batch may have fewer.
       seed: of a random selection.
     """
     chosen = np.zeros(valid.shape, bool)
-    for batch, first in enumerate(range(0, len(valid), batch_rows)):
-        rows = slice(first, first + batch_rows)
+    for batch, first in enumerate(range(0, len(valid), batch_size)):
+        rows = slice(first, first + batch_size)
         key = jax.random.fold_in(jax.random.key(seed), batch)
         read = {name: jnp.asarray(column[rows]) for name, column in columns.items()}
         chosen[rows] = np.asarray(_choose(selection, jnp.asarray(loss[rows]), read, jnp.asarray(valid[rows]), key))

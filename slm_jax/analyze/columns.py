@@ -89,16 +89,16 @@ def checkpoint_columns(run: str, steps: Sequence[int] | None) -> list[tuple[str,
 def _first_model(run: str) -> tuple[str, int] | None:
     """The run and step whose parameters a run started from; None where they were random or it is a branch."""
     identity = read_run(run).get("identity", {})
-    if not identity.get("initial") or identity.get("whole_state"):
+    if not identity.get("init_from") or identity.get("whole_state"):
         return None
     try:
-        saved_steps(identity["initial"])
+        saved_steps(identity["init_from"])
     except UserError as error:
         raise UserError(
-            f"{run} started from {identity['initial']}, which is not there any more ({error}): bring it back, or "
+            f"{run} started from {identity['init_from']}, which is not there any more ({error}): bring it back, or "
             "leave step 0 out by naming the steps"
         ) from error
-    return identity["initial"], identity["initial_step"]
+    return identity["init_from"], identity["init_step"]
 
 
 def score_columns(corpus: Corpus, run: str, steps: Sequence[int] | None, score_missing: bool) -> list[str]:

@@ -96,7 +96,7 @@ def _plans(groups: Sequence[Group]) -> Table:
             words = (
                 seeds,
                 "; ".join(dict.fromkeys(run.state() for run in group.runs)),
-                f"{phase['steps']:,} of {phase['batch_rows']} rows",
+                f"{phase['steps']:,} of {phase['batch_size']} rows",
                 describe.mixture(phase),
                 describe.objective(phase),
                 describe.schedule(rate) or "goes on",

@@ -115,7 +115,7 @@ def _figure(lines: Sequence[Line], named: tuple[str, str], reached: float | None
 
 
 def _draw(axes: Any, line: Line, smooth: bool) -> tuple[float, float, str]:
-    """Draws a line, and returns where it ends and what it is called."""
+    """MixtureComponents a line, and returns where it ends and what it is called."""
     colour = COLOURS[line.colour % len(COLOURS)]
     dash = DASHES[line.colour // len(COLOURS) % len(DASHES)]
     steps, values = line.points()

@@ -19,8 +19,8 @@ def objective(phase: Mapping[str, Any]) -> str:
             parts.append(f"{chosen.gradient} gradient")
     if phase.get("reset_optimizer"):
         parts.append("moments forgotten")
-    if phase.get("toward_start"):
-        parts.append(f"pulled back by {phase['toward_start']:g}")
+    if phase.get("l2_to_init"):
+        parts.append(f"pulled back by {phase['l2_to_init']:g}")
     return ", ".join(parts)
 
 
@@ -38,11 +38,11 @@ def mixture(phase: Mapping[str, Any]) -> str:
     """Corpora with their shares of the rows: `70 % crawl + 30 % clean (replay, in order)`."""
     draws = phase["mixture"]
     names = short_names([draw["corpus"] for draw in draws]) if len(draws) > 1 else [draws[0]["corpus"]]
-    fixed = [draw["share"] for draw in draws if isinstance(draw["share"], int | float)]
+    fixed = [draw["weight"] for draw in draws if isinstance(draw["weight"], int | float)]
     total = 1.0 if len(fixed) < len(draws) else sum(fixed)
     parts = []
     for name, draw in zip(names, draws, strict=True):
-        share = draw["share"]
+        share = draw["weight"]
         if isinstance(share, Mapping):
             words = schedule(share)
         else:
@@ -58,7 +58,7 @@ def schedule(value: Mapping[str, Any] | None) -> str:
         return ""
     start = value.get("start")
     legs = []
-    for leg in value["legs"]:
+    for leg in value["parts"]:
         steps = leg["steps"]
         length = "the rest" if steps is None else f"{100 * steps:.4g} %" if steps < 1 else f"{steps:,} steps"
         legs.append(f"to {leg['to']:.4g} {leg['shape']} over {length}")
@@ -69,9 +69,9 @@ def facts(run: Run) -> dict[str, Any]:
     """What else to know of a run: model, start, machine, versions."""
     settings, first = run.settings, run.starts[0] if run.starts else {}
     model, identity = settings["model"], run.identity
-    start = identity.get("initial") or "random parameters"
-    if identity.get("initial"):
-        start += f", step {identity.get('initial_step')}"
+    start = identity.get("init_from") or "random parameters"
+    if identity.get("init_from"):
+        start += f", step {identity.get('init_step')}"
         start += ", with its state: a branch, whose numbers count that run's steps too" * bool(
             identity.get("whole_state")
         )

@@ -59,7 +59,7 @@ def analyze_dynamics(
       trace: in place of columns, the losses that an evaluator of this name (HeldOut.keep_tokens) stored while the run
         trained, on the corpus it names.
       score_missing: score the checkpoints that have no column yet, as the stage `score` does and with its settings
-        (score.batch_rows, score.dtype, score.mesh).
+        (score.batch_size, score.dtype, score.mesh).
       rows: how many of the first rows to look at; all by default.
       rise, fall: a token whose line rises or falls by more than this many nats is L→H or H→L.
       high: of the others, H→H if their last loss is above this; by default the mean of all tokens' last losses.

@@ -1,7 +1,6 @@
 """Stage `analyze inspect`: rows of a corpus as text, each token shaded by what models make of it."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from slm_jax.errors import UserError
 from slm_jax.evaluate.predictions import predict_rows
 from slm_jax.mesh import MeshConfig
 from slm_jax.score.reference import check_fits, load_model
-from slm_jax.score.selection import COMBINE, Combined, Selection
+from slm_jax.score.selection import COMBINE, CombinedSelection, Selection
 from slm_jax.score.token_loss import predicted
 
 ROWS = 64
@@ -34,7 +33,7 @@ class Computed(NamedTuple):
     """How losses are computed where no column holds them."""
 
     mesh: Mesh
-    batch_rows: int
+    batch_size: int
     top: int
 
 
@@ -45,12 +44,12 @@ def analyze_inspect(
     columns: Sequence[str] = (),
     kept: str | None = None,
     steps: Sequence[int] = (),
-    selection: Selection | Combined | None = None,
+    selection: Selection | CombinedSelection | None = None,
     output: str = "inspect.html",
     rows: int | None = None,
     first_row: int = 0,
     predictions: int = 5,
-    batch_rows: int = 8,
+    batch_size: int = 8,
     mesh: MeshConfig | None = None,
 ) -> None:
     """Writes a page on which one looks at tokens: `slm-jax analyze inspect RUN [RUN] --corpus=CORPUS`.
@@ -65,13 +64,14 @@ def analyze_inspect(
       columns: score columns of the corpus. Those of one run are checkpoints of one model, in the order of their steps.
       kept: a HeldOut of the runs with keep_tokens on this corpus: the losses they kept while training are shown too.
       steps: of the runs' checkpoints and kept losses, only these; by default all.
-      selection: what is shown as selected, within these rows as one batch, a Selection or several Combined; also which
+      selection: what is shown as selected, within these rows as one batch, a Selection or several CombinedSelection;
+        also which
         columns hold the reference losses. By default Selection(), where the corpus has its column.
       output: the HTML file.
       rows: how many; by default 64, or as many as were kept.
       first_row: the first of them. Rows of a corpus are shuffled, so any are a sample.
       predictions: how many of the likeliest tokens are shown where losses are computed here.
-      batch_rows: rows computed at a time, over all devices.
+      batch_size: rows computed at a time, over all devices.
       mesh: how devices share the work.
     """
     if not runs and not columns:
@@ -88,13 +88,13 @@ def analyze_inspect(
     scores = table.read(wanted, _score_names(table, shown_selection))
     read = list(_from_columns(table, wanted, columns))
     devices = mesh_lib.make_mesh(mesh)
-    mesh_lib.check_batch(devices, batch_rows, "analyze_inspect")
+    mesh_lib.check_batch(devices, batch_size, "analyze_inspect")
     config_lib.print_unused()
     block = table.read(wanted)
     about = f"{len(wanted)} rows of {corpus} ({int((block['segment_ids'] > 0).sum()):,} tokens)"
     print(f"inspect: {about}, {', '.join([*runs, *columns])} -> {output}")
 
-    how, measured = Computed(devices, batch_rows, min(predictions, table.vocab_size)), {}
+    how, measured = Computed(devices, batch_size, min(predictions, table.vocab_size)), {}
     with jax.set_mesh(devices):
         for run, steps_of_run in places.items():
             here = {step: x[wanted] for step, x in losses_kept.get(run, {}).items()}
@@ -120,7 +120,7 @@ def _rows(table: Corpus, first: int, number: int | None, kept: dict[str, dict[in
 def _kept(run: str, name: str, table: Corpus) -> dict[int, np.ndarray]:
     """Step -> [rows, L] of the losses that a run kept of the first rows of this corpus; NaN where none counts."""
     path = Path(run) / "run.json"
-    settings = json.loads(path.read_text())["settings"] if path.exists() else {}
+    settings = config_lib.read_json(path)["settings"] if path.exists() else {}
     evaluators = {about["name"]: about for about in settings.get("evaluators", ()) if about.get("keep_tokens")}
     if name not in evaluators:
         names = ", ".join(evaluators) or "none"
@@ -132,7 +132,7 @@ def _kept(run: str, name: str, table: Corpus) -> dict[int, np.ndarray]:
     return {int(file.stem): np.load(file, allow_pickle=False) for file in files}
 
 
-def _selection(table: Corpus, given: Selection | Combined | None) -> Selection | Combined | None:
+def _selection(table: Corpus, given: Selection | CombinedSelection | None) -> Selection | CombinedSelection | None:
     """The selection to show; none where it was not asked for and the corpus lacks its column."""
     selection = given or Selection()
     try:
@@ -146,7 +146,7 @@ def _selection(table: Corpus, given: Selection | Combined | None) -> Selection |
     return selection
 
 
-def _score_names(table: Corpus, selection: Selection | Combined | None) -> list[str]:
+def _score_names(table: Corpus, selection: Selection | CombinedSelection | None) -> list[str]:
     """The columns that a selection reads, and the losses of its references."""
     if selection is None:
         return []
@@ -158,7 +158,7 @@ def _score_names(table: Corpus, selection: Selection | Combined | None) -> list[
     return list(dict.fromkeys(names))
 
 
-def _reference(selection: Selection | Combined, scores: dict[str, np.ndarray]) -> np.ndarray | None:
+def _reference(selection: Selection | CombinedSelection, scores: dict[str, np.ndarray]) -> np.ndarray | None:
     """The reference losses to show: of the first part that has them, several references combined as it says."""
     for part in selection.parts:
         names = [f"scores/{name}/loss" for name in part.references]
@@ -199,7 +199,7 @@ def _column(
         return Column(step, "kept by the run while it trained", kept[step].astype(np.float32))
     model = load_model(run, how.mesh, step)
     check_fits(model.config, model.vocabulary_hash, table, f"model {run}")
-    found = predict_rows(model, block["tokens"], block["segment_ids"], how.mesh, how.batch_rows, how.top)
+    found = predict_rows(model, block["tokens"], block["segment_ids"], how.mesh, how.batch_size, how.top)
     return Column(step, "computed from the checkpoint", found.loss, found)
 
 
@@ -212,7 +212,7 @@ def _with_selection(
     measured: dict[str, list[Column]],
     block: dict[str, np.ndarray],
     scores: dict[str, np.ndarray],
-    selection: Selection | Combined | None,
+    selection: Selection | CombinedSelection | None,
 ) -> Shown:
     """Adds what would be selected at each checkpoint; losses become NaN where a token has none."""
     has_loss = np.asarray(predicted(block["segment_ids"].astype(np.int32)))
@@ -227,7 +227,7 @@ def _with_selection(
             kept = None
             if selection:
                 columns = {name: scores[name] for name in selection.columns()}
-                kept = chosen.choose(selection, loss, columns, has_loss & block["loss_mask"], batch_rows=len(loss))
+                kept = chosen.choose(selection, loss, columns, has_loss & block["loss_mask"], batch_size=len(loss))
             places.append(column._replace(loss=loss, selected=kept))
         models.append(Model(name, places))
     return Shown(models, reference)

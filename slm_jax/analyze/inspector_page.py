@@ -15,7 +15,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.token_text import TokenText
 from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.evaluate.predictions import Predictions
-from slm_jax.score.selection import Combined, Selection
+from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.score.token_loss import predicted
 
 SCRIPTS = tuple(f"inspector_{part}.js.html.j2" for part in ("data", "text", "panel", "controls"))
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
         numbers: np.ndarray,
         block: dict[str, np.ndarray],
         reference: np.ndarray | None,
-        selection: Selection | Combined | None,
+        selection: Selection | CombinedSelection | None,
     ) -> "Rows":
         """Rows that were read from a corpus, which the page calls `name`."""
         documents = table.documents()
@@ -80,7 +80,7 @@ class Rows(NamedTuple):
         )
 
 
-def _in_words(selection: Selection | Combined) -> str:
+def _in_words(selection: Selection | CombinedSelection) -> str:
     both = " and " if isinstance(selection, Selection) or selection.keeps == "intersection" else " or "
     scope = selection.parts[0].scope
     what = f"Selection: {both.join(map(_part_in_words, selection.parts))}, scope {scope}."

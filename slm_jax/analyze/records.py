@@ -1,12 +1,12 @@
 """What run directories say of their runs: settings, metrics over training, results of `evaluate`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from slm_jax import config as config_lib
 from slm_jax.errors import UserError
 from slm_jax.metrics import read_metrics
 
@@ -66,7 +66,7 @@ def read_records(runs: Sequence[str]) -> list[RunRecord]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = config_lib.read_json(path)
     except ValueError as error:
         raise UserError(f"{path} is damaged (not JSON): restore it, or delete it and make it again") from error
     if not isinstance(value, dict):

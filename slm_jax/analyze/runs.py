@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slm_jax import config as config_lib
 from slm_jax.checkpoint import read_about
 from slm_jax.errors import UserError
 from slm_jax.evaluate.flops import Flops, run_flops
@@ -122,7 +123,7 @@ def _evaluated(path: str) -> Iterator[tuple[str, float]]:
 def _json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is none, or one that is damaged."""
     try:
-        value = json.loads(path.read_text())
+        value = config_lib.read_json(path)
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

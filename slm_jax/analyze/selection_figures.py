@@ -24,7 +24,7 @@ CAPTIONS = {
 
 
 def draw(folder: Path, record: dict[str, Any]) -> list[str]:
-    """Draws what there is; returns the names of the figures."""
+    """MixtureComponents what there is; returns the names of the figures."""
     tokens, drawn = record.get("tokens"), []
     if any(_has_selected(about) for about in record["runs"].values()):
         _training(folder, record)
@@ -214,7 +214,7 @@ def _tokens_summary(tokens: dict[str, Any], drawn: list[str]) -> list[str]:
     selection = tokens["selection"]
     text = (
         f"{tokens['tokens']:,} tokens of {tokens['corpus']}, selected by the checkpoints of {tokens['run']}: score "
-        f"{selection['score']}, share {selection['ratio']:g}, among {tokens['batch_rows']} rows.\n"
+        f"{selection['score']}, share {selection['ratio']:g}, among {tokens['batch_size']} rows.\n"
     )
     parts = ["## Tokens that each checkpoint selects\n", text]
     perplexity = np.exp(_array(tokens["loss_of_selected"])).tolist()

@@ -24,14 +24,14 @@ class Choices(NamedTuple):
     """How tokens are chosen: the selection, the rows of a batch, and the seed of a random one."""
 
     selection: Selection
-    batch_rows: int
+    batch_size: int
     seed: int
 
     def of(self, rows: Rows, loss: np.ndarray, **changes: Any) -> np.ndarray:
         """The tokens [T] that a model with these losses [N, L] selects, among the valid ones of the rows."""
         selection = dataclasses.replace(self.selection, **changes)
         columns = {name: read_column(rows, *name.split("/")[1:]) for name in selection.columns()}
-        return chosen.choose(selection, loss, columns, rows.valid, self.batch_rows, self.seed)[rows.valid]
+        return chosen.choose(selection, loss, columns, rows.valid, self.batch_size, self.seed)[rows.valid]
 
 
 def of_tokens(
@@ -73,7 +73,7 @@ def of_tokens(
         "fingerprint": rows.table.fingerprint,
         "tokens": sets.shape[1],
         "selection": dataclasses.asdict(choices.selection),
-        "batch_rows": choices.batch_rows,
+        "batch_size": choices.batch_size,
         "run": first,
         "checkpoints": own.steps,
         "selected_share": sets.mean(axis=1),

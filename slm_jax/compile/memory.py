@@ -11,25 +11,26 @@ from jax.sharding import Mesh
 from slm_jax.chips import GIB
 from slm_jax.compile.hlo import Program
 from slm_jax.mesh import batch_shards
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a program works on: a batch of `rows` x `length` tokens in `micro_batches` parts, over a mesh."""
+    """What a program works on: a batch of `rows` x `length` tokens in `gradient_accumulation_steps` parts, over a
+    mesh."""
 
     name: str
     model: ModelConfig
     mesh: Mesh
     rows: int
     length: int
-    micro_batches: int
+    gradient_accumulation_steps: int
     training: bool  # else scoring
 
     @property
     def rows_at_once(self) -> int:
         """Rows that one chip holds at a time."""
-        return self.rows // batch_shards(self.mesh) // self.micro_batches
+        return self.rows // batch_shards(self.mesh) // self.gradient_accumulation_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +117,12 @@ def _remedy(memory: Memory, room: float, work: Work) -> str:
     shrinking = memory.activations + memory.temporaries - gradients
     left = room - (memory.total - shrinking)
     rows = work.rows // batch_shards(work.mesh)
-    fitting = [n for n in range(work.micro_batches + 1, rows + 1) if rows % n == 0]
-    fitting = [n for n in fitting if shrinking * work.micro_batches / n <= 0.9 * left] or fitting[-1:]
+    fitting = [n for n in range(work.gradient_accumulation_steps + 1, rows + 1) if rows % n == 0]
+    fitting = [n for n in fitting if shrinking * work.gradient_accumulation_steps / n <= 0.9 * left] or fitting[-1:]
     if not fitting:
         return "a single row is too much for a chip: take shorter rows, or set MeshConfig.model to split each layer"
     return (
-        f"set train.micro_batches = {fitting[0]}"
+        f"set train.gradient_accumulation_steps = {fitting[0]}"
         if work.training
-        else f"set score.batch_rows = {work.rows // fitting[0]}"
+        else f"set score.batch_size = {work.rows // fitting[0]}"
     )

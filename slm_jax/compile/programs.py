@@ -19,7 +19,7 @@ from slm_jax.config import as_list, at_least
 from slm_jax.data.batches import Batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
-from slm_jax.models.config import ModelConfig, model_config
+from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.score.reference import score_batch
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.phases import Phase, keep_ratio, learning_rate
@@ -55,12 +55,12 @@ class Run:
     model: ModelConfig
     phases: Sequence[Phase]
     mesh: Mesh
-    row_length: int
+    sequence_length: int
     train: dict[str, Any]
     score: dict[str, Any]
 
 
-def bound_run(devices: Sequence[Any], row_length: int | None) -> Run:
+def bound_run(devices: Sequence[Any], sequence_length: int | None) -> Run:
     """The run that gin's settings describe, on the given devices.
 
     Raises:
@@ -69,15 +69,17 @@ def bound_run(devices: Sequence[Any], row_length: int | None) -> Run:
     train, score = gin.get_bindings("train"), gin.get_bindings("score")
     model = train.get("model") or model_config()
     phases = as_list(train.get("phases", ()), Phase, "train.phases") or [Phase()]  # pyright: ignore[reportCallIssue]
-    if row_length is None or model.vocab_size is None:
-        corpus = _corpus(phases, "compile.row_length" if row_length is None else "model.vocab_size")
-        row_length = row_length or corpus.row_length
+    if sequence_length is None or model.vocab_size is None:
+        corpus = _corpus(phases, "compile.sequence_length" if sequence_length is None else "model.vocab_size")
+        sequence_length = sequence_length or corpus.sequence_length
         model = dataclasses.replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
-    at_least(2, **{"compile.row_length": row_length})
-    if row_length > model.max_length:
-        raise UserError(f"rows of {row_length} tokens are longer than model.max_length = {model.max_length}: raise it")
-    phases = [phase.resolved(row_length) for phase in phases]
-    return Run(model, phases, mesh_lib.make_mesh(train.get("mesh"), devices), row_length, train, score)
+    at_least(2, **{"compile.sequence_length": sequence_length})
+    if sequence_length > model.max_length:
+        raise UserError(
+            f"rows of {sequence_length} tokens are longer than model.max_length = {model.max_length}: raise it"
+        )
+    phases = [phase.resolved(sequence_length) for phase in phases]
+    return Run(model, phases, mesh_lib.make_mesh(train.get("mesh"), devices), sequence_length, train, score)
 
 
 def _corpus(phases: Sequence[Phase], setting: str) -> Corpus:
@@ -90,34 +92,36 @@ def _corpus(phases: Sequence[Phase], setting: str) -> Corpus:
 
 def train_steps(run: Run) -> Iterator[StepProgram]:
     """One for each phase; phases whose steps are the same program share one."""
-    micro_batches = run.train.get("micro_batches", 1)
-    at_least(1, **{"train.micro_batches": micro_batches})
+    gradient_accumulation_steps = run.train.get("gradient_accumulation_steps", 1)
+    at_least(1, **{"train.gradient_accumulation_steps": gradient_accumulation_steps})
     config = run.train.get("optimizer") or OptimizerConfig()
     optimizer, ema = make_optimizer(config), config.ema
     rate = learning_rate(run.phases, run.train.get("schedule"))
     seen = []
     for number, phase in enumerate(run.phases):
-        program = (phase.selection, phase.batch_rows, phase.toward_start > 0, phase.keep_ratio)
+        program = (phase.selection, phase.batch_size, phase.l2_to_init > 0, phase.keep_ratio)
         if program in seen:
             continue
         seen.append(program)
         name = f"train, phase {number}"
-        mesh_lib.check_batch(run.mesh, phase.batch_rows, name, micro_batches)
+        mesh_lib.check_batch(run.mesh, phase.batch_size, name, gradient_accumulation_steps)
         step = make_step(
             run.model,
             phase.selection,
             optimizer,
             rate,
             run.train.get("seed", 0),
-            micro_batches,
+            gradient_accumulation_steps,
             keep_ratio=keep_ratio(run.phases, number),
-            toward_start=phase.toward_start,
+            l2_to_init=phase.l2_to_init,
             ema=ema,
         )
-        work = Work(name, run.model, run.mesh, phase.batch_rows, run.row_length, micro_batches, training=True)
+        work = Work(
+            name, run.model, run.mesh, phase.batch_size, run.sequence_length, gradient_accumulation_steps, training=True
+        )
         batch = _batch(work, phase.score_columns)
         shapes = state_shapes(run.model, optimizer, run.mesh, ema > 0)
-        shapes = shapes._replace(start=shapes.params if phase.toward_start else None)
+        shapes = shapes._replace(start=shapes.params if phase.l2_to_init else None)
         moments = (shapes.opt_state, shapes.average, shapes.start)
         yield StepProgram(work, compile_step(step, run.mesh, shapes), shapes.params, moments, batch, (shapes, batch))
 
@@ -125,14 +129,14 @@ def train_steps(run: Run) -> Iterator[StepProgram]:
 def score_step(run: Run) -> StepProgram:
     """Scoring with a reference of the run's own architecture.
 
-    Rows: score.batch_rows where it is set, else as many as a micro-batch of training holds.
+    Rows: score.batch_size where it is set, else as many as a micro-batch of training holds.
     """
-    micro_batches = run.train.get("micro_batches", 1)
-    rows = run.score.get("batch_rows", run.phases[0].batch_rows // micro_batches)
+    gradient_accumulation_steps = run.train.get("gradient_accumulation_steps", 1)
+    rows = run.score.get("batch_size", run.phases[0].batch_size // gradient_accumulation_steps)
     statistics = run.score.get("statistics", ("loss",))
     mesh = mesh_lib.make_mesh(run.score.get("mesh"), run.mesh.devices.flatten().tolist())
     mesh_lib.check_batch(mesh, rows, "score")
-    work = Work("score", run.model, mesh, rows, run.row_length, 1, training=False)
+    work = Work("score", run.model, mesh, rows, run.sequence_length, 1, training=False)
     batch = _batch(work, ())
     params = state_shapes(run.model, make_optimizer(OptimizerConfig()), mesh).params
     function = jax.jit(lambda params, batch: score_batch(params, run.model, batch, statistics))

@@ -68,7 +68,7 @@ def read_batch(
             read["source_ids"] = source_maps[i][read["source_ids"]]
         for name in names:
             if name not in merged:
-                merged[name] = np.empty((len(which), corpus.row_length), read[name].dtype)
+                merged[name] = np.empty((len(which), corpus.sequence_length), read[name].dtype)
             if merged[name].dtype != read[name].dtype:
                 merged[name] = merged[name].astype(np.promote_types(merged[name].dtype, read[name].dtype))
             merged[name][mine] = read[name]

@@ -1,7 +1,7 @@
 """A corpus is a table of token rows; a score is a column of it. Opening, reading, checking, writing.
 
 manifest.json       format version, fingerprint, counts, settings; written last, so its presence means complete
-columns/NAME        zarr3 arrays [num_rows, row_length]: tokens, segment_ids, loss_mask, source_ids
+columns/NAME        zarr3 arrays [num_rows, sequence_length]: tokens, segment_ids, loss_mask, source_ids
 documents.parquet   id, source, url, row, start, length, bytes: where each document begins; metadata, if it carries any
 vocabulary/         the vocabulary
 scores/NAME/        score columns, see scores.py
@@ -24,6 +24,7 @@ from slm_jax.data.scores import ScoreColumn, create_score, open_score, score_nam
 from slm_jax.data.store import SHARD_ROWS, Store
 from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
 from slm_jax.errors import UserError
+from slm_jax.renamed import with_new_keys
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -41,7 +42,7 @@ class Corpus:
         path: where it lies.
         manifest: everything recorded when it was made.
         fingerprint: of the content, as 64 hexadecimal digits; equal content gives equal fingerprints.
-        num_rows, row_length: shape of every column.
+        num_rows, sequence_length: shape of every column.
         vocabulary_hash, vocab_size: of the vocabulary its tokens belong to.
         source_names: what a value of `source_ids` means.
         metadata: settings of the `Metadata` that its documents carry, None for plain documents.
@@ -53,7 +54,7 @@ class Corpus:
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
         self.num_rows: int = manifest["num_rows"]
-        self.row_length: int = manifest["row_length"]
+        self.sequence_length: int = manifest["sequence_length"]
         self.vocabulary_hash: str = manifest["vocabulary"]["content_hash"]
         self.vocab_size: int = manifest["vocabulary"]["size"]
         self.source_names: tuple[str, ...] = tuple(manifest["source_names"])
@@ -69,7 +70,7 @@ class Corpus:
             UserError: nothing there, not finished, damaged, or of another format version.
         """
         store = Store(path)
-        manifest = store.read_json(MANIFEST)
+        manifest = with_new_keys(store.read_json(MANIFEST))
         if manifest is None:
             raise UserError(_why_no_manifest(store))
         if manifest.get("format_version") != FORMAT_VERSION:
@@ -124,12 +125,12 @@ class Corpus:
         Returns:
             For each document one array [length] per column.
         """
-        begin = documents["row"].to_numpy() * self.row_length + documents["start"].to_numpy()
+        begin = documents["row"].to_numpy() * self.sequence_length + documents["start"].to_numpy()
         end = begin + documents["length"].to_numpy()
-        first, last = begin // self.row_length, (end - 1) // self.row_length
+        first, last = begin // self.sequence_length, (end - 1) // self.sequence_length
         rows = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)] or [[]]))
         read = {name: x.reshape(-1) for name, x in self.read(rows.astype(np.int64), columns).items()}
-        at = np.searchsorted(rows, first) * self.row_length + begin % self.row_length
+        at = np.searchsorted(rows, first) * self.sequence_length + begin % self.sequence_length
         return [
             {name: x[place : place + size] for name, x in read.items()}
             for place, size in zip(at, end - begin, strict=True)
@@ -154,14 +155,14 @@ class Corpus:
 
         Args:
             name: of the column; letters, digits, '.', '_' and '-'.
-            statistics: names of the arrays [num_rows, row_length] in it.
+            statistics: names of the arrays [num_rows, sequence_length] in it.
             dtype: float32 or float16.
             reference: JSON object that identifies the model, its fingerprint included.
 
         Raises:
             UserError: a column of this name was made with other arguments.
         """
-        shape = (self.num_rows, self.row_length)
+        shape = (self.num_rows, self.sequence_length)
         return create_score(self._store, name, tuple(statistics), dtype, dict(reference), self.fingerprint, shape)
 
     def expect(self, fingerprint: str, what: str) -> None:
@@ -178,7 +179,7 @@ class Corpus:
         fingerprint = Fingerprint()
         for begin in range(0, self.num_rows, SHARD_ROWS):
             fingerprint.update(fresh.read(np.arange(begin, min(begin + SHARD_ROWS, self.num_rows))))
-        found = fingerprint.hexdigest(fresh.row_length, fresh.vocabulary().content_hash, fresh.source_names)
+        found = fingerprint.hexdigest(fresh.sequence_length, fresh.vocabulary().content_hash, fresh.source_names)
         if found != self.fingerprint:
             raise UserError(
                 f"corpus {self.path} was changed after it was made: its content has fingerprint {found[:12]}, "
@@ -200,10 +201,10 @@ class Corpus:
         column = self._store.open_array(f"columns/{name}", immutable=True)
         if column is None:
             raise UserError(f"corpus {self.path} has lost its column {name!r}: prepare it again")
-        if column.shape != (self.num_rows, self.row_length):
+        if column.shape != (self.num_rows, self.sequence_length):
             raise UserError(
                 f"corpus {self.path}: column {name!r} is {column.shape[0]} x {column.shape[1]}, the manifest says "
-                f"{self.num_rows} x {self.row_length}; prepare it again"
+                f"{self.num_rows} x {self.sequence_length}; prepare it again"
             )
         return column
 
@@ -226,24 +227,28 @@ class Fingerprint:
         for name, digest in self._columns.items():
             digest.update(np.ascontiguousarray(block[name]).data)
 
-    def hexdigest(self, row_length: int, vocabulary_hash: str, source_names: Iterable[str]) -> str:
+    def hexdigest(self, sequence_length: int, vocabulary_hash: str, source_names: Iterable[str]) -> str:
         content = {name: digest.hexdigest() for name, digest in self._columns.items()}
-        content |= {"row_length": row_length, "vocabulary": vocabulary_hash, "source_names": list(source_names)}
+        content |= {
+            "row_length": sequence_length,
+            "vocabulary": vocabulary_hash,
+            "source_names": list(source_names),
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 class CorpusWriter:
     """Writes a corpus: rows in order, then the rest. The manifest comes last: a corpus is complete or not there."""
 
-    def __init__(self, store: Store, num_rows: int, row_length: int, vocabulary: Vocabulary):
+    def __init__(self, store: Store, num_rows: int, sequence_length: int, vocabulary: Vocabulary):
         self._store, self._vocabulary = store, vocabulary
-        self._shape = (num_rows, row_length)
+        self._shape = (num_rows, sequence_length)
         dtypes = {"tokens": token_dtype(vocabulary).name, **COLUMN_DTYPES}
         self._arrays = {name: store.create_array(f"columns/{name}", dtypes[name], self._shape) for name in COLUMNS}
         self._fingerprint, self._rows, self._writing = Fingerprint(), 0, []
 
     def write(self, block: Mapping[str, np.ndarray]) -> None:
-        """Appends rows: [B, row_length] per column, `SHARD_ROWS` at a time except for the last."""
+        """Appends rows: [B, sequence_length] per column, `SHARD_ROWS` at a time except for the last."""
         self._fingerprint.update(block)
         self._wait()  # one block is on its way while the caller makes the next
         begin, self._rows = self._rows, self._rows + len(block["tokens"])
@@ -264,7 +269,7 @@ class CorpusWriter:
             "format_version": FORMAT_VERSION,
             "fingerprint": self._fingerprint.hexdigest(self._shape[1], vocabulary.content_hash, source_names),
             "num_rows": self._shape[0],
-            "row_length": self._shape[1],
+            "sequence_length": self._shape[1],
             "source_names": list(source_names),
             "vocabulary": about,
         }

@@ -25,10 +25,10 @@ RESHUFFLED = 1 << 32  # epochs of a shuffled replay are told from those of the f
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class Draw:
+class MixtureComponent:
     """One corpus of a mixture.
 
-    share: its weight among the rows of the phase; a number, a Schedule over the phase's steps, or None for what the
+    weight: its share of the rows of the phase; a number, a Schedule over the phase's steps, or None for what the
     others leave of 1.
     order: `shuffled` (anew in every epoch) or `original`.
     epochs: how often its rows may be used before the plan is refused.
@@ -38,22 +38,25 @@ class Draw:
     """
 
     corpus: str
-    share: Any = 1.0
+    weight: Any = 1.0
     order: str = "shuffled"
     epochs: float = 1.0
     replay: str | None = None
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
-            raise UserError(f"Draw.order {self.order!r} is unknown: known are {', '.join(ORDERS)}")
+            raise UserError(f"MixtureComponent.order {self.order!r} is unknown: known are {', '.join(ORDERS)}")
         if self.replay not in (None, *REPLAYS):
-            raise UserError(f"Draw.replay {self.replay!r} is unknown: known are {', '.join(REPLAYS)}, or None")
-        if (isinstance(self.share, (int, float)) and not self.share > 0) or not self.epochs > 0:
-            raise UserError(f"Draw of {self.corpus}: share and epochs are above 0")
+            raise UserError(
+                f"MixtureComponent.replay {self.replay!r} is unknown: known are {', '.join(REPLAYS)}, or None"
+            )
+        if (isinstance(self.weight, (int, float)) and not self.weight > 0) or not self.epochs > 0:
+            raise UserError(f"MixtureComponent of {self.corpus}: weight and epochs are above 0")
 
 
 class Supply(NamedTuple):
-    """The rows that a Draw reads: of a corpus of `size`, from the one after the first `taken` on. Of a replay, `taken`
+    """The rows that a MixtureComponent reads: of a corpus of `size`, from the one after the first `taken` on. Of a
+    replay, `taken`
     counts replayed rows, and `seen` those that were read before and stand to be replayed."""
 
     size: int
@@ -115,12 +118,12 @@ class Scheduled:
     spread evenly.
     """
 
-    def __init__(self, shares: Float[np.ndarray, "N D"], batch_rows: int):
-        self._rows = batch_rows
-        due = np.cumsum(shares / shares.sum(axis=1, keepdims=True) * batch_rows, axis=0)
+    def __init__(self, shares: Float[np.ndarray, "N D"], batch_size: int):
+        self._rows = batch_size
+        due = np.cumsum(shares / shares.sum(axis=1, keepdims=True) * batch_size, axis=0)
         self._table = np.zeros((len(due) + 1, due.shape[1]), np.int64)  # rows of each corpus before each step
         for step, before in enumerate(self._table[:-1]):
-            self._table[step + 1] = before + _apportioned(due[step] - before, batch_rows)
+            self._table[step + 1] = before + _apportioned(due[step] - before, batch_size)
 
     def counts(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N D"]:
         """How many rows of each corpus stand before each position."""
@@ -162,19 +165,19 @@ def _apportioned(wanted: Float[np.ndarray, " D"], total: int) -> Int[np.ndarray,
 class Mixture:
     """The rows of one phase.
 
-    shares: of the draws, [D], or [steps, D] where they change from step to step, of `batch_rows` rows each.
+    shares: of the draws, [D], or [steps, D] where they change from step to step, of `batch_size` rows each.
     """
 
     def __init__(
         self,
-        draws: Sequence[Draw],
+        draws: Sequence[MixtureComponent],
         supplies: Sequence[Supply],
         seed: int,
         shares: Float[np.ndarray, " D"] | Float[np.ndarray, "N D"],
-        batch_rows: int = 1,
+        batch_size: int = 1,
     ):
         self.draws, self.supplies, self.seed = tuple(draws), tuple(supplies), seed
-        self._places = Fixed(shares.tolist()) if shares.ndim == 1 else Scheduled(shares, batch_rows)
+        self._places = Fixed(shares.tolist()) if shares.ndim == 1 else Scheduled(shares, batch_size)
 
     def counts(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N D"]:
         """How many rows of each corpus stand before each position."""
@@ -191,7 +194,7 @@ class Mixture:
             rows[mine] = self._nth_rows(draw, supply, nth[mine] + supply.taken)
         return which, rows
 
-    def _nth_rows(self, draw: Draw, supply: Supply, nth: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    def _nth_rows(self, draw: MixtureComponent, supply: Supply, nth: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
         epoch, index = np.divmod(nth, supply.period)
         if draw.replay:
             if draw.replay == "shuffled":

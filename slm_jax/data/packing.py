@@ -22,44 +22,47 @@ class Pieces(NamedTuple):
     num_rows: int
 
 
-def pack_split(lengths: Integer[np.ndarray, "D"], row_length: int) -> Pieces:
-    """Concatenates the documents and cuts every `row_length` tokens: no token is lost, only the last row is padded.
+def pack_split(lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Pieces:
+    """Concatenates the documents and cuts every `sequence_length` tokens: no token is lost, only the last row is
+    padded.
 
     A document that is cut continues in the next row as a new segment, without what came before.
 
     Args:
         lengths: tokens of each document, at least 1.
-        row_length: tokens of a row.
+        sequence_length: tokens of a row.
     """
-    lengths = _checked(lengths, row_length)
+    lengths = _checked(lengths, sequence_length)
     begins = np.cumsum(lengths) - lengths
     total = int(lengths.sum())
-    cuts = np.union1d(begins, np.arange(0, total, row_length))  # a piece begins where a document or a row does
+    cuts = np.union1d(begins, np.arange(0, total, sequence_length))  # a piece begins where a document or a row does
     document = np.searchsorted(begins, cuts, side="right") - 1
     return _pieces(
-        document, cuts - begins[document], np.diff(cuts, append=total), cuts // row_length, cuts % row_length
+        document, cuts - begins[document], np.diff(cuts, append=total), cuts // sequence_length, cuts % sequence_length
     )
 
 
-def pack_complete(lengths: Integer[np.ndarray, "D"], row_length: int) -> Pieces:
+def pack_complete(lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Pieces:
     """MeCo's packing (arXiv 2501.01956, A.3): every row begins with the begin of a document.
 
     Documents are appended until the row is full, what hangs over is discarded, the next row begins with the next
     document. The last row is padded. Arguments as in `pack_split`.
     """
-    lengths = _checked(lengths, row_length)
+    lengths = _checked(lengths, sequence_length)
     ends = np.cumsum(lengths)
-    return _row_by_row(lengths, row_length, np.searchsorted(ends, ends - lengths + row_length, side="left") + 1)
+    return _row_by_row(
+        lengths, sequence_length, np.searchsorted(ends, ends - lengths + sequence_length, side="left") + 1
+    )
 
 
-def pack_whole(lengths: Integer[np.ndarray, "D"], row_length: int) -> Pieces:
+def pack_whole(lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Pieces:
     """No document is cut: one that does not fit in what is left of a row begins the next, and the row is padded.
 
     Only of a document that is longer than a row, what hangs over is discarded. Arguments as in `pack_split`.
     """
-    lengths = np.minimum(_checked(lengths, row_length), row_length)
+    lengths = np.minimum(_checked(lengths, sequence_length), sequence_length)
     ends = np.cumsum(lengths)
-    return _row_by_row(lengths, row_length, np.searchsorted(ends, ends - lengths + row_length, side="right"))
+    return _row_by_row(lengths, sequence_length, np.searchsorted(ends, ends - lengths + sequence_length, side="right"))
 
 
 PACKINGS = {"split": pack_split, "complete": pack_complete, "whole": pack_whole}
@@ -74,7 +77,7 @@ def positions_from_segments(segment_ids: Integer[np.ndarray, "B L"]) -> Int[np.n
     return np.where(segment_ids > 0, place - latest, 0).astype(np.int32)
 
 
-def _row_by_row(lengths: np.ndarray, row_length: int, following: np.ndarray) -> Pieces:
+def _row_by_row(lengths: np.ndarray, sequence_length: int, following: np.ndarray) -> Pieces:
     """If a row begins with document d, the next begins with document `following[d]`.
 
     Every row follows from the one before, so the chain is walked; all that can be computed at once is.
@@ -87,13 +90,13 @@ def _row_by_row(lengths: np.ndarray, row_length: int, following: np.ndarray) -> 
     begins = np.cumsum(lengths) - lengths
     row = np.searchsorted(firsts, np.arange(len(lengths)), side="right") - 1
     offset = begins - begins[firsts[row]] if len(lengths) else begins
-    kept = np.minimum(lengths, row_length - offset)
+    kept = np.minimum(lengths, sequence_length - offset)
     return _pieces(np.arange(len(lengths)), np.zeros_like(lengths), kept, row, offset)
 
 
-def _checked(lengths: np.ndarray, row_length: int) -> np.ndarray:
-    if row_length < 1:
-        raise ValueError(f"row_length is {row_length}, must be positive")
+def _checked(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length is {sequence_length}, must be positive")
     lengths = np.asarray(lengths, np.int64)
     if lengths.size and lengths.min() < 1:
         raise ValueError(f"document {int(lengths.argmin())} has {int(lengths.min())} tokens, must be positive")

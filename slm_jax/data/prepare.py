@@ -24,15 +24,15 @@ import gin
 import numpy as np
 from tqdm import tqdm
 
+from slm_jax import config as config_lib
 from slm_jax.data.corpus import MANIFEST, Corpus
 from slm_jax.data.hashing import mix, salt
 from slm_jax.data.metadata import Metadata, most_frequent, with_metadata
 from slm_jax.data.packing import PACKINGS
-from slm_jax.data.rows import write_rows
+from slm_jax.data.seqio_tasks import documents, register_task
 from slm_jax.data.sources import FIRST_RECORDS, Source, has_field, text_fraction
 from slm_jax.data.store import Store, disk_full_is_an_answer
-from slm_jax.data.tasks import documents, register_task
-from slm_jax.data.units import Documents, tokenize_units, unit_path, units_of
+from slm_jax.data.tokenized_shards import Documents, tokenize_units, unit_path, units_of
 from slm_jax.data.vocabularies import (
     ByteVocabulary,
     Vocabulary,
@@ -40,7 +40,9 @@ from slm_jax.data.vocabularies import (
     load_vocabulary,
     train_sentencepiece,
 )
+from slm_jax.data.write_corpus import write_rows
 from slm_jax.errors import UserError
+from slm_jax.renamed import with_new_keys
 
 
 @gin.configurable
@@ -48,7 +50,7 @@ def prepare(
     corpus: str | os.PathLike,
     sources: Sequence[Source] = (),
     vocabulary: VocabularyConfig | None = None,
-    row_length: int = 1024,
+    sequence_length: int = 1024,
     packing: str = "split",
     seed: int = 0,
     processes: int = 0,
@@ -62,7 +64,7 @@ def prepare(
         corpus: where to write it: a directory, a gs:// or s3:// URL.
         sources: where the documents come from; one Source by default.
         vocabulary: which vocabulary to use or train; None for the defaults of VocabularyConfig.
-        row_length: tokens of a row.
+        sequence_length: tokens of a row.
         packing: 'split' cuts documents at the end of a row and loses no token; 'complete' begins every row with the
             begin of a document and discards what hangs over (MeCo); 'whole' cuts none and pads, so that no answer
             loses its question. A document that is cut carries its metadata where it begins and not where it continues.
@@ -78,9 +80,9 @@ def prepare(
     """
     # Made here, not in the signature: gin binds them when they are called.
     sources, vocabulary = sources or [Source()], vocabulary or VocabularyConfig()  # pyright: ignore[reportCallIssue]
-    _check(sources, vocabulary, row_length, packing, processes)
+    _check(sources, vocabulary, sequence_length, packing, processes)
     inputs = [[_identity(path) for path in source.paths()] for source in sources]
-    whole = _Plan(sources, inputs, vocabulary, row_length, packing, seed, metadata)
+    whole = _Plan(sources, inputs, vocabulary, sequence_length, packing, seed, metadata)
     if plain is None:
         return _make(Store(corpus), whole, processes)
     if not 0 < plain_share < 1:
@@ -101,7 +103,7 @@ class _Plan:
     sources: Sequence[Source]
     inputs: Sequence[list[dict[str, Any]]]
     vocabulary: VocabularyConfig
-    row_length: int
+    sequence_length: int
     packing: str
     seed: int
     metadata: Metadata | None = None
@@ -121,7 +123,7 @@ class _Plan:
         settings = {
             "sources": described,
             "vocabulary": {"content_hash": known.content_hash} if known else wanted,
-            "row_length": self.row_length,
+            "sequence_length": self.sequence_length,
             "packing": self.packing,
             "seed": self.seed,
         }
@@ -189,11 +191,11 @@ def _make(store: Store, plan: _Plan, processes: int) -> Corpus:
     return result
 
 
-def _check(sources, vocabulary: VocabularyConfig, row_length: int, packing: str, processes: int) -> None:
+def _check(sources, vocabulary: VocabularyConfig, sequence_length: int, packing: str, processes: int) -> None:
     if not isinstance(sources, Sequence) or not sources or not all(isinstance(source, Source) for source in sources):
         raise UserError("prepare: sources must be a list of Source, with at least one")
-    if row_length < 2 or row_length > 1 << 17:
-        raise UserError(f"prepare: row_length is {row_length}, must be between 2 and {1 << 17}")
+    if sequence_length < 2 or sequence_length > 1 << 17:
+        raise UserError(f"prepare: sequence_length is {sequence_length}, must be between 2 and {1 << 17}")
     if packing not in PACKINGS:
         raise UserError(f"prepare: packing is {packing!r}, must be one of {', '.join(PACKINGS)}")
     if processes < 0:
@@ -229,7 +231,7 @@ def _existing(store: Store, settings: dict[str, Any]) -> Corpus | None:
 
 def _refuse_other(store: Store, plan: _Plan) -> None:
     """`_existing` for a corpus that is made after another, whose vocabulary is not known yet."""
-    if there := store.read_json(MANIFEST):
+    if there := with_new_keys(store.read_json(MANIFEST)):
         _existing(store, {**plan.settings(None), "vocabulary": there.get("settings", {}).get("vocabulary")})
 
 
@@ -283,7 +285,7 @@ def _begun(work: pathlib.Path, store: Store, settings: dict[str, Any]) -> Iterat
             raise UserError(f"another `prepare` is writing {store.path}: wait for it, or end it") from error
         path, text = work / "settings.json", json.dumps(settings, indent=2, sort_keys=True)
         if path.exists():
-            changed = _changed(json.loads(path.read_text("utf-8")), settings)
+            changed = _changed(config_lib.read_json(path), settings)
             if changed:
                 raise UserError(
                     f"{store.path} was half prepared with other settings ({changed}): run with those again, "
@@ -375,7 +377,7 @@ def _announce(store: Store, plan: _Plan, settings: dict[str, Any], known: Vocabu
         else f"  vocabulary: SentencePiece of {train['train']:,}"
         f", to be trained on up to {train['train_characters']:,} characters"
     )
-    print(f"  rows of {settings['row_length']:,} tokens, packing {settings['packing']}, {processes} processes")
+    print(f"  rows of {settings['sequence_length']:,} tokens, packing {settings['packing']}, {processes} processes")
 
 
 def _report(corpus: Corpus, reused: int, speed: float) -> None:

@@ -1,7 +1,8 @@
-"""Score columns: float arrays [num_rows, row_length] that a reference model adds to a corpus, row range by row range.
+"""Score columns: float arrays [num_rows, sequence_length] that a reference model adds to a corpus, row range by row
+range.
 
 scores/NAME/manifest.json   corpus fingerprint, reference, statistics, dtype
-scores/NAME/STATISTIC       zarr3 array [num_rows, row_length]; NaN where nothing was written
+scores/NAME/STATISTIC       zarr3 array [num_rows, sequence_length]; NaN where nothing was written
 scores/NAME/finished        zarr3 array [num_rows] of 0 and 1; set after the values are on disk
 """
 

@@ -1,4 +1,5 @@
-"""Draws that are the same on every version of Python: the standard library promises that of `random()` alone."""
+"""MixtureComponents that are the same on every version of Python: the standard library promises that of `random()`
+alone."""
 
 import random
 from collections.abc import Sequence

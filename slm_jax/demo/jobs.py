@@ -1,6 +1,5 @@
 """Runs the stages of a recipe as commands, several at a time, in the order their inputs allow."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from slm_jax import config as config_lib
 from slm_jax.errors import UserError
 from slm_jax.metrics import progress, read_metrics
 
@@ -124,4 +124,4 @@ def _total_steps(run_dir: Path) -> int | None:
     path = run_dir / "run.json"
     if not path.exists():
         return None
-    return sum(phase["steps"] for phase in json.loads(path.read_text())["settings"]["phases"])
+    return sum(phase["steps"] for phase in config_lib.read_json(path)["settings"]["phases"])

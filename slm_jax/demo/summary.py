@@ -39,7 +39,7 @@ def write_summary(here: Path, trained: Sequence[str]) -> dict[str, Any]:
         "path": str(corpus.path),
         "fingerprint": corpus.fingerprint,
         "rows": corpus.num_rows,
-        "row_length": corpus.row_length,
+        "sequence_length": corpus.sequence_length,
         "vocabulary": corpus.vocab_size,
         "sources": list(corpus.source_names),
     }

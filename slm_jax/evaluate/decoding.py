@@ -13,8 +13,8 @@ from slm_jax import mesh
 from slm_jax.evaluate.sampling import Sampling, choose, row_keys
 from slm_jax.models import forward
 from slm_jax.models.cache import Cache, place
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.models.model_config import ModelConfig
 
 STEPS = 16  # tokens that one call of `advance` makes for each row, at most
 NOTHING = -1  # stands in for the tokens of a row that has ended

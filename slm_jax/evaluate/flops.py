@@ -1,13 +1,13 @@
 """What a run cost in floating point operations, from what its directory says: training, scoring, its references."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from slm_jax import config as config_lib
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.selection import looks_ahead, selection_of
 
 
@@ -62,15 +62,15 @@ def _phase(settings: Mapping[str, Any], phase: Mapping[str, Any], steps: int) ->
     """Of the steps of a phase: a forward pass is a third of a step. A filtered backward pass is of the selected share,
     and where tokens compete across micro-batches, a forward pass more decides."""
     model = ModelConfig.from_json(settings["model"])
-    length = _row_length(phase)
+    length = _sequence_length(phase)
     selection = selection_of(phase["selection"])
     backward = selection.ratio if selection and selection.gradient == "filtered" else 1.0
-    forward = 2 if selection and looks_ahead(selection) and settings.get("micro_batches", 1) > 1 else 1
-    return model.flops_per_token(length) * length * phase["batch_rows"] * steps * (forward + 2 * backward) / 3
+    forward = 2 if selection and looks_ahead(selection) and settings.get("gradient_accumulation_steps", 1) > 1 else 1
+    return model.flops_per_token(length) * length * phase["batch_size"] * steps * (forward + 2 * backward) / 3
 
 
-def _row_length(phase: Mapping[str, Any]) -> int:
-    return Corpus.open(phase["mixture"][0]["corpus"]).row_length
+def _sequence_length(phase: Mapping[str, Any]) -> int:
+    return Corpus.open(phase["mixture"][0]["corpus"]).sequence_length
 
 
 def _scored(settings: Mapping[str, Any], steps: int | None) -> tuple[int, list[tuple[dict[str, Any], int]]]:
@@ -82,12 +82,12 @@ def _scored(settings: Mapping[str, Any], steps: int | None) -> tuple[int, list[t
         names = {column.split("/")[1] for column in selection.columns()} if selection else ()
         if not names:
             continue
-        read += phase["batch_rows"] * done
+        read += phase["batch_size"] * done
         for draw in phase["mixture"]:
             table = corpora.setdefault(draw["corpus"], Corpus.open(draw["corpus"]))
             for name in names:
                 about = table.score(name).reference
-                references[str(about.get("fingerprint") or name)] = (about, table.row_length)
+                references[str(about.get("fingerprint") or name)] = (about, table.sequence_length)
     return min(read, sum(table.num_rows for table in corpora.values())), list(references.values())
 
 
@@ -107,4 +107,4 @@ def _trained(about: Mapping[str, Any]) -> float | None:
 def _settings(about: Mapping[str, Any]) -> dict[str, Any] | None:
     """The settings of the train run that a reference comes from, where its directory still lies there."""
     path = Path(about.get("run") or "") / "run.json"
-    return json.loads(path.read_text())["settings"] if path.is_file() else None
+    return config_lib.read_json(path)["settings"] if path.is_file() else None

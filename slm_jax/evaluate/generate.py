@@ -37,7 +37,7 @@ def generate(
     sampling: Sampling | None = None,
     num_samples: int = 1,
     step: int | None = None,
-    batch_rows: int = 8,
+    batch_size: int = 8,
     mesh: MeshConfig | None = None,
 ) -> None:
     """Continues prompts with a model: one on the terminal as it is written, several as JSON lines in a file.
@@ -55,7 +55,7 @@ def generate(
       sampling: how tokens are chosen and where texts end; a Sampling.
       num_samples: continuations of each prompt; they differ by chance alone.
       step: checkpoint; None is the last.
-      batch_rows: rows continued together, over all devices.
+      batch_size: rows continued together, over all devices.
       mesh: how devices share the work.
     """
     sampling = sampling or Sampling()
@@ -75,7 +75,7 @@ def generate(
     config_lib.print_unused()
     model = load_model(run, devices, step)
     vocabulary = run_vocabulary(run, model.vocabulary_hash)
-    generator = Generator(model.params, model.config, vocabulary, devices, batch_rows)
+    generator = Generator(model.params, model.config, vocabulary, devices, batch_size)
     ids = [generator.encode(text, prefix) for text in texts]
     for number, prompt_ids in enumerate(ids):
         generator.check(prompt_ids, sampling, f"prompt {number + 1} of {len(ids)}")
@@ -166,7 +166,7 @@ def _several(
     ended = Counter()
     with open_lines(output, about, total) as file, progress(total, file.done, "generate", "prompt") as bar:
         while file.done < total:
-            places = range(file.done, min(file.done + BATCHES * generator.batch_rows, total))
+            places = range(file.done, min(file.done + BATCHES * generator.batch_size, total))
             made = generator.continue_ids([ids[place] for place in places], sampling, first_place=places.start)
             found = [_line(p, texts[p], ids[p], about, one) for p, one in zip(places, made, strict=True)]
             file.append(found)

@@ -18,8 +18,8 @@ from slm_jax.evaluate.continuation import Continuation, Writing
 from slm_jax.evaluate.decoding import NOTHING, STEPS, Choice, Drawing, Rows
 from slm_jax.evaluate.sampling import Sampling
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.models.model_config import ModelConfig
 
 Complete = Callable[[Sequence[str], Sampling], list[Continuation]]
 SHORTEST = 32  # tokens of the shortest rows that prompts are padded to; others are padded to the next power of two
@@ -48,16 +48,16 @@ class Generator:
         model: its config.
         vocabulary: its vocabulary; ids that it does not have are never chosen.
         mesh: the devices.
-        batch_rows: rows that are continued together, at most.
+        batch_size: rows that are continued together, at most.
 
     Raises:
         UserError: the mesh does not split so many rows.
     """
 
-    def __init__(self, params: Params, model: ModelConfig, vocabulary: Vocabulary, mesh: Mesh, batch_rows: int = 8):
-        mesh_lib.check_batch(mesh, batch_rows, "generate")
+    def __init__(self, params: Params, model: ModelConfig, vocabulary: Vocabulary, mesh: Mesh, batch_size: int = 8):
+        mesh_lib.check_batch(mesh, batch_size, "generate")
         assert model.vocab_size is not None
-        self.model, self.vocabulary, self.mesh, self.batch_rows = model, vocabulary, mesh, batch_rows
+        self.model, self.vocabulary, self.mesh, self.batch_size = model, vocabulary, mesh, batch_size
         self.speed = Speed()
         self._num_ids = min(model.vocab_size, vocabulary.size)
         self._programs: dict[Hashable, Callable[..., Any]] = {}
@@ -193,7 +193,7 @@ class Generator:
     def _num_rows(self, prompts: int) -> int:
         """Rows of the batches for so many prompts: a power of two for each shard, which suffices, or all allowed."""
         shards = mesh_lib.batch_shards(self.mesh)
-        return min(self.batch_rows, shards * _power_of_two(-(-prompts // shards)))
+        return min(self.batch_size, shards * _power_of_two(-(-prompts // shards)))
 
     def _to_devices(self, arrays: Any) -> Any:
         rows = len(jax.tree.leaves(arrays)[0])

@@ -1,6 +1,6 @@
 """lm-evaluation-harness (lm_eval) asking our models: tasks of its zoo, and of the user's own files.
 
-lm_eval brings the questions, few-shot examples and metrics; evaluate/answers.py the answers. It is imported inside
+lm_eval brings the questions, few-shot examples and metrics; evaluate/lm_adapter.py the answers. It is imported inside
 functions, so that nothing else needs it.
 """
 
@@ -20,7 +20,7 @@ from slm_jax import config as config_lib
 from slm_jax.data import readers
 from slm_jax.data.conversations import TEMPLATES, Template
 from slm_jax.errors import UserError
-from slm_jax.evaluate.answers import Answers
+from slm_jax.evaluate.lm_adapter import Answers
 from slm_jax.evaluate.multiple_choice import Scored
 from slm_jax.evaluate.sampling import Sampling
 from slm_jax.evaluate.suites import Form
@@ -37,7 +37,7 @@ class Harness:
     """How tasks of lm-evaluation-harness are asked.
 
     limit: questions of each task, from the first; None for all. shots: examples before each question; None as the task
-    or the suite says. batch_tokens: tokens of a batch of log-likelihoods. batch_rows: texts generated together. chat:
+    or the suite says. batch_tokens: tokens of a batch of log-likelihoods. batch_size: texts generated together. chat:
     template of the messages, as of Source.template; None for none. hosts: task -> the host that is right for it, beside
     those of MeCo's ten tasks. unrelated: the host that has nothing to do with any.
     """
@@ -45,7 +45,7 @@ class Harness:
     limit: int | None = None
     shots: int | None = None
     batch_tokens: int = 16384
-    batch_rows: int = 16
+    batch_size: int = 16
     chat: str | None = None
     hosts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unrelated: str = "boards.4chan.org"

@@ -17,8 +17,8 @@ from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.prefix import KERNEL_ROWS
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.token_loss import target_loss_and_greedy
 
 

@@ -18,8 +18,8 @@ from slm_jax.data.readers import records, resolve
 from slm_jax.errors import UserError
 from slm_jax.evaluate.likelihood import Likelihoods, Pair, encode_pair, head_ids
 from slm_jax.evaluate.perplexity import Measure
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.reference import fitting_vocabulary
 
 

@@ -19,8 +19,8 @@ from slm_jax.data.metadata import Metadata
 from slm_jax.errors import UserError
 from slm_jax.evaluate.prefix import Repacked, conditioned
 from slm_jax.metrics import mean
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.reference import check_fits
 from slm_jax.score.token_loss import batch_loss, predicted
 
@@ -44,7 +44,7 @@ class HeldOut:
     name: str
     corpus: str
     rows: int | None = None
-    batch_rows: int = 16
+    batch_size: int = 16
     keep_tokens: bool = False
     prefix: str | None = None
     metadata: Metadata | None = None
@@ -62,7 +62,7 @@ class HeldOut:
         """Opens and checks the corpus; the result, called on parameters, yields (name, value)."""
         table = Corpus.open(self.corpus)
         check_fits(model, vocabulary_hash, table, "the model")
-        mesh_lib.check_batch(mesh, self.batch_rows, f"HeldOut {self.name}")
+        mesh_lib.check_batch(mesh, self.batch_size, f"HeldOut {self.name}")
         num_rows = self._num_rows(table)
         rows = self._conditioned(table, model)[0]
         compute = jax.jit(lambda params, batch: batch_loss(params, model, batch))
@@ -72,9 +72,9 @@ class HeldOut:
             batch = table.read(np.arange(num_rows))
             valid = batch["loss_mask"] & np.asarray(predicted(jnp.asarray(batch["segment_ids"], jnp.int32)))
             if rows is None:
-                losses = _losses(compute, params, batch["tokens"], batch["segment_ids"], self.batch_rows, mesh)
+                losses = _losses(compute, params, batch["tokens"], batch["segment_ids"], self.batch_size, mesh)
             else:
-                losses = _losses(compute, params, rows.tokens, rows.segment_ids, self.batch_rows, mesh)
+                losses = _losses(compute, params, rows.tokens, rows.segment_ids, self.batch_size, mesh)
                 losses = rows.restore(losses, valid.shape)
             total, count = losses[valid].sum(dtype=np.float64), int(valid.sum())
             num_bytes = int(token_bytes[batch["tokens"][valid]].sum())
@@ -116,14 +116,14 @@ def _losses(
     params: Params,
     tokens: np.ndarray,
     segment_ids: np.ndarray,
-    batch_rows: int,
+    batch_size: int,
     mesh: Mesh,
 ) -> np.ndarray:
     """The loss of every token, [rows, L]."""
-    losses, mine = [], mesh_lib.local_rows(mesh, batch_rows)
-    for first in range(0, len(tokens), batch_rows):
-        rows = np.minimum(np.arange(first, first + batch_rows), len(tokens) - 1)[mine]  # the last batch repeats a row
+    losses, mine = [], mesh_lib.local_rows(mesh, batch_size)
+    for first in range(0, len(tokens), batch_size):
+        rows = np.minimum(np.arange(first, first + batch_size), len(tokens) - 1)[mine]  # the last batch repeats a row
         batch = make_batch(tokens[rows], segment_ids[rows], segment_ids[rows] > 0)
-        on_devices = mesh_lib.to_devices(mesh, batch_rows, mine, batch)
+        on_devices = mesh_lib.to_devices(mesh, batch_size, mine, batch)
         losses.append(mesh_lib.to_host(compute(params, on_devices)))
     return np.concatenate(losses)[: len(tokens)]

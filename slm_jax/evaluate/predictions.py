@@ -13,8 +13,8 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import Batch, make_batch
 from slm_jax.metrics import progress
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.reference import TrainedModel
 from slm_jax.score.token_loss import CHUNK_LOGITS, token_loss
 
@@ -35,19 +35,19 @@ def predict_rows(
     tokens: Integer[np.ndarray, "N L"],
     segment_ids: Integer[np.ndarray, "N L"],
     mesh: Mesh,
-    batch_rows: int,
+    batch_size: int,
     top: int,
 ) -> Predictions:
-    """Losses and the `top` likeliest tokens of every place, `batch_rows` rows at a time over the devices of `mesh`
+    """Losses and the `top` likeliest tokens of every place, `batch_size` rows at a time over the devices of `mesh`
     (which must be set: `jax.set_mesh`)."""
-    mine, pieces = mesh_lib.local_rows(mesh, batch_rows), []
+    mine, pieces = mesh_lib.local_rows(mesh, batch_size), []
     with progress(len(tokens), 0, f"step {model.step}", "row") as bar:
-        for first in range(0, len(tokens), batch_rows):
-            rows = np.minimum(np.arange(first, first + batch_rows), len(tokens) - 1)  # the last batch repeats a row
+        for first in range(0, len(tokens), batch_size):
+            rows = np.minimum(np.arange(first, first + batch_size), len(tokens) - 1)  # the last batch repeats a row
             batch = make_batch(tokens[rows[mine]], segment_ids[rows[mine]], segment_ids[rows[mine]] > 0)
-            on_devices = mesh_lib.to_devices(mesh, batch_rows, mine, batch)
+            on_devices = mesh_lib.to_devices(mesh, batch_size, mine, batch)
             pieces.append(mesh_lib.to_host(_predict(model.params, model.config, on_devices, top)))
-            bar.update(min(batch_rows, len(tokens) - first))
+            bar.update(min(batch_size, len(tokens) - first))
     return Predictions(*(np.concatenate(parts)[: len(tokens)] for parts in zip(*pieces, strict=True)))
 
 
@@ -65,10 +65,10 @@ def _likeliest(
     params: Params, model: ModelConfig, hidden: Float[Array, "B L D"], top: int
 ) -> tuple[Int[Array, "B L K"], Float[Array, "B L K"]]:
     """A few positions of all rows at a time, so that no more than CHUNK_LOGITS logits live on a device."""
-    batch_rows, length, width = hidden.shape
+    batch_size, length, width = hidden.shape
     if not top:
-        return jnp.zeros((batch_rows, length, 0), jnp.int32), jnp.zeros((batch_rows, length, 0))
-    rows = max(1, batch_rows // mesh_lib.num_shards())
+        return jnp.zeros((batch_size, length, 0), jnp.int32), jnp.zeros((batch_size, length, 0))
+    rows = max(1, batch_size // mesh_lib.num_shards())
     chunk = min(length, max(1, CHUNK_LOGITS // (rows * model.padded_vocab_size)))
     padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
 
@@ -77,7 +77,7 @@ def _likeliest(
         values, ids = jax.lax.top_k(logits, top)
         return ids, jnp.exp(values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
 
-    parts = padded.reshape(batch_rows, -1, chunk, width).swapaxes(0, 1)
+    parts = padded.reshape(batch_size, -1, chunk, width).swapaxes(0, 1)
     found = jax.lax.map(likeliest, parts)
-    ids, probabilities = (x.swapaxes(0, 1).reshape(batch_rows, -1, top)[:, :length] for x in found)
+    ids, probabilities = (x.swapaxes(0, 1).reshape(batch_size, -1, top)[:, :length] for x in found)
     return ids, probabilities

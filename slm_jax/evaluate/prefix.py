@@ -86,12 +86,13 @@ def conditioned(
     if needed > max_length:
         raise UserError(
             f"a document of corpus {table.path} has {needed} tokens in its row behind a prefix of up to {longest}, the "
-            f"model reads {max_length}: prepare the corpus with row_length = {max_length - longest} or less, or raise "
+            f"model reads {max_length}: prepare the corpus with sequence_length = {max_length - longest} or "
+            f"less, or raise "
             "model.max_length"
         )
     first = next(iter(ids_of), "")
     about = {"text": first, "ids": ids_of.get(first, []), "different": len(ids_of), "longest": longest}
-    return repack(columns["tokens"], segments, ids, row_width(max(needed, table.row_length), max_length)), about
+    return repack(columns["tokens"], segments, ids, row_width(max(needed, table.sequence_length), max_length)), about
 
 
 def segments_of(segment_ids: Integer[np.ndarray, "B L"]) -> Segments:

@@ -16,8 +16,8 @@ from slm_jax.evaluate.perplexity import Measure
 from slm_jax.evaluate.repetition import distinct_ngrams, longest_loop
 from slm_jax.evaluate.sampling import Sampling
 from slm_jax.metrics import mean
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.reference import fitting_vocabulary
 
 NGRAMS = (1, 2, 3, 4)
@@ -30,7 +30,7 @@ class Samples:
 
     vocabulary: a corpus, or another place where the model's vocabulary lies. prompts: texts; '' is BOS alone, and the
     same text twice gives two samples. prefix: stands behind the BOS of each. sampling: how; by default the most likely
-    tokens. batch_rows: prompts continued together.
+    tokens. batch_size: prompts continued together.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Samples:
     prompts: Sequence[str] = ("",)
     prefix: str = ""
     sampling: Sampling | None = None
-    batch_rows: int = 8
+    batch_size: int = 8
 
     def __post_init__(self) -> None:
         if not self.prompts or isinstance(self.prompts, str):
@@ -53,7 +53,7 @@ class Samples:
             if generator:
                 generator[0].load(params)
             else:
-                generator.append(Generator(params, model, vocabulary, mesh, self.batch_rows))
+                generator.append(Generator(params, model, vocabulary, mesh, self.batch_size))
             texts = generator[0].complete(self.prompts, sampling, self.prefix)
             generator[0].unload()
             rows = [self._row(*each, vocabulary) for each in zip(self.prompts, texts, strict=True)]

@@ -147,7 +147,7 @@ MECO = Suite(
 )
 
 SHOTS_OPEN, TEN = "shots are not stated", "pass@10 is not measured"
-MATHS = "by the paper's rules: slm-jax solve"
+MATHS = "by the paper's rules: slm-jax evaluate math"
 RHO1_GENERAL = Suite(
     "Rho-1, arXiv 2404.07965, figure 5 and appendix E",
     (

@@ -14,8 +14,8 @@ import numpy as np
 from slm_jax import config as config_lib
 from slm_jax import processes
 from slm_jax.errors import UserError
-from slm_jax.evaluate.answers import Answers
 from slm_jax.evaluate.harness import Harness, Zoo, outermost, scored
+from slm_jax.evaluate.lm_adapter import Answers
 from slm_jax.evaluate.multiple_choice import Scored, measures
 from slm_jax.evaluate.suites import HOSTS, SUITES, UNCONDITIONAL, Column, Form, host_prefix
 from slm_jax.evaluate.task_table import averages

@@ -86,7 +86,9 @@ def unable(kernel: str, here: str, length: int, head_dim: int, dtype: DTypeLike)
         return f"is a kernel for {wanted.upper()}s, the devices are of platform {here}: start it there"
     if kernel == "splash":
         if length % SPLASH_BLOCKS[-1]:
-            return f"takes rows of a multiple of 128 tokens, not {length}: prepare the corpus with such a row_length"
+            return (
+                f"takes rows of a multiple of 128 tokens, not {length}: prepare the corpus with such a sequence_length"
+            )
         return None
     capability = gpu_capability()
     largest = 256 if capability >= 9.0 else 128
@@ -97,7 +99,7 @@ def unable(kernel: str, here: str, length: int, head_dim: int, dtype: DTypeLike)
     if head_dim % 8 or head_dim > largest:
         return f"takes a head_dim that is a multiple of 8 up to {largest}, not {head_dim}: choose such a model"
     if length % 2:
-        return f"takes rows of an even length, not {length}: prepare the corpus with such a row_length"
+        return f"takes rows of an even length, not {length}: prepare the corpus with such a sequence_length"
     return None
 
 

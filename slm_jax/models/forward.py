@@ -13,12 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
-from slm_jax.models import attention_at, cache
+from slm_jax.models import cache, query_subset_attention
 from slm_jax.models.attention import chosen_backend
 from slm_jax.models.cache import Cache
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.layers import NORMS, PROJECTION, dropout, rotary_angles
-from slm_jax.models.rows import Rows
+from slm_jax.models.model_config import ModelConfig
+from slm_jax.models.position_subset import Rows
 from slm_jax.models.transformer import Block, Embedding, Head
 
 Params = dict[str, Any]
@@ -123,9 +123,9 @@ def spread_evenly(config: ModelConfig, rows: Rows, num_sequences: int, length: i
     """Whether the rows lie along the sequences such that `layer_at` may leave out queries; None where nothing depends
     on it: for flash kernels, and for rows so short that the second program is not worth its compilation."""
     backend = chosen_backend(config.attention, length, config.head_dim, config.compute_dtype)
-    if backend != "xla" or length < 512 or length % attention_at.QUARTERS:
+    if backend != "xla" or length < 512 or length % query_subset_attention.QUARTERS:
         return None
-    return attention_at.spread_evenly(rows, num_sequences, length)
+    return query_subset_attention.spread_evenly(rows, num_sequences, length)
 
 
 def _block(layer: Params, config: ModelConfig) -> Block:

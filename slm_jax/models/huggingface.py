@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from slm_jax.mesh import path_name
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import param_shapes
+from slm_jax.models.model_config import ModelConfig
 
 # Our module -> theirs; {} is the number of the layer.
 _LLAMA = {

@@ -7,7 +7,7 @@ since transformers 5 all of it in `rope_parameters`. Either is read, both are wr
 from typing import Any
 
 from slm_jax.errors import UserError
-from slm_jax.models.config import ModelConfig, RopeScaling
+from slm_jax.models.model_config import ModelConfig, RopeScaling
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

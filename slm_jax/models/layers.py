@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
-from slm_jax.models.config import ModelConfig, RopeScaling
+from slm_jax.models.model_config import ModelConfig, RopeScaling
 
 
 class RMSNorm(nnx.Module):

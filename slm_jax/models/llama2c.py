@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from slm_jax.errors import UserError
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.model_config import ModelConfig
 
 MAGIC = 0x616B3432
 _HEADER = struct.Struct("<7i")

@@ -6,11 +6,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from slm_jax.models.attention import attention
-from slm_jax.models.attention_at import attention_at
 from slm_jax.models.cache import Cache, cached_attention, write
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.layers import NORMS, Projection, dropout, lookup, rotate
-from slm_jax.models.rows import Rows
+from slm_jax.models.model_config import ModelConfig
+from slm_jax.models.position_subset import Rows
+from slm_jax.models.query_subset_attention import query_subset_attention
 
 
 class Embedding(nnx.Module):
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
         key, value = (rows.put(x, own) for x, own in zip(others, self.keys_values(z, turned), strict=True))
         query = self.queries(z, turned)
         settings = {"window": self.window, "backend": self.backend, "evenly": evenly}
-        return self.out(attention_at(query, rows, key, value, segment_ids, **settings))
+        return self.out(query_subset_attention(query, rows, key, value, segment_ids, **settings))
 
 
 class MLP(nnx.Module):

@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from slm_jax import mesh as mesh_lib
 from slm_jax.errors import UserError
 from slm_jax.mesh import path_name
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params, param_shapes
 from slm_jax.models.huggingface import BUFFERS, Tensor, tensors, to_ours
 from slm_jax.models.huggingface_config import read_config
+from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.tensor_files import Entry, dtype_of, open_tensors, read_tensor, some
 
 

@@ -23,12 +23,12 @@ from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
-from slm_jax.score.from_file import LogProbs
-from slm_jax.score.other_vocabulary import OtherVocabulary
+from slm_jax.models.model_config import ModelConfig
+from slm_jax.score.cross_tokenizer import CrossTokenizerScorer
+from slm_jax.score.external_logprobs import LogProbs
+from slm_jax.score.strip_metadata import put_back, remove_prefix
 from slm_jax.score.token_loss import batch_loss, token_loss_and_entropy
-from slm_jax.score.without_prefix import put_back, remove_prefix
 
 STATISTICS = ("loss", "entropy")
 Ranges = Sequence[tuple[int, int]]  # of rows
@@ -108,10 +108,11 @@ def check_fits(model: ModelConfig, vocabulary_hash: str, corpus: Corpus, what: s
 
 def check_rows(model: ModelConfig, corpus: Corpus, what: str) -> None:
     """Refuses rows longer than the model's and ids beyond its embedding."""
-    if corpus.row_length > model.max_length:
+    if corpus.sequence_length > model.max_length:
         raise UserError(
-            f"rows of corpus {corpus.path} have {corpus.row_length} tokens, {what} reads {model.max_length}: prepare "
-            "it with a smaller row_length or raise model.max_length"
+            f"rows of corpus {corpus.path} have {corpus.sequence_length} tokens, {what} reads "
+            f"{model.max_length}: prepare "
+            "it with a smaller sequence_length or raise model.max_length"
         )
     if model.vocab_size is not None and corpus.vocab_size > model.vocab_size:
         raise UserError(
@@ -138,11 +139,11 @@ def score(
     step: int | None = None,
     statistics: Sequence[str] = ("loss",),
     dtype: str = "float32",
-    batch_rows: int = 16,
+    batch_size: int = 16,
     mesh: MeshConfig | None = None,
-    without_prefix: bool = False,
-    other_vocabulary: bool = False,
-    from_file: str | None = None,
+    strip_metadata: bool = False,
+    cross_tokenizer: bool = False,
+    external_logprobs: str | None = None,
     max_unaligned: float = 0.01,
 ) -> None:
     """Scores every token of a corpus with a frozen reference model and adds the result as a column.
@@ -152,41 +153,44 @@ def score(
 
     Args:
       corpus: corpus directory. Gains `scores/<name>/`.
-      reference: run directory of the reference; None for a column from_file.
+      reference: run directory of the reference; None for a column external_logprobs.
       name: of the column.
       step: checkpoint of the reference; None is its last.
       statistics: `loss` (nats) and, on request, `entropy` of the reference's next-token distribution (nats).
       dtype: float16 or float32, of the column. A float16 has three digits: which of two tokens is chosen may change
         where their scores differ by less.
-      batch_rows: rows scored at a time, over all devices.
+      batch_size: rows scored at a time, over all devices.
       mesh: how devices share the work.
-      without_prefix: for a reference trained on plain documents: it reads the documents of a corpus that carries
+      strip_metadata: for a reference trained on plain documents: it reads the documents of a corpus that carries
         metadata without them. The column says whether the prefix was seen or removed.
-      other_vocabulary: for a reference with another vocabulary than the corpus': it reads the same text in its own
+      cross_tokenizer: for a reference with another vocabulary than the corpus': it reads the same text in its own
         tokens, and its losses are mapped onto the corpus' tokens through the bytes that both stand for. The column says
         so.
-      from_file: JSON lines (.gz, .zst) or Parquet, or a glob of them, with the log-probs that an API or another engine
-        gave to the tokens of each document; slm_jax/score/from_file.py has their shapes. Checked token by token against
+      external_logprobs: JSON lines (.gz, .zst) or Parquet, or a glob of them, with the log-probs that an API or
+        another engine
+        gave to the tokens of each document; slm_jax/score/external_logprobs.py has their shapes. Checked token by
+        token against
         the corpus; what does not align has no loss. The column names the files and their hash.
       max_unaligned: share of the tokens that may be without a loss there.
     """
-    if (reference is None) == (from_file is None):
+    if (reference is None) == (external_logprobs is None):
         raise UserError(
-            f"score takes reference, a run, or from_file, log-probs; it was given {reference!r} and {from_file!r}"
+            f"score takes reference, a run, or external_logprobs, log-probs; it was given {reference!r} and "
+            f"{external_logprobs!r}"
         )
     unknown = sorted(set(statistics) - set(STATISTICS))
     if unknown or "loss" not in statistics:
         raise UserError(f"score.statistics {tuple(statistics)}: takes 'loss' and, beside it, 'entropy'")
     table = Corpus.open(corpus)
-    if without_prefix and table.metadata is None:
-        raise UserError(f"score.without_prefix: corpus {corpus} carries no metadata to be removed: leave it out")
+    if strip_metadata and table.metadata is None:
+        raise UserError(f"score.strip_metadata: corpus {corpus} carries no metadata to be removed: leave it out")
     if reference is None:
-        assert from_file is not None
-        origin = _file(table, from_file, statistics, without_prefix, max_unaligned)
+        assert external_logprobs is not None
+        origin = _file(table, external_logprobs, statistics, strip_metadata, max_unaligned)
     else:
-        origin = _model(table, reference, step, statistics, batch_rows, mesh, without_prefix, other_vocabulary)
+        origin = _model(table, reference, step, statistics, batch_size, mesh, strip_metadata, cross_tokenizer)
     if table.metadata is not None:
-        origin.about["prefix"] = "removed" if without_prefix else "seen"
+        origin.about["prefix"] = "removed" if strip_metadata else "seen"
     check_column(name, dtype)
     where = Path(corpus) / "scores" / name
     with contextlib.ExitStack() as stack:
@@ -223,15 +227,15 @@ def _write(column: ScoreColumn, pending: Ranges, chunks: Chunks) -> None:
             bar.update(stop - start)
 
 
-def _file(table: Corpus, files: str, statistics: Sequence[str], without_prefix: bool, max_unaligned: float) -> Origin:
+def _file(table: Corpus, files: str, statistics: Sequence[str], strip_metadata: bool, max_unaligned: float) -> Origin:
     """The first process alone reads."""
     if tuple(statistics) != ("loss",):
-        raise UserError("score.from_file has losses alone: leave the entropy out")
+        raise UserError("score.external_logprobs has losses alone: leave the entropy out")
     config_lib.print_unused()
     found: list[LogProbs] = []
 
     def read() -> dict[str, Any]:
-        found.append(LogProbs(files, table, without_prefix, max_unaligned))
+        found.append(LogProbs(files, table, strip_metadata, max_unaligned))
         return found[0].about
 
     about = processes.on_first(read)
@@ -248,13 +252,13 @@ def _model(
     reference: str,
     step: int | None,
     statistics: Sequence[str],
-    batch_rows: int,
+    batch_size: int,
     mesh: MeshConfig | None,
-    without_prefix: bool,
-    other_vocabulary: bool,
+    strip_metadata: bool,
+    cross_tokenizer: bool,
 ) -> Origin:
     devices = mesh_lib.make_mesh(mesh)
-    mesh_lib.check_batch(devices, batch_rows, "score")
+    mesh_lib.check_batch(devices, batch_size, "score")
     config_lib.print_unused()
     model = load_model(reference, devices, step)
     about = {
@@ -265,34 +269,34 @@ def _model(
         "parameters": model.config.parameter_count(),
     }
     mapped = None
-    if other_vocabulary and model.vocabulary_hash != table.vocabulary_hash:
+    if cross_tokenizer and model.vocabulary_hash != table.vocabulary_hash:
         if tuple(statistics) != ("loss",):
-            raise UserError("score.other_vocabulary maps losses: an entropy is of the reference's own tokens")
+            raise UserError("score.cross_tokenizer maps losses: an entropy is of the reference's own tokens")
         theirs = run_vocabulary(reference, model.vocabulary_hash)
-        mapped = OtherVocabulary(table.vocabulary(), theirs, model.config, table.row_length, without_prefix)
+        mapped = CrossTokenizerScorer(table.vocabulary(), theirs, model.config, table.sequence_length, strip_metadata)
         about["mapped"] = "from another vocabulary"
     else:
-        or_else = ", or map its losses onto the corpus' tokens with score.other_vocabulary = True"
+        or_else = ", or map its losses onto the corpus' tokens with score.cross_tokenizer = True"
         check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}", or_else)
 
     def chunks(pending: Ranges) -> Chunks:
         with jax.set_mesh(devices):
             if mapped:
-                yield from mapped.chunks(table, pending, _batch_loss(model, devices, batch_rows), batch_rows)
+                yield from mapped.chunks(table, pending, _batch_loss(model, devices, batch_size), batch_size)
             else:
-                yield from _chunks(table, pending, model, statistics, devices, batch_rows, without_prefix)
+                yield from _chunks(table, pending, model, statistics, devices, batch_size, strip_metadata)
 
     return Origin(about, f"by {reference} (step {model.step})", chunks)
 
 
-def _batch_loss(model: TrainedModel, mesh: Mesh, batch_rows: int) -> Callable[[Batch], np.ndarray]:
+def _batch_loss(model: TrainedModel, mesh: Mesh, batch_size: int) -> Callable[[Batch], np.ndarray]:
     """A batch that every process has whole -> its losses; all devices share it."""
     compute = jax.jit(lambda params, batch: score_batch(params, model.config, batch, ("loss",))["loss"])
-    mine = mesh_lib.local_rows(mesh, batch_rows)
+    mine = mesh_lib.local_rows(mesh, batch_size)
 
     def loss(batch: Batch) -> np.ndarray:
         here = jax.tree.map(lambda x: x[mine], batch)
-        return mesh_lib.to_host(compute(model.params, mesh_lib.to_devices(mesh, batch_rows, mine, here)))
+        return mesh_lib.to_host(compute(model.params, mesh_lib.to_devices(mesh, batch_size, mine, here)))
 
     return loss
 
@@ -303,7 +307,7 @@ def _chunks(
     model: TrainedModel,
     statistics: Sequence[str],
     mesh: Mesh,
-    batch_rows: int,
+    batch_size: int,
     removed: bool,
 ) -> Chunks:
     """All devices share a batch."""
@@ -313,15 +317,15 @@ def _chunks(
         scored = score_batch(params, model.config, batch, statistics)
         return scored if place is None else {name: put_back(value, place) for name, value in scored.items()}
 
-    mine = mesh_lib.local_rows(mesh, batch_rows)
+    mine = mesh_lib.local_rows(mesh, batch_size)
     for start, stop in pending:
         rows = np.arange(start, stop)
         pieces = []
-        for first in range(0, len(rows), batch_rows):
-            piece = rows[first : first + batch_rows]
-            padded = np.pad(piece, (0, batch_rows - len(piece)), mode="edge")
+        for first in range(0, len(rows), batch_size):
+            piece = rows[first : first + batch_size]
+            padded = np.pad(piece, (0, batch_size - len(piece)), mode="edge")
             batch = read_batch([table], np.zeros(len(mine), np.int64), padded[mine])
             read = remove_prefix(batch) if removed else (batch, None)
-            scored = compute(model.params, *mesh_lib.to_devices(mesh, batch_rows, mine, read))
+            scored = compute(model.params, *mesh_lib.to_devices(mesh, batch_size, mine, read))
             pieces.append({name: x[: len(piece)] for name, x in mesh_lib.to_host(scored).items()})
         yield {n: np.concatenate([piece[n] for piece in pieces]) for n in pieces[0]}

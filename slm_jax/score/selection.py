@@ -89,7 +89,7 @@ class Selection:
 
     @property
     def parts(self) -> "tuple[Selection, ...]":
-        """Itself; see `Combined`."""
+        """Itself; see `CombinedSelection`."""
         return (self,)
 
     def columns(self) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class Selection:
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class Combined:
+class CombinedSelection:
     """In the place of a Selection: what several of them choose of one batch (Rho-1, appendix H).
 
     parts: the selections, each with its score and its ratio. What competes, and the gradient, is one for all: they have
@@ -117,16 +117,17 @@ class Combined:
     keeps: str = "intersection"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(as_list(self.parts, Selection, "Combined.parts")))
+        object.__setattr__(self, "parts", tuple(as_list(self.parts, Selection, "CombinedSelection.parts")))
         if len(self.parts) < 2:
-            raise UserError(f"Combined.parts has {len(self.parts)} Selection: it takes two, or more")
+            raise UserError(f"CombinedSelection.parts has {len(self.parts)} Selection: it takes two, or more")
         if self.keeps not in KEEPS:
-            raise UserError(f"Combined.keeps {self.keeps!r} is unknown: known are {', '.join(KEEPS)}")
+            raise UserError(f"CombinedSelection.keeps {self.keeps!r} is unknown: known are {', '.join(KEEPS)}")
         for name in ("scope", "gradient", "capacity"):
             values = [getattr(part, name) for part in self.parts]
             if len(set(values)) > 1:
                 raise UserError(
-                    f"Combined.parts differ in {name} ({', '.join(map(str, values))}): set Selection.{name} for all"
+                    f"CombinedSelection.parts differ in {name} ({', '.join(map(str, values))}): set "
+                    f"Selection.{name} for all"
                 )
 
     @property
@@ -143,26 +144,28 @@ class Combined:
         return tuple(dict.fromkeys(column for part in self.parts for column in part.columns()))
 
 
-def selection_of(fields: Mapping[str, Any] | None) -> Selection | Combined | None:
+def selection_of(fields: Mapping[str, Any] | None) -> Selection | CombinedSelection | None:
     """What a phase in a run.json selects by; None for all tokens."""
     if fields is None:
         return None
     if "parts" in fields:
-        return Combined([Selection(**part) for part in fields["parts"]], fields["keeps"])
+        return CombinedSelection([Selection(**part) for part in fields["parts"]], fields["keeps"])
     return Selection(**fields)
 
 
-def looks_ahead(selection: Selection | Combined) -> bool:
+def looks_ahead(selection: Selection | CombinedSelection) -> bool:
     """Whether tokens of different micro-batches compete."""
     return any(part.threshold is None and part.scope in ("batch", "device") for part in selection.parts)
 
 
-def row_capacity(selection: Selection | Combined, batch_shape: tuple[int, ...], micro_batches: int = 1) -> int:
+def row_capacity(
+    selection: Selection | CombinedSelection, batch_shape: tuple[int, ...], gradient_accumulation_steps: int = 1
+) -> int:
     """Tokens that a filtered backward holds on each device in each micro-batch of a global batch of [B, L]."""
     shards = mesh.num_shards()
-    rows, length = batch_shape[0] // (shards * micro_batches), batch_shape[1]
-    if isinstance(selection, Combined):
-        each = [row_capacity(part, batch_shape, micro_batches) for part in selection.parts]
+    rows, length = batch_shape[0] // (shards * gradient_accumulation_steps), batch_shape[1]
+    if isinstance(selection, CombinedSelection):
+        each = [row_capacity(part, batch_shape, gradient_accumulation_steps) for part in selection.parts]
         return (
             min(each)
             if selection.keeps == "intersection" or selection.parts[0].capacity
@@ -170,7 +173,12 @@ def row_capacity(selection: Selection | Combined, batch_shape: tuple[int, ...], 
         )
     if selection.capacity:
         return math.ceil(selection.capacity * rows * length)
-    sharing = {"batch": shards * micro_batches, "micro_batch": shards, "device": micro_batches, "sequence": 1}
+    sharing = {
+        "batch": shards * gradient_accumulation_steps,
+        "micro_batch": shards,
+        "device": gradient_accumulation_steps,
+        "sequence": 1,
+    }
     share = selection.ratio * (1.1 if sharing[selection.scope] > 1 else 1.0)
     rounding = rows if selection.scope == "sequence" else 1  # each group rounds its count, and keeps at least 1
     return min(rows * length, math.ceil(share * rows * length) + rounding)
@@ -276,7 +284,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    selection: Selection | Combined,
+    selection: Selection | CombinedSelection,
     loss: Float[Array, "B L"],
     columns: dict[str, Float[Array, "B L"]],
     valid: Bool[Array, "B L"],
@@ -288,20 +296,23 @@ def choose(
     scores = [token_scores(part, loss, columns, k) for part, k in zip(selection.parts, keys, strict=True)]
     usable = functools.reduce(jnp.logical_and, map(jnp.isfinite, scores), valid)
     sets = [select(part, x, usable, ratio) for part, x in zip(selection.parts, scores, strict=True)]
-    together = KEEPS[selection.keeps] if isinstance(selection, Combined) else jnp.logical_and
+    together = KEEPS[selection.keeps] if isinstance(selection, CombinedSelection) else jnp.logical_and
     return Choice(functools.reduce(together, sets), usable, scores[0])
 
 
 def within_capacity(
-    selection: Selection | Combined, scores: Float[Array, "B L"], chosen: Bool[Array, "B L"], micro_batches: int = 1
+    selection: Selection | CombinedSelection,
+    scores: Float[Array, "B L"],
+    chosen: Bool[Array, "B L"],
+    gradient_accumulation_steps: int = 1,
 ) -> Bool[Array, "B L"]:
     """The chosen tokens that a filtered backward has room for on each device in each micro-batch (rows m, m + parts,
     ...): of more than `row_capacity` the highest-scored."""
     shards, length = mesh.num_shards(), scores.shape[1]
     keys = mesh.by_shard(_ordered_bits(scores, chosen))
-    keys = keys.reshape(shards, -1, micro_batches, length).swapaxes(1, 2)
-    groups = keys.reshape(shards * micro_batches, -1)
-    capacity = row_capacity(selection, scores.shape, micro_batches)
+    keys = keys.reshape(shards, -1, gradient_accumulation_steps, length).swapaxes(1, 2)
+    groups = keys.reshape(shards * gradient_accumulation_steps, -1)
+    capacity = row_capacity(selection, scores.shape, gradient_accumulation_steps)
     kept = _largest(groups, jnp.full((len(groups), 1), capacity, jnp.int32))
     kept = kept.reshape(keys.shape).swapaxes(1, 2)
     return mesh.to_rows(kept.reshape(shards, -1), length)

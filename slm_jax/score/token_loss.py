@@ -20,9 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from slm_jax import mesh
 from slm_jax.data.batches import Batch
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
-from slm_jax.models.rows import take
+from slm_jax.models.model_config import ModelConfig
+from slm_jax.models.position_subset import take
 
 CHUNK_LOGITS = 2**26  # logits that live at one time on each device, four bytes each
 CHUNK_TOKENS = 1024  # and no more tokens than this: beyond it a chunk gains nothing
@@ -193,7 +193,7 @@ def _forward(
     number: int,
 ) -> list[jax.Array]:
     """Per token statistics of the logits, float32 [S, N] each; 0 where not wanted."""
-    tour, matrix = _Tour.over(wanted, head), _gathered(head, h.dtype)
+    tour, matrix = _TokenChunks.over(wanted, head), _gathered(head, h.dtype)
 
     def chunk(found: tuple[jax.Array, ...], start: jax.Array, size: int) -> tuple[jax.Array, ...]:
         index = tour.index(start, size)
@@ -211,7 +211,7 @@ def _gradients(
 
     d loss / d logits = softmax - one-hot; each device sums its own part of d head, and they meet once, at the end.
     """
-    tour, matrix = _Tour.over(weights != 0, head), _gathered(head, h.dtype)
+    tour, matrix = _TokenChunks.over(weights != 0, head), _gathered(head, h.dtype)
     columns = jnp.arange(head.shape[1])
 
     def chunk(found: tuple[jax.Array, ...], start: jax.Array, size: int) -> tuple[jax.Array, ...]:
@@ -234,7 +234,7 @@ def _gradients(
     return tour.home(losses), tour.home(d_h), d_head.astype(head.dtype)
 
 
-class _Tour(NamedTuple):
+class _TokenChunks(NamedTuple):
     """The order in which each device visits its wanted tokens, `width` at a time."""
 
     wanted: Bool[Array, "S N"]
@@ -242,7 +242,7 @@ class _Tour(NamedTuple):
     width: int
 
     @classmethod
-    def over(cls, wanted: jax.Array, head: jax.Array) -> "_Tour":
+    def over(cls, wanted: jax.Array, head: jax.Array) -> "_TokenChunks":
         columns = head.shape[1] // mesh.axis_size("model")
         width = min(CHUNK_TOKENS, max(128, CHUNK_LOGITS // columns), wanted.shape[1])
         nobody = wanted.shape[1]

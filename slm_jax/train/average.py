@@ -1,6 +1,5 @@
 """Stage `average`: the mean of some checkpoints of a run, or its moving average, as a model of its own."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from slm_jax.checkpoint import Checkpoints, read_about, restore_items, restore_p
 from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params, param_shapes
+from slm_jax.models.model_config import ModelConfig
 
 
 @gin.configurable
@@ -67,7 +66,7 @@ def _mean(run: str, shapes: Params, steps: Sequence[int]) -> Params:
 
 
 def _moving(run: str, shapes: Params, step: int) -> Params:
-    settings = json.loads((Path(run) / "run.json").read_text())["settings"]
+    settings = config_lib.read_json(Path(run) / "run.json")["settings"]
     if not settings["optimizer"].get("ema"):
         raise UserError(f"{run} kept no moving average: train with OptimizerConfig.ema, or average its checkpoints")
     return restore_items(run, {"average": shapes}, step)["average"]

@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from slm_jax import mesh
 from slm_jax.data.batches import Batch
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
-from slm_jax.models.rows import Rows, take
+from slm_jax.models.model_config import ModelConfig
+from slm_jax.models.position_subset import Rows, take
 from slm_jax.score.token_loss import batch_loss, predictors, row_loss, token_loss, weighted_loss
 from slm_jax.train.objective import Sums, valid_tokens
 

@@ -20,14 +20,14 @@ from slm_jax.data.batches import read_ahead
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import MetricsWriter, progress
-from slm_jax.models.config import ModelConfig, model_config
+from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.score.reference import check_rows
-from slm_jax.train import outline, rundir
-from slm_jax.train.lineage import Start, first_choice
+from slm_jax.train import plan_summary, rundir
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.phases import Phase, keep_ratio
 from slm_jax.train.plan import Plan
 from slm_jax.train.record import Record
+from slm_jax.train.resume import Start, first_choice
 from slm_jax.train.schedules import Schedule, cosine_schedule
 from slm_jax.train.start import Shape, first_state, last_state, phase_start
 from slm_jax.train.state import TrainState
@@ -43,16 +43,16 @@ def train(
     optimizer: OptimizerConfig | None = None,
     mesh: MeshConfig | None = None,
     seed: int = 0,
-    initial: str | None = None,
-    initial_step: int | None = None,
-    inherit: str = "params",
-    micro_batches: int = 1,
+    init_from: str | None = None,
+    init_step: int | None = None,
+    init_mode: str = "params",
+    gradient_accumulation_steps: int = 1,
     checkpoint_every: int = 500,
     keep_checkpoints: int = 2,
     log_every: int = 1,
     evaluate_every: int = 500,
     evaluators: Sequence[Any] = (),
-    max_unusable: float = 0.01,
+    max_nonfinite_scores: float = 0.01,
     allow_equal_reference: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -68,16 +68,17 @@ def train(
       optimizer: AdamW's settings.
       mesh: devices along data, fsdp and model.
       seed: of the initial parameters, the data order and random selection.
-      initial: run directory to start from (its last checkpoint, or initial_step); None starts from random parameters.
-      inherit: what of it: its `params`, or its `state`: moments, step and counters too. Then this run is a branch of
+      init_from: run directory to start from (its last checkpoint, or init_step); None starts from random parameters.
+      init_mode: what of it: its `params`, or its `state`: moments, step and counters too. Then this run is a branch of
         that one, its phases begin with that run's up to the step, and only what comes after is trained.
-      micro_batches: pieces in which a batch goes through the model; the result is the same, the memory less.
+      gradient_accumulation_steps: pieces in which a batch goes through the model; the result is the same, the memory
+        less.
       checkpoint_every, keep_checkpoints: steps between checkpoints, and how many of the latest stay. Those at phase
         boundaries stay always.
       log_every: steps between rows of metrics.jsonl.
       evaluate_every: steps between evaluations, made at step 0 and at the end too.
       evaluators: HeldOut, MultipleChoice, Samples.
-      max_unusable: share of a batch whose scores may be not finite before the run stops.
+      max_nonfinite_scores: share of a batch whose scores may be not finite before the run stops.
       dry_run: print the plan, draw it as <run_dir>/plan.png, and stop.
       allow_equal_reference: train on excess loss although reference and initial model are one. Excess is 0 at first, or
         in bfloat16 what rounding makes of it, some hundredths: two programs do not round alike.
@@ -87,14 +88,14 @@ def train(
     phases = config_lib.as_list(phases, Phase, "train.phases") or [Phase()]  # pyright: ignore[reportCallIssue] (gin's)
     if schedule is None and not phases[0].schedule:
         schedule = cosine_schedule()
-    if inherit not in ("params", "state"):
-        raise UserError(f"train.inherit {inherit!r} is unknown: known are params, state")
-    if initial is None and (inherit == "state" or initial_step is not None):
-        raise UserError("train.inherit and train.initial_step are about another run: name it with train.initial")
+    if init_mode not in ("params", "state"):
+        raise UserError(f"train.init_mode {init_mode!r} is unknown: known are params, state")
+    if init_from is None and (init_mode == "state" or init_step is not None):
+        raise UserError("train.init_mode and train.init_step are about another run: name it with train.init_from")
     devices = mesh_lib.make_mesh(mesh)
     plan = Plan(phases, seed, schedule)
     model = _checked_model(model, plan)
-    _check_numbers(plan, devices, micro_batches, log_every, seed)
+    _check_numbers(plan, devices, gradient_accumulation_steps, log_every, seed)
     _refuse_filtered_dropout(model, plan)
     measures = _bind(evaluators, model, plan, devices)
     settings = {
@@ -102,15 +103,15 @@ def train(
         "schedule": schedule,
         "optimizer": optimizer,
         "mesh": mesh,
-        "micro_batches": micro_batches,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
         "evaluate_every": evaluate_every,
         "evaluators": list(evaluators),
-        "max_unusable": max_unusable,
+        "max_nonfinite_scores": max_nonfinite_scores,
     }
     if dry_run:
         return _show(run_dir, model, plan, devices)
     config_lib.print_unused()
-    start = Start(seed, initial, first_choice(run_dir, initial, initial_step), whole_state=inherit == "state")
+    start = Start(seed, init_from, first_choice(run_dir, init_from, init_step), whole_state=init_mode == "state")
 
     with contextlib.ExitStack() as stack:
         busy = f"another process is training in {run_dir}: wait for it, or end it"
@@ -119,15 +120,15 @@ def train(
             return summary
         stack.enter_context(jax.set_mesh(devices))
         terminated = stack.enter_context(processes.termination())
-        milestones = plan.first_steps[0 if plan.phases[0].toward_start else 1 :].tolist()
+        milestones = plan.first_steps[0 if plan.phases[0].l2_to_init else 1 :].tolist()
         checkpoints = stack.enter_context(Checkpoints(run_dir, keep_checkpoints, milestones))
         shape = Shape(model, make_optimizer(optimizer), devices, ema=optimizer.ema > 0)
         state, counters = last_state(checkpoints, shape) or first_state(start, shape, plan, allow_equal_reference)
         print(rundir.describe(run_dir, model, plan, devices, int(state.step)), flush=True)
-        speed = (model.flops_per_token(plan.corpus.row_length), _peak_flops(devices))
+        speed = (model.flops_per_token(plan.corpus.sequence_length), _peak_flops(devices))
         writer = stack.enter_context(contextlib.closing(MetricsWriter(run_dir, int(state.step))))
-        record = Record(writer, plan.source_names, max_unusable, log_every, *speed, counters)
-        steps = _steps(plan, shape, seed, micro_batches, optimizer.ema)
+        record = Record(writer, plan.source_names, max_nonfinite_scores, log_every, *speed, counters)
+        steps = _steps(plan, shape, seed, gradient_accumulation_steps, optimizer.ema)
 
         def phase_params(first: int) -> Any:
             return phase_start(run_dir, start, shape, plan, first)
@@ -159,11 +160,13 @@ def _checked_model(model: ModelConfig, plan: Plan) -> ModelConfig:
     return model
 
 
-def _check_numbers(plan: Plan, devices: Mesh, micro_batches: int, log_every: int, seed: int) -> None:
-    config_lib.at_least(1, **{"train.micro_batches": micro_batches, "train.log_every": log_every})
+def _check_numbers(plan: Plan, devices: Mesh, gradient_accumulation_steps: int, log_every: int, seed: int) -> None:
+    config_lib.at_least(
+        1, **{"train.gradient_accumulation_steps": gradient_accumulation_steps, "train.log_every": log_every}
+    )
     config_lib.at_least(0, **{"train.seed": seed})
     for number, phase in enumerate(plan.phases):
-        mesh_lib.check_batch(devices, phase.batch_rows, f"phase {number}", micro_batches)
+        mesh_lib.check_batch(devices, phase.batch_size, f"phase {number}", gradient_accumulation_steps)
 
 
 def _refuse_filtered_dropout(model: ModelConfig, plan: Plan) -> None:
@@ -199,9 +202,9 @@ def _run(
     first = int(state.step)
 
     def load(step: int) -> Any:
-        batch_rows = plan.phases[plan.phase_index(step)].batch_rows
-        rows = mesh_lib.local_rows(devices, batch_rows)
-        return mesh_lib.to_devices(devices, batch_rows, rows, plan.batch(step, rows))
+        batch_size = plan.phases[plan.phase_index(step)].batch_size
+        rows = mesh_lib.local_rows(devices, batch_size)
+        return mesh_lib.to_devices(devices, batch_size, rows, plan.batch(step, rows))
 
     if first == 0:
         for pause in pauses(0):
@@ -236,13 +239,13 @@ def _enter(state: TrainState, phase: Phase, step: int, begin: int, phase_params:
     """What a phase asks of the state when it begins, or when the run starts in the middle of it."""
     if step == begin and phase.reset_optimizer:
         state = state._replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
-    if not phase.toward_start:
+    if not phase.l2_to_init:
         return state._replace(start=None)
     at_begin = jax.tree.map(jnp.copy, state.params) if step == begin else phase_params(begin)
     return state._replace(start=at_begin)
 
 
-def _steps(plan: Plan, shape: Shape, seed: int, micro_batches: int, ema: float) -> list[Step]:
+def _steps(plan: Plan, shape: Shape, seed: int, gradient_accumulation_steps: int, ema: float) -> list[Step]:
     """The compiled step of each phase."""
     shapes, steps = shape.of_state(), []
     for number, phase in enumerate(plan.phases):
@@ -252,14 +255,12 @@ def _steps(plan: Plan, shape: Shape, seed: int, micro_batches: int, ema: float) 
             shape.optimizer,
             plan.learning_rate,
             seed,
-            micro_batches,
+            gradient_accumulation_steps,
             keep_ratio=keep_ratio(plan.phases, number),
-            toward_start=phase.toward_start,
+            l2_to_init=phase.l2_to_init,
             ema=ema,
         )
-        steps.append(
-            compile_step(step, shape.mesh, shapes._replace(start=shapes.params if phase.toward_start else None))
-        )
+        steps.append(compile_step(step, shape.mesh, shapes._replace(start=shapes.params if phase.l2_to_init else None)))
     return steps
 
 
@@ -267,7 +268,7 @@ def _show(run_dir: str, model: ModelConfig, plan: Plan, devices: Mesh) -> dict[s
     """The plan in words and as a picture."""
     print(rundir.describe(run_dir, model, plan, devices, 0))
     path = Path(run_dir) / "plan.png"
-    processes.on_first(lambda: outline.draw(plan, path))
+    processes.on_first(lambda: plan_summary.draw(plan, path))
     print(f"train: nothing was trained; the plan is drawn in {path}")
     return {}
 

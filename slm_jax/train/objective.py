@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from slm_jax.data.batches import Batch
-from slm_jax.score.selection import Combined, Selection, choose, within_capacity
+from slm_jax.score.selection import CombinedSelection, Selection, choose, within_capacity
 from slm_jax.score.token_loss import predicted
 
 Sums = dict[str, jax.Array]
@@ -17,26 +17,31 @@ def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
 
 
 def trained_tokens(
-    selection: Selection | Combined | None,
+    selection: Selection | CombinedSelection | None,
     loss: Float[Array, "B L"],
     batch: Batch,
     key: jax.Array,
-    micro_batches: int = 1,
+    gradient_accumulation_steps: int = 1,
     ratio: Float[Array, ""] | None = None,
 ) -> tuple[Bool[Array, "B L"], Sums]:
     """True for the tokens whose loss is trained on, and the metrics that follow from the choice.
 
     For a selection the score of a valid token must be finite too. A non-finite loss of the model itself is not hidden
-    here: it stops the run. `micro_batches` is the number of pieces the gradient of this batch will be made in; `ratio`
+    here: it stops the run. `gradient_accumulation_steps` is the number of pieces the gradient of this batch will be
+      made in; `ratio`
     stands in for selection.ratio.
     """
     valid = valid_tokens(batch)
     if selection is None:
         return valid, _sums(loss, valid, valid, batch.source_ids)
     chosen, usable, scores = choose(selection, loss, batch.scores, valid, key, ratio)
-    trained = within_capacity(selection, scores, chosen, micro_batches) if selection.gradient == "filtered" else chosen
+    trained = (
+        within_capacity(selection, scores, chosen, gradient_accumulation_steps)
+        if selection.gradient == "filtered"
+        else chosen
+    )
     sums = _sums(loss, valid, trained, batch.source_ids)
-    sums |= {"unusable_scores": _count(valid & ~usable), "dropped_tokens": _count(chosen & ~trained)}
+    sums |= {"nonfinite_scores": _count(valid & ~usable), "dropped_tokens": _count(chosen & ~trained)}
     return trained, sums
 
 
@@ -63,7 +68,7 @@ def _sums(loss: jax.Array, valid: jax.Array, trained: jax.Array, source_ids: jax
         "loss_sum": jnp.sum(jnp.where(valid, loss, 0.0)),
         "trained_loss_sum": jnp.sum(jnp.where(trained, loss, 0.0)),
         "untrained_loss_sum": jnp.sum(jnp.where(untrained, loss, 0.0)),
-        "unusable_scores": jnp.zeros(()),
+        "nonfinite_scores": jnp.zeros(()),
         "dropped_tokens": jnp.zeros(()),
         "source_valid": by_source(valid),
         "source_trained": by_source(trained),

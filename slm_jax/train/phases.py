@@ -10,60 +10,63 @@ import numpy as np
 import optax
 
 from slm_jax.config import as_list, at_least
-from slm_jax.data.mixture import Draw
+from slm_jax.data.mixture import MixtureComponent
 from slm_jax.errors import UserError
-from slm_jax.score.selection import Combined, Selection
+from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.train.schedules import Schedule, cosine_schedule, in_turn, over
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Steps of `batch_rows` rows drawn from `mixture` (default: one Draw).
+    """Steps of `batch_size` rows drawn from `mixture` (default: one MixtureComponent).
 
     steps, tokens: how long, one of the two; tokens counts all positions of the rows and is rounded up to whole steps.
-    selection: None trains on every token (causal), else on those that a Selection, or several Combined, choose.
+    selection: None trains on every token (causal), else on those that a Selection, or several CombinedSelection,
+      choose.
     keep_ratio: a schedule over the phase in place of Selection.ratio.
     schedule: of the learning rate, from this phase on until a later one brings its own; None goes on with the last.
     reset_optimizer: forget the moments when the phase begins.
-    toward_start: pull toward the parameters that the phase began with: each step takes learning rate * toward_start off
+    l2_to_init: pull toward the parameters that the phase began with: each step takes learning rate * l2_to_init off
       the distance (L2 against forgetting), besides OptimizerConfig.weight_decay, which pulls toward zero.
     """
 
     steps: int | None = None
     tokens: float | None = None
-    mixture: Sequence[Draw] = ()
-    batch_rows: int = 16
-    selection: Selection | Combined | None = None
+    mixture: Sequence[MixtureComponent] = ()
+    batch_size: int = 16
+    selection: Selection | CombinedSelection | None = None
     keep_ratio: Schedule | None = None
     schedule: Schedule | None = None
     reset_optimizer: bool = False
-    toward_start: float = 0.0
+    l2_to_init: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.tokens is None):
             raise UserError(f"Phase takes steps or tokens, one of the two; it was given {self.steps} and {self.tokens}")
-        at_least(1, **{"Phase.batch_rows": self.batch_rows})
+        at_least(1, **{"Phase.batch_size": self.batch_size})
         if self.steps is not None:
             at_least(1, **{"Phase.steps": self.steps})
         if self.tokens is not None and not self.tokens > 0:
             raise UserError(f"Phase.tokens is {self.tokens}: it is above 0")
-        if self.toward_start < 0:
-            raise UserError(f"Phase.toward_start is {self.toward_start}: it is 0 or above")
+        if self.l2_to_init < 0:
+            raise UserError(f"Phase.l2_to_init is {self.l2_to_init}: it is 0 or above")
         for name in ("keep_ratio", "schedule"):
             check_schedule(getattr(self, name), f"Phase.{name}")
-        if not isinstance(self.selection, Selection | Combined | None):
+        if not isinstance(self.selection, Selection | CombinedSelection | None):
             raise UserError(f"Phase.selection takes @Selection() with brackets; it was given {self.selection!r}")
         if self.keep_ratio and (not isinstance(self.selection, Selection) or self.selection.threshold is not None):
             raise UserError("Phase.keep_ratio is the share that one Selection keeps: give it one without threshold")
-        draws = as_list(self.mixture, Draw, "Phase.mixture") or [Draw()]  # pyright: ignore[reportCallIssue] (gin's)
+        draws = as_list(self.mixture, MixtureComponent, "Phase.mixture") or [MixtureComponent()]  # pyright: ignore[reportCallIssue] (gin's)
         object.__setattr__(self, "mixture", tuple(draws))
         if len({(draw.corpus, draw.replay) for draw in draws}) < len(draws):
-            raise UserError("Phase.mixture names a corpus twice: give it one Draw with the sum of the shares")
+            raise UserError(
+                "Phase.mixture names a corpus twice: give it one MixtureComponent with the sum of the shares"
+            )
 
-    def resolved(self, row_length: int) -> "Phase":
+    def resolved(self, sequence_length: int) -> "Phase":
         """With its length in steps, and as `selection.ratio` the highest that keep_ratio asks for."""
-        steps = self.steps or math.ceil(self.tokens / (self.batch_rows * row_length))  # pyright: ignore[reportOptionalOperand]
+        steps = self.steps or math.ceil(self.tokens / (self.batch_size * sequence_length))  # pyright: ignore[reportOptionalOperand]
         phase = dataclasses.replace(self, steps=steps, tokens=None)
         if not (phase.keep_ratio and isinstance(phase.selection, Selection)):
             return phase

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from slm_jax.data.batches import Batch, read_batch
 from slm_jax.data.corpus import Corpus
-from slm_jax.data.mixture import Draw, Mixture, Supply
+from slm_jax.data.mixture import Mixture, MixtureComponent, Supply
 from slm_jax.errors import UserError
 from slm_jax.train.objective import NUM_SOURCES
 from slm_jax.train.phases import Phase, first_steps, learning_rate, values
@@ -35,7 +35,7 @@ class Plan:
         if len({corpus.path for corpus in self.corpora.values()}) < len(paths):
             raise UserError(f"of {', '.join(paths)} two are the same corpus: write its path in one way")
         self._check_corpora()
-        self.phases = tuple(phase.resolved(self.corpus.row_length) for phase in phases)
+        self.phases = tuple(phase.resolved(self.corpus.sequence_length) for phase in phases)
         self.first_steps = first_steps(self.phases)
         self.total_steps = int(self.first_steps[-1])
         self.learning_rate = learning_rate(self.phases, schedule)
@@ -74,10 +74,10 @@ class Plan:
                     f"corpora {self.corpus.path} and {path} have different vocabularies: prepare both with one "
                     "(VocabularyConfig.path)"
                 )
-            if corpus.row_length != self.corpus.row_length:
+            if corpus.sequence_length != self.corpus.sequence_length:
                 raise UserError(
-                    f"corpora {self.corpus.path} and {path} have rows of {self.corpus.row_length} and "
-                    f"{corpus.row_length} tokens: prepare both with one row_length"
+                    f"corpora {self.corpus.path} and {path} have rows of {self.corpus.sequence_length} and "
+                    f"{corpus.sequence_length} tokens: prepare both with one sequence_length"
                 )
 
     def _check_columns(self) -> None:
@@ -112,8 +112,8 @@ class Plan:
         """The batch of a step (0-based), or only its given rows; the same whoever asks."""
         index = self.phase_index(step)
         phase, mixture = self.phases[index], self._mixtures[index]
-        first = (step - int(self.first_steps[index])) * phase.batch_rows
-        which, corpus_rows = mixture.rows(first + (np.arange(phase.batch_rows) if rows is None else rows))
+        first = (step - int(self.first_steps[index])) * phase.batch_size
+        which, corpus_rows = mixture.rows(first + (np.arange(phase.batch_size) if rows is None else rows))
         paths = [draw.corpus for draw in phase.mixture]
         return read_batch(
             [self.corpora[path] for path in paths],
@@ -131,29 +131,37 @@ def _shares(phase: Phase) -> Float[np.ndarray, "N D"]:
       UserError: two draws that take what the others leave, nothing left, or no share above 0 at a step.
     """
     steps, names = phase.num_steps, [draw.corpus for draw in phase.mixture]
-    rest = [draw.share is None for draw in phase.mixture]
+    rest = [draw.weight is None for draw in phase.mixture]
     weights = np.stack([_weights(draw, steps) for draw in phase.mixture], axis=1)
     if sum(rest) > 1:
-        raise UserError(f"of {', '.join(names)} two have Draw.share = None, what the others leave: give one a number")
+        raise UserError(
+            f"of {', '.join(names)} two have MixtureComponent.weight = None, what the others leave: give one a number"
+        )
     if sum(rest):
         weights[:, rest.index(True)] = 1 - weights.sum(axis=1)
     if weights.min() < 0:
-        raise UserError(f"Draw.share of {names[rest.index(True)]} takes what the others leave of 1, which is below 0")
+        raise UserError(
+            f"MixtureComponent.weight of {names[rest.index(True)]} takes what the others leave of 1, which is below 0"
+        )
     total = weights.sum(axis=1, keepdims=True)
     if not (total > 0).all():
         step = int(np.argmin(total[:, 0] > 0)) + 1
-        raise UserError(f"at step {step} of a phase no Draw has a share above 0: let one of them begin above it")
+        raise UserError(
+            f"at step {step} of a phase no MixtureComponent has a share above 0: let one of them begin above it"
+        )
     return weights / total
 
 
-def _weights(draw: Draw, steps: int) -> Float[np.ndarray, " N"]:
+def _weights(draw: MixtureComponent, steps: int) -> Float[np.ndarray, " N"]:
     """The draw's own share at each step; 0 where it takes what the others leave."""
-    if isinstance(draw.share, Schedule):
+    if isinstance(draw.weight, Schedule):
         # Rounded, so that no platform's last bit decides which row stands where.
-        return np.round(values(over(draw.share, steps, owner=f"Draw.share of {draw.corpus}"), steps), 6)
-    if not isinstance(draw.share, int | float | None):
-        raise UserError(f"Draw.share of {draw.corpus} is {draw.share!r}: it takes a number, None or a @Schedule()")
-    return np.full(steps, float(draw.share or 0.0))
+        return np.round(values(over(draw.weight, steps, owner=f"MixtureComponent.weight of {draw.corpus}"), steps), 6)
+    if not isinstance(draw.weight, int | float | None):
+        raise UserError(
+            f"MixtureComponent.weight of {draw.corpus} is {draw.weight!r}: it takes a number, None or a @Schedule()"
+        )
+    return np.full(steps, float(draw.weight or 0.0))
 
 
 def _mixtures(phases: Sequence[Phase], sizes: dict[str, int], seed: int) -> list[Mixture]:
@@ -171,14 +179,15 @@ def _mixtures(phases: Sequence[Phase], sizes: dict[str, int], seed: int) -> list
             else:
                 if orders.get(draw.corpus, draw.order) != draw.order:
                     raise UserError(
-                        f"corpus {draw.corpus} is read in two orders, which would repeat rows: give its Draws one order"
+                        f"corpus {draw.corpus} is read in two orders, which would repeat rows: give its "
+                        f"MixtureComponents one order"
                     )
                 supplies.append(Supply(size, read[draw.corpus]))
                 draws.append(draw)
-        changing = any(isinstance(draw.share, Schedule) for draw in draws)
+        changing = any(isinstance(draw.weight, Schedule) for draw in draws)
         shares = _shares(phase)
-        mixture = Mixture(draws, supplies, seed, shares if changing else shares[0], phase.batch_rows)
-        taken = mixture.counts(np.array([phase.num_steps * phase.batch_rows]))[0]
+        mixture = Mixture(draws, supplies, seed, shares if changing else shares[0], phase.batch_size)
+        taken = mixture.counts(np.array([phase.num_steps * phase.batch_size]))[0]
         for draw, supply, count in zip(draws, supplies, taken.tolist(), strict=True):
             _check_supply(draw, supply, count)
         for draw, count in zip(draws, taken.tolist(), strict=True):
@@ -188,13 +197,13 @@ def _mixtures(phases: Sequence[Phase], sizes: dict[str, int], seed: int) -> list
     return mixtures
 
 
-def _check_supply(draw: Draw, supply: Supply, count: int) -> None:
+def _check_supply(draw: MixtureComponent, supply: Supply, count: int) -> None:
     drawn = supply.taken + count
     if drawn <= supply.period * draw.epochs:
         return
     what = f"replays {drawn} rows of" if draw.replay else f"draws {drawn} rows from"
     there = f"of which {supply.seen} were read before" if supply.seen else f"which has {supply.size}"
     raise UserError(
-        f"the run {what} corpus {draw.corpus}, {there}: take fewer steps or allow Draw.epochs = "
+        f"the run {what} corpus {draw.corpus}, {there}: take fewer steps or allow MixtureComponent.epochs = "
         f"{-(-drawn // supply.period)}"
     )

@@ -7,7 +7,7 @@ import numpy as np
 
 from slm_jax.errors import UserError
 from slm_jax.metrics import MetricsWriter, mean
-from slm_jax.score.selection import Combined, Selection
+from slm_jax.score.selection import CombinedSelection, Selection
 
 
 class Record:
@@ -22,14 +22,14 @@ class Record:
         self,
         writer: MetricsWriter,
         source_names: tuple[str, ...],
-        max_unusable: float,
+        max_nonfinite_scores: float,
         log_every: int,
         flops_per_token: float,
         peak_flops: float | None,
         counters: dict[str, float],
     ):
         self.writer, self.source_names = writer, source_names
-        self.max_unusable, self.log_every = max_unusable, log_every
+        self.max_nonfinite_scores, self.log_every = max_nonfinite_scores, log_every
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._counters = {"tokens_seen": 0.0, "tokens_trained": 0.0, "seconds": 0.0} | counters
         self._last_time = time.perf_counter()
@@ -42,7 +42,7 @@ class Record:
         """Time runs from here: what happened since the last step (evaluation, a checkpoint) is not training."""
         self._last_time = time.perf_counter()
 
-    def add(self, step: int, phase: int, selection: Selection | Combined | None, sums: dict[str, Any]) -> None:
+    def add(self, step: int, phase: int, selection: Selection | CombinedSelection | None, sums: dict[str, Any]) -> None:
         """Takes the sums of the step that made `step` finished steps; waits for the device until they are there.
         `phase` is its number, `selection` what it trains on.
 
@@ -63,7 +63,7 @@ class Record:
             self.writer.write(step, self.last_row)
 
     def _row(
-        self, phase: int, selection: Selection | Combined | None, sums: dict[str, Any], seconds: float
+        self, phase: int, selection: Selection | CombinedSelection | None, sums: dict[str, Any], seconds: float
     ) -> dict[str, Any]:
         valid, trained = sums["valid_tokens"], sums["trained_tokens"]
         row = {"phase": phase, "loss": mean(sums["loss_sum"], valid)}
@@ -72,7 +72,7 @@ class Record:
                 "selected_loss": mean(sums["trained_loss_sum"], trained),
                 "unselected_loss": mean(sums["untrained_loss_sum"], valid - trained),
                 "selected_share": mean(trained, valid),
-                "unusable_scores": int(sums["unusable_scores"]),
+                "nonfinite_scores": int(sums["nonfinite_scores"]),
                 "dropped_tokens": int(sums["dropped_tokens"]),
             }
         row |= {
@@ -106,9 +106,9 @@ class Record:
         )
 
     def _stop_on_unusable(self, step: int, sums: dict[str, Any]) -> None:
-        unusable, valid = float(sums["unusable_scores"]), float(sums["valid_tokens"])
-        if unusable > self.max_unusable * max(valid, 1.0):
+        unusable, valid = float(sums["nonfinite_scores"]), float(sums["valid_tokens"])
+        if unusable > self.max_nonfinite_scores * max(valid, 1.0):
             raise UserError(
                 f"step {step}: {int(unusable)} of {int(valid)} tokens have a score that is not finite: score the "
-                f"corpus again, or allow a share with train.max_unusable (now {self.max_unusable})"
+                f"corpus again, or allow a share with train.max_nonfinite_scores (now {self.max_nonfinite_scores})"
             )

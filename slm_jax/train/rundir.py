@@ -14,8 +14,8 @@ from slm_jax import config as config_lib
 from slm_jax import processes
 from slm_jax.errors import UserError
 from slm_jax.metrics import MetricsWriter, read_metrics
-from slm_jax.models.config import ModelConfig
-from slm_jax.train import lineage, outline
+from slm_jax.models.model_config import ModelConfig
+from slm_jax.train import plan_summary, resume
 from slm_jax.train.plan import Plan
 from slm_jax.train.record import Record
 
@@ -23,7 +23,7 @@ RESULT_SETTINGS = ("phases", "schedule", "optimizer")  # a finished run cannot t
 
 
 def claim(
-    run_dir: str, model: ModelConfig, plan: Plan, start: lineage.Start, settings: dict[str, Any]
+    run_dir: str, model: ModelConfig, plan: Plan, start: resume.Start, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Writes run.json, config.gin and vocabulary/, or compares with what the run of that directory is.
 
@@ -41,18 +41,18 @@ def claim(
 
 
 def _claim(
-    run_dir: str, model: ModelConfig, plan: Plan, start: lineage.Start, settings: dict[str, Any]
+    run_dir: str, model: ModelConfig, plan: Plan, start: resume.Start, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
     path = Path(run_dir) / "run.json"
-    identity = lineage.identity(model, plan, start.seed)
-    identity |= {"initial": start.initial, "initial_step": start.step, "whole_state": start.whole_state}
+    identity = resume.identity(model, plan, start.seed)
+    identity |= {"init_from": start.init_from, "init_step": start.step, "whole_state": start.whole_state}
     new = config_lib.to_json({"identity": identity, "settings": settings | {"model": model}, "starts": []})
     # A start that was refused before its first checkpoint is no run yet.
     if path.exists() and (done := _last_checkpoint(path.parent)) is not None:
-        old = json.loads(path.read_text())
+        old = config_lib.read_json(path)
         remedy = "choose another train.run_dir"
-        lineage.refuse_another(old["identity"], new["identity"], run_dir, remedy)
-        lineage.refuse_other_rows(old["settings"]["phases"], new["settings"]["phases"], done, run_dir, remedy)
+        resume.refuse_another(old["identity"], new["identity"], run_dir, remedy)
+        resume.refuse_other_rows(old["settings"]["phases"], new["settings"]["phases"], done, run_dir, remedy)
         _refuse_other_average(run_dir, old, new)
         changed = [name for name, value in new["settings"].items() if old["settings"].get(name) != value]
         result = [name for name in changed if name in RESULT_SETTINGS]
@@ -65,7 +65,7 @@ def _claim(
                 f"{run_dir} is at step {done}, the run now has {plan.total_steps}: ask for at least as many, or "
                 "choose another train.run_dir"
             )
-        if difference := lineage.other_rate(run_dir, done, plan):
+        if difference := resume.other_rate(run_dir, done, plan):
             print(f"train: {difference}")
         for name in changed:
             print(f"train: {name} was {old['settings'].get(name)}, is {new['settings'][name]} from here on")
@@ -118,7 +118,7 @@ def describe(run_dir: str, model: ModelConfig, plan: Plan, devices: Mesh, step: 
         + " x ".join(f"{name} {size}" for name, size in devices.shape.items())
         + f" {devices.devices.flat[0].device_kind}"
         + (f" of {processes.count()} processes" if processes.count() > 1 else "")
-        + f" -> {run_dir}\n{outline.table(plan)}"
+        + f" -> {run_dir}\n{plan_summary.table(plan)}"
     )
 
 

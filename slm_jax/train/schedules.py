@@ -38,7 +38,7 @@ EXPONENTIAL = "exponential"  # takes equal factors in equal times, so it has no 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class Leg:
+class SchedulePart:
     """From the value where the leg before ended `to` another.
 
     steps: a number of steps from 1 on, below 1 a share of the steps that the schedule rules; None takes what the other
@@ -51,9 +51,13 @@ class Leg:
 
     def __post_init__(self) -> None:
         if self.shape not in (*SHAPES, EXPONENTIAL):
-            raise UserError(f"Leg.shape {self.shape!r} is unknown: known are {', '.join((*SHAPES, EXPONENTIAL))}")
+            raise UserError(
+                f"SchedulePart.shape {self.shape!r} is unknown: known are {', '.join((*SHAPES, EXPONENTIAL))}"
+            )
         if self.to < 0 or (self.steps is not None and self.steps < 0):
-            raise UserError(f"Leg(to={self.to}, steps={self.steps}): neither a value nor a length can be negative")
+            raise UserError(
+                f"SchedulePart(to={self.to}, steps={self.steps}): neither a value nor a length can be negative"
+            )
 
 
 @gin.configurable
@@ -61,15 +65,15 @@ class Leg:
 class Schedule:
     """A start and legs; behind the last leg its value stays. start: None begins where the schedule before ended."""
 
-    legs: Sequence[Leg]
+    parts: Sequence[SchedulePart]
     start: float | None = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "legs", tuple(as_list(self.legs, Leg, "Schedule.legs")))
+        object.__setattr__(self, "parts", tuple(as_list(self.parts, SchedulePart, "Schedule.parts")))
         if self.start is not None and self.start < 0:
             raise UserError(f"Schedule.start {self.start} is negative")
-        if sum(leg.steps is None for leg in self.legs) > 1:
-            raise UserError("Schedule.legs: at most one leg takes what the others leave (steps = None)")
+        if sum(leg.steps is None for leg in self.parts) > 1:
+            raise UserError("Schedule.parts: at most one leg takes what the others leave (steps = None)")
 
     def lengths(self, total: int, owner: str = "the schedule") -> list[int]:
         """Steps of each leg, where `total` steps are ruled.
@@ -77,7 +81,7 @@ class Schedule:
         Raises:
           UserError: together they are longer than that.
         """
-        wanted = [0.0 if s is None else s * total if s < 1 else s for s in (leg.steps for leg in self.legs)]
+        wanted = [0.0 if s is None else s * total if s < 1 else s for s in (leg.steps for leg in self.parts)]
         # Ends are rounded rather than lengths, so that shares of a whole make a whole.
         ends = [math.floor(sum(wanted[: i + 1]) + 0.5) for i in range(len(wanted))]
         given = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
@@ -87,14 +91,14 @@ class Schedule:
                 f"the parts of {owner} take {' + '.join(map(str, given))} steps, it rules {total}: shorten them or "
                 "train longer"
             )
-        return [rest if leg.steps is None else length for leg, length in zip(self.legs, given, strict=True)]
+        return [rest if leg.steps is None else length for leg, length in zip(self.parts, given, strict=True)]
 
 
 def over(schedule: Schedule, total: int, before: float = 0.0, owner: str = "the schedule") -> optax.Schedule:
     """t -> value for t in [0, total], t steps after the schedule begins. `before`: where the one before it ended."""
     at = before if schedule.start is None else schedule.start
     parts, ends, end = [], [], 0
-    for leg, steps in zip(schedule.legs, schedule.lengths(total, owner), strict=True):
+    for leg, steps in zip(schedule.parts, schedule.lengths(total, owner), strict=True):
         if steps:
             parts.append(_part(leg, at, steps))
             ends.append(end := end + steps)
@@ -102,7 +106,7 @@ def over(schedule: Schedule, total: int, before: float = 0.0, owner: str = "the 
     return optax.join_schedules([*parts, optax.constant_schedule(at)], ends)
 
 
-def _part(leg: Leg, start: float, steps: int) -> optax.Schedule:
+def _part(leg: SchedulePart, start: float, steps: int) -> optax.Schedule:
     if leg.shape == EXPONENTIAL:
         if not start > 0 or not leg.to > 0:
             raise UserError(f"an exponential leg from {start} to {leg.to}: both are above 0, or take another shape")
@@ -165,19 +169,20 @@ def infinite_schedule(
     """Warm-up, cooldown (cosine or inverse_sqrt) to `peak * constant`, which stays for any number of phases, and an
     exponential anneal to `peak * final` over the last `anneal` (steps or share; 0: none yet). Section 7 of the paper;
     `constant` and the lengths are its Table 14's. In steps, lengths do not change when the run is extended."""
-    legs = [(_peak(peak), warmup, "linear"), (peak * constant, cooldown, shape), (peak * constant, None, "linear")]
-    return _from_zero(*legs, *([(peak * final, anneal, EXPONENTIAL)] if anneal else []))
+    parts = [(_peak(peak), warmup, "linear"), (peak * constant, cooldown, shape), (peak * constant, None, "linear")]
+    return _from_zero(*parts, *([(peak * final, anneal, EXPONENTIAL)] if anneal else []))
 
 
 @gin.configurable
 def anneal_schedule(to: float = 3e-5, steps: float | None = None, shape: str = EXPONENTIAL) -> Schedule:
     """From the rate reached down `to` another, over all steps that the schedule rules or the first of them."""
-    return Schedule([Leg(to, steps, shape)], start=None)
+    return Schedule([SchedulePart(to, steps, shape)], start=None)
 
 
-def _from_zero(*legs: tuple[float, float | None, str]) -> Schedule:
-    """Every argument is given, so that gin's settings of Leg and Schedule, made for others, do not reach these."""
-    return Schedule([Leg(*leg) for leg in legs], 0.0)
+def _from_zero(*parts: tuple[float, float | None, str]) -> Schedule:
+    """Every argument is given, so that gin's settings of SchedulePart and Schedule, made for others, do not reach
+    these."""
+    return Schedule([SchedulePart(*part) for part in parts], 0.0)
 
 
 def _peak(peak: float) -> float:

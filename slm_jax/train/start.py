@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 
 from slm_jax.checkpoint import Checkpoints, params_fingerprint, read_about, restore_items, restore_params
 from slm_jax.errors import UserError
-from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.models.forward import Params
+from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.score.reference import load_model
-from slm_jax.train.lineage import Start, branched_from
 from slm_jax.train.plan import Plan
+from slm_jax.train.resume import Start, branched_from
 from slm_jax.train.state import TrainState, init_state, state_shapes
 
 
@@ -50,8 +50,8 @@ def first_state(start: Start, shape: Shape, plan: Plan, allow_equal_reference: b
       UserError: the initial model has another shape or vocabulary, or is the very reference to be compared with; the
         plan is not that of the run whose state it inherits.
     """
-    if start.initial and start.whole_state:
-        return _inherited(start.initial, start.step, start.seed, shape, plan)
+    if start.init_from and start.whole_state:
+        return _inherited(start.init_from, start.step, start.seed, shape, plan)
     state = _state_at_0(start, shape, plan)
     if not allow_equal_reference:
         refuse_equal_reference(state.params, plan)
@@ -61,7 +61,7 @@ def first_state(start: Start, shape: Shape, plan: Plan, allow_equal_reference: b
 def phase_start(run_dir: str, start: Start, shape: Shape, plan: Plan, first: int) -> Params:
     """The parameters after the first `first` steps, with which a phase began that is under way: those of the run's
     checkpoint there, or of the run that it goes on with, or the initial ones."""
-    for run in (run_dir, start.initial if start.whole_state else None):
+    for run in (run_dir, start.init_from if start.whole_state else None):
         if run:
             try:
                 return restore_params(run, shape.of_state().params, first)
@@ -69,14 +69,14 @@ def phase_start(run_dir: str, start: Start, shape: Shape, plan: Plan, first: int
                 continue
     if first or start.whole_state:
         raise UserError(
-            f"{run_dir} has no checkpoint of step {first}, where the phase with Phase.toward_start began: it cannot "
+            f"{run_dir} has no checkpoint of step {first}, where the phase with Phase.l2_to_init began: it cannot "
             "know what to stay near"
         )
     return _state_at_0(start, shape, plan).params
 
 
 def _state_at_0(start: Start, shape: Shape, plan: Plan) -> TrainState:
-    params = _initial_params(start.initial, start.step, shape, plan) if start.initial else None
+    params = _initial_params(start.init_from, start.step, shape, plan) if start.init_from else None
     return init_state(shape.model, shape.optimizer, shape.mesh, start.seed, params, shape.ema)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from slm_jax.mesh import tree_shardings
 from slm_jax.models import forward
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.model_config import ModelConfig
 
 
 class TrainState(NamedTuple):

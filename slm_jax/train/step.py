@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import Batch
-from slm_jax.models.config import ModelConfig
 from slm_jax.models.forward import Params
-from slm_jax.score.selection import Combined, Selection, looks_ahead, row_capacity
+from slm_jax.models.model_config import ModelConfig
+from slm_jax.score.selection import CombinedSelection, Selection, looks_ahead, row_capacity
 from slm_jax.score.token_loss import batch_loss
 from slm_jax.train import gradients
 from slm_jax.train.objective import Sums, trained_tokens
@@ -24,20 +24,20 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
 
 def make_step(
     model: ModelConfig,
-    selection: Selection | Combined | None,
+    selection: Selection | CombinedSelection | None,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     seed: int,
-    micro_batches: int = 1,
+    gradient_accumulation_steps: int = 1,
     *,
     keep_ratio: optax.Schedule | None = None,
-    toward_start: float = 0.0,
+    l2_to_init: float = 0.0,
     ema: float = 0.0,
 ) -> Step:
     """The step of a phase: state, global batch -> state, sums.
 
     schedule, keep_ratio: functions of t, the number of the step in the run counted from 1; keep_ratio stands in for
-    selection.ratio. toward_start: see Phase; the state then carries the phase's first parameters. ema: see
+    selection.ratio. l2_to_init: see Phase; the state then carries the phase's first parameters. ema: see
     OptimizerConfig; the state then carries the average.
 
     The loss is the sum over trained tokens divided by their number in the global batch: sums travel between devices
@@ -47,24 +47,27 @@ def make_step(
     two_passes = selection is not None and looks_ahead(selection)
 
     def gradients_of(params: Params, batch: Batch, key: jax.Array, ratio: jax.Array | None) -> tuple[Params, Sums]:
-        gradient = _gradient(model, selection, batch.tokens.shape, micro_batches)
+        gradient = _gradient(model, selection, batch.tokens.shape, gradient_accumulation_steps)
 
         def of_part(part: Batch, key: jax.Array) -> tuple[Params, Sums]:
             chosen = lambda loss: trained_tokens(selection, loss, part, key, ratio=ratio)  # noqa: E731
             return gradient(params, batch=part, choose=chosen, **dropout(key))
 
-        if micro_batches == 1:
+        if gradient_accumulation_steps == 1:
             return of_part(batch, key)
-        parts, keys = _split_rows(batch, micro_batches), jax.random.split(key, micro_batches)
+        parts, keys = (
+            _split_rows(batch, gradient_accumulation_steps),
+            jax.random.split(key, gradient_accumulation_steps),
+        )
         if not two_passes:
             return _accumulate(of_part, params, (parts, keys))
         losses = _join_rows(jax.lax.map(lambda part: batch_loss(params, model, part), parts))
-        trained, sums = trained_tokens(selection, losses, batch, key, micro_batches, ratio)
+        trained, sums = trained_tokens(selection, losses, batch, key, gradient_accumulation_steps, ratio)
 
         def of_chosen(part: Batch, trained: jax.Array, key: jax.Array) -> tuple[Params, Sums]:
             return gradient(params, batch=part, choose=lambda _: (trained, {}), **dropout(key))
 
-        return _accumulate(of_chosen, params, (parts, _split_rows(trained, micro_batches), keys))[0], sums
+        return _accumulate(of_chosen, params, (parts, _split_rows(trained, gradient_accumulation_steps), keys))[0], sums
 
     def dropout(key: jax.Array) -> dict[str, jax.Array]:
         return {"dropout_key": jax.random.fold_in(key, 1)} if model.dropout else {}
@@ -75,8 +78,8 @@ def make_step(
         grads, sums = gradients_of(state.params, batch, key, ratio)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["trained_tokens"], 1.0), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        if toward_start:
-            updates = jax.tree.map(lambda u, p, s: u + toward_start * (p - s), updates, state.params, state.start)
+        if l2_to_init:
+            updates = jax.tree.map(lambda u, p, s: u + l2_to_init * (p - s), updates, state.params, state.start)
         rate = jnp.asarray(schedule(t), jnp.float32)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         # Not ema * a + (1 - ema) * p: rounded, the two add up to less than 1, and the average would shrink.
@@ -88,13 +91,16 @@ def make_step(
 
 
 def _gradient(
-    model: ModelConfig, selection: Selection | Combined | None, batch_shape: tuple[int, ...], micro_batches: int
+    model: ModelConfig,
+    selection: Selection | CombinedSelection | None,
+    batch_shape: tuple[int, ...],
+    gradient_accumulation_steps: int,
 ) -> Callable[..., tuple[Params, Sums]]:
     if selection is None:
         return functools.partial(gradients.causal, model=model)
     if selection.gradient == "exact":
         return functools.partial(gradients.exact, model=model)
-    capacity = row_capacity(selection, batch_shape, micro_batches)
+    capacity = row_capacity(selection, batch_shape, gradient_accumulation_steps)
     return functools.partial(gradients.filtered, model=model, capacity=capacity)
 
 

@@ -13,8 +13,8 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.errors import UserError
-from slm_jax.evaluate.answers import Answers
 from slm_jax.evaluate.harness import Harness, Zoo
+from slm_jax.evaluate.lm_adapter import Answers
 from slm_jax.evaluate.multiple_choice import MultipleChoice
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.evaluate.request_cache import RequestCache
@@ -75,14 +75,14 @@ def evaluate(
     zoo = Zoo(include_path, offline, run_model_code)
     zoo.check([form.task for column in columns for form in column.forms])
     devices = mesh_lib.make_mesh(mesh)
-    mesh_lib.check_batch(devices, harness.batch_rows, "Harness.batch_rows")
+    mesh_lib.check_batch(devices, harness.batch_size, "Harness.batch_size")
     config_lib.print_unused()
     model = load_model(run, devices, step)
     vocabulary = run_vocabulary(run, model.vocabulary_hash)
     folder = Path(output or f"{run}/evaluate/{model.step}/{tasks.replace(',', '+').replace('/', '_')}")
     cache = RequestCache(f"{run}/evaluate/{REQUESTS}")
     print(f"evaluate: step {model.step} of {run} on {tasks} ({', '.join(behind_bos)}) -> {folder}", flush=True)
-    answers = Answers(model, vocabulary, devices, cache, harness.batch_tokens, harness.batch_rows)
+    answers = Answers(model, vocabulary, devices, cache, harness.batch_tokens, harness.batch_size)
     record = _about(run, model) | {
         "tasks": tasks,
         "vocabulary_hash": model.vocabulary_hash,

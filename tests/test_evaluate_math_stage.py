@@ -1,4 +1,4 @@
-"""The stage `solve`: what is asked, recorded and summed up, with a scripted model; and with a real one."""
+"""The stage `evaluate math`: what is asked, recorded and summed up, with a scripted model; and with a real one."""
 
 import dataclasses
 import json
@@ -15,15 +15,15 @@ import toy
 from slm_jax.errors import UserError
 from slm_jax.evaluate.continuation import Continuation
 from slm_jax.evaluate.generation import Generator
+from slm_jax.evaluate.math import evaluate_math as stage
 from slm_jax.evaluate.math import sandbox as sandbox_lib
-from slm_jax.evaluate.math import solve as solve_lib
 from slm_jax.evaluate.math.chain_of_thought import Judge
 from slm_jax.evaluate.math.equality import Grader
+from slm_jax.evaluate.math.evaluate_math import evaluate_math
 from slm_jax.evaluate.math.prompts import STOP
 from slm_jax.evaluate.math.questions import Question
 from slm_jax.evaluate.math.results import wilson
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
-from slm_jax.evaluate.math.solve import solve
 from slm_jax.evaluate.math.symbolic import Symbolic
 from slm_jax.evaluate.sampling import Sampling
 
@@ -47,8 +47,8 @@ class Scripted(Generator):
     calls: ClassVar[list[tuple[list[str], Sampling]]] = []
     context = 4000
 
-    def __init__(self, params, model, vocabulary, mesh, batch_rows=8):
-        self.model, self.batch_rows = dataclasses.replace(model, max_length=self.context), batch_rows
+    def __init__(self, params, model, vocabulary, mesh, batch_size=8):
+        self.model, self.batch_size = dataclasses.replace(model, max_length=self.context), batch_size
 
     def encode(self, text: str, prefix: str = "") -> list[int]:
         return [1, *text.encode()]
@@ -69,7 +69,7 @@ class Scripted(Generator):
 @pytest.fixture
 def scripted(monkeypatch) -> type[Scripted]:
     monkeypatch.setattr(Scripted, "calls", [])
-    monkeypatch.setattr(solve_lib, "Generator", Scripted)
+    monkeypatch.setattr(stage, "Generator", Scripted)
     return Scripted
 
 
@@ -78,7 +78,7 @@ def ask(reference, data, tmp_path) -> Callable[..., dict]:
     def ask(**settings) -> dict:
         wanted = {"sets": ["svamp"], "data": str(data), "output": str(tmp_path / "solved"), "max_new_tokens": 64}
         with toy.one_device():
-            return solve(str(reference), **{**wanted, **settings})
+            return evaluate_math(str(reference), **{**wanted, **settings})
 
     return ask
 
@@ -124,7 +124,7 @@ def test_a_killed_command_asks_what_is_left(drawn, ask, scripted, tmp_path, monk
 
     if drawn:
         monkeypatch.setattr(scripted, "answer", staticmethod(answer))
-    whole = ask(batch_rows=1, output=str(tmp_path / "whole"), **settings)["results"]
+    whole = ask(batch_size=1, output=str(tmp_path / "whole"), **settings)["results"]
     expected = (tmp_path / "whole" / "svamp.jsonl").read_bytes()
     total = len(scripted.calls)
     assert total == (5 if drawn else 3)
@@ -138,19 +138,19 @@ def test_a_killed_command_asks_what_is_left(drawn, ask, scripted, tmp_path, monk
         scripted.calls.clear()
         monkeypatch.setattr(scripted, "complete", lambda *a: fails() if len(scripted.calls) == 2 else complete(*a))
         with pytest.raises(KeyboardInterrupt):
-            ask(batch_rows=1, **settings)
+            ask(batch_size=1, **settings)
         kept = partial.read_bytes()
         assert expected.startswith(kept) and 0 < len(kept) < len(expected)
         partial.write_bytes(kept[: len(kept) - cut])
         scripted.calls.clear()
         monkeypatch.setattr(scripted, "complete", complete)
-        assert ask(batch_rows=1, **settings)["results"] == whole
+        assert ask(batch_size=1, **settings)["results"] == whole
         assert (tmp_path / "solved" / "svamp.jsonl").read_bytes() == expected
         assert len(scripted.calls) == total - 2 + (cut > 0)
         (tmp_path / "solved" / "svamp.jsonl").unlink()
-    ask(batch_rows=1, **settings)
+    ask(batch_size=1, **settings)
     scripted.calls.clear()
-    assert ask(batch_rows=1, **settings)["results"] == whole and not scripted.calls
+    assert ask(batch_size=1, **settings)["results"] == whole and not scripted.calls
 
 
 def test_answers_of_other_settings_are_kept_aside(ask, scripted, tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_answers_of_other_settings_are_kept_aside(ask, scripted, tmp_path, monke
     assert len(scripted.calls[0][0]) == 10
     assert {row["shots"] for row in rows(tmp_path)} == {1}
     assert {row["shots"] for row in rows(tmp_path, "svamp.before1")} == {2}
-    monkeypatch.setattr(solve_lib, "_versions", lambda: {"sympy": "99"})
+    monkeypatch.setattr(stage, "_versions", lambda: {"sympy": "99"})
     ask(shots=1)  # graded by others
     assert {row["shots"] for row in rows(tmp_path, "svamp.before2")} == {1}
 
@@ -192,7 +192,7 @@ def test_comparisons_that_were_given_up_are_counted_by_question(ask, scripted, t
         "".join(json.dumps({"question": f"{n}+{n}?", "answer": "1/3"}) + "\n" for n in range(3))
     )
     monkeypatch.setattr(scripted, "answer", staticmethod(answer))
-    monkeypatch.setattr(solve_lib, "Grader", lambda: Grader(Symbolic(seconds=0.3)))
+    monkeypatch.setattr(stage, "Grader", lambda: Grader(Symbolic(seconds=0.3)))
     assert ask()["results"]["svamp"]["not_compared"] == 2
     assert [row["not_compared"] for row in rows(tmp_path)] == [1, 1, 0]
     scripted.calls.clear()
@@ -246,7 +246,7 @@ def test_questions_that_are_too_long_are_wrong_and_counted(ask, scripted, data, 
 
 def test_new_tokens_are_half_of_what_the_model_reads_at_most(ask, scripted, capsys):
     assert ask(max_new_tokens=100_000)["max_new_tokens"] == 2000
-    assert "solve: 2000 new tokens instead of 100000: the model reads 4000" in capsys.readouterr().out
+    assert "evaluate math: 2000 new tokens instead of 100000: the model reads 4000" in capsys.readouterr().out
 
 
 def test_examples_of_the_user_and_no_examples(ask, scripted, tmp_path):
@@ -283,7 +283,7 @@ def test_with_tools(ask, scripted, tmp_path, monkeypatch):
 
 def test_tools_without_a_sandbox_are_refused_before_anything_is_loaded(ask, scripted, monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox_lib, "_problem", lambda: "bubblewrap (bwrap) is not installed")
-    monkeypatch.setattr(solve_lib, "load_model", None)
+    monkeypatch.setattr(stage, "load_model", None)
     assert "programs of a model are not run here: bubblewrap" in toy.refusal(ask, tools=True)
     assert not (tmp_path / "solved").exists()
 
@@ -291,16 +291,22 @@ def test_tools_without_a_sandbox_are_refused_before_anything_is_loaded(ask, scri
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"sets": "gsm8k"}, "solve.sets takes a list"),
-        ({"sets": []}, "solve.sets []: name each set once, of gsm8k, math,"),
+        ({"sets": "gsm8k"}, "evaluate_math.sets takes a list"),
+        ({"sets": []}, "evaluate_math.sets []: name each set once, of gsm8k, math,"),
         ({"sets": ["svamp", "svamp"]}, "name each set once"),
         ({"sets": ["svamq"]}, "no question set 'svamq': there are gsm8k,"),
         ({"sets": ["gsm8k"]}, "no questions of gsm8k in "),
-        ({"samples": 4}, "solve.samples = 4 at temperature 0 are all the same: set solve.temperature above 0"),
-        ({"samples": 0}, "solve.samples is 0: it takes a whole number from 1 on"),
-        ({"questions": 0}, "solve.questions is 0: it takes a whole number from 1 on"),
-        ({"shots": -1}, "solve.shots is -1: it takes a whole number from 0 on"),
-        ({"examples": {"math": "x.json"}}, "solve.examples names 'math', which is not in solve.sets ('svamp',)"),
+        (
+            {"samples": 4},
+            "evaluate_math.samples = 4 at temperature 0 are all the same: set evaluate_math.temperature above 0",
+        ),
+        ({"samples": 0}, "evaluate_math.samples is 0: it takes a whole number from 1 on"),
+        ({"questions": 0}, "evaluate_math.questions is 0: it takes a whole number from 1 on"),
+        ({"shots": -1}, "evaluate_math.shots is -1: it takes a whole number from 0 on"),
+        (
+            {"examples": {"math": "x.json"}},
+            "evaluate_math.examples names 'math', which is not in evaluate_math.sets ('svamp',)",
+        ),
     ],
 )
 def test_mistakes_are_one_line(settings, message, ask, scripted, tmp_path):
@@ -309,8 +315,8 @@ def test_mistakes_are_one_line(settings, message, ask, scripted, tmp_path):
 
 
 def test_a_missing_grader_is_one_line(ask, scripted, monkeypatch):
-    monkeypatch.setattr(solve_lib.importlib.util, "find_spec", lambda name: None)
-    assert "solve compares answers with sympy: pip install latex2sympy2_extended[" in toy.refusal(ask)
+    monkeypatch.setattr(stage.importlib.util, "find_spec", lambda name: None)
+    assert "evaluate math compares answers with sympy: pip install latex2sympy2_extended[" in toy.refusal(ask)
 
 
 def test_wilson():
@@ -326,11 +332,14 @@ def test_wilson():
 
 def test_a_real_model_from_the_command_line(shell, reference, data, tmp_path):
     """The toy model reads 64 bytes: there is no room for examples. Given again, the command asks nothing."""
-    command = ["solve", f"--run={reference}", f"--data={data}", f"--output={tmp_path / 'solved'}"]
-    command += toy.settings(solve={"sets": ["svamp"], "max_new_tokens": 16, "batch_rows": 4, "questions": 6})
+    command = ["evaluate", "math", f"--run={reference}", f"--data={data}", f"--output={tmp_path / 'solved'}"]
+    command += toy.settings(evaluate_math={"sets": ["svamp"], "max_new_tokens": 16, "batch_size": 4, "questions": 6})
     code, output, errors = shell(*command, folder=tmp_path)
     assert code == 0, errors
-    assert f"solve: step 6 of {reference} on 6 questions of svamp, by chain of thought -> {tmp_path}/solved" in output
+    assert (
+        f"evaluate math: step 6 of {reference} on 6 questions of svamp, by chain of thought -> {tmp_path}/solved"
+        in output
+    )
     assert re.search(r"  svamp: 0\.\d{3} \(0\.000 to 0\.\d{3}\) of 6", output)
     found = rows(tmp_path)
     assert [row["number"] for row in found] == list(range(6))
@@ -347,8 +356,8 @@ def test_two_processes_answer_as_one(reference, data, tmp_path, shell):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    settings = toy.settings(solve={"sets": ["svamp"], "max_new_tokens": 8, "batch_rows": 8})
-    command = ["solve", f"--run={reference}", f"--data={data}", *settings]
+    settings = toy.settings(evaluate_math={"sets": ["svamp"], "max_new_tokens": 8, "batch_size": 8})
+    command = ["evaluate", "math", f"--run={reference}", f"--data={data}", *settings]
     pair = []
     for index in (0, 1):
         names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
@@ -356,7 +365,7 @@ def test_two_processes_answer_as_one(reference, data, tmp_path, shell):
         pair.append(toy.Command(tmp_path / f"log{index}", *shared, environment=names, devices=4))
     (code, output), (other_code, other) = (process.finish() for process in pair)
     assert (code, other_code) == (0, 0), output + other
-    assert "solve: done" in output and "solve:" not in other
+    assert "evaluate math: done" in output and "evaluate math:" not in other
     code, _, errors = shell(*command, f"--output={tmp_path / 'one' / 'solved'}", folder=tmp_path)
     assert code == 0, errors
     assert [row["samples"] for row in rows(tmp_path)] == [row["samples"] for row in rows(tmp_path / "one")]

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,8 +20,8 @@ from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
-from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.models.llama2c import Llama2cFile
+from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.models.weights import HuggingFaceWeights, Weights, load_params
 
 PICKLE_STARTS = (b"PK", b"\x80")  # torch's zip of pickles, and a pickle
@@ -115,7 +114,7 @@ def _origin(source: str, weights: Weights, words: Vocabulary, model: ModelConfig
     files = processes.on_first(lambda: [_file(file) for file in weights.files()])
     identity = {
         "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
-        "initial": f"import of {source}",
+        "init_from": f"import of {source}",
         "vocabulary_hash": words.content_hash,
         "corpora": {},
         "references": {},
@@ -135,7 +134,7 @@ def _begin(target: Path, origin: dict[str, Any], words: Vocabulary) -> bool:
     """Whether the import is done already. If not, everything but the checkpoint is written."""
     path = target / "run.json"
     if any(step.name.isdecimal() for step in (target / "checkpoints").glob("*")):
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = config_lib.read_json(path) if path.exists() else {}
         if all(before.get(name) == origin[name] for name in ("identity", "imported", "settings")):
             return True
         raise UserError(f"{target} holds another model already: choose another import.target, or delete it")

@@ -59,26 +59,26 @@ class LogProbs:
         about: names the files, as the reference of a column.
     """
 
-    def __init__(self, pattern: str, table: Corpus, without_prefix: bool, max_unaligned: float):
+    def __init__(self, pattern: str, table: Corpus, strip_metadata: bool, max_unaligned: float):
         """Reads the files and checks them against the corpus, token by token.
 
         Args:
             pattern: path or glob.
             table: the corpus.
-            without_prefix: the documents were scored without the metadata before them.
+            strip_metadata: the documents were scored without the metadata before them.
             max_unaligned: the share of tokens that may be without a loss.
 
         Raises:
             UserError: no such file, or more tokens without a loss.
         """
-        self._table, self._without_prefix = table, without_prefix
-        self._paths = readers.resolve([pattern], "score.from_file")
+        self._table, self._without_prefix = table, strip_metadata
+        self._paths = readers.resolve([pattern], "score.external_logprobs")
         self._documents = table.documents()
         self._numbers = {name: number for number, name in enumerate(self._documents["id"].to_pylist())}
         self._counts, self._first = Counter[str](), dict[str, str]()
         self._sizes, self._vocabulary = None, None
         with tempfile.TemporaryFile() as file:  # as large as the column, wherever temporary files lie
-            self._losses = np.memmap(file, np.float32, "w+", shape=(table.num_rows, table.row_length))
+            self._losses = np.memmap(file, np.float32, "w+", shape=(table.num_rows, table.sequence_length))
         self._losses[:] = np.nan
         self._read()
         without, tokens = self._without_loss()
@@ -102,7 +102,7 @@ class LogProbs:
             for group in _groups(self._answers(seen)):
                 picked = self._documents.take(pyarrow.array([number for number, _ in group]))
                 columns = self._table.read_documents(picked, ("tokens", "loss_mask"))
-                places = picked["row"].to_numpy() * self._table.row_length + picked["start"].to_numpy()
+                places = picked["row"].to_numpy() * self._table.sequence_length + picked["start"].to_numpy()
                 for (number, answer), read, place in zip(group, columns, places.tolist(), strict=True):
                     kept = read["loss_mask"] | (np.arange(len(read["tokens"])) == 0) | (not self._without_prefix)
                     losses = self._aligned(answer, read["tokens"][kept].tolist(), number)
@@ -194,7 +194,8 @@ class LogProbs:
         said = f"{without:,} of {tokens:,} tokens have no loss there" + ("; " if reasons else "") + ", ".join(reasons)
         if without > limit * tokens:
             raise UserError(
-                f"score.from_file {', '.join(self._paths)}: {said}. Score what is missing too, or allow a share with "
+                f"score.external_logprobs {', '.join(self._paths)}: {said}. Score what is missing too, or allow "
+                f"a share with "
                 f"score.max_unaligned (now {limit:g})"
             )
         print(f"score: {said}")

@@ -20,7 +20,7 @@ from slm_jax.data.metadata import prefix_tokens
 from slm_jax.data.packing import pack_whole
 from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.errors import UserError
-from slm_jax.models.config import ModelConfig
+from slm_jax.models.model_config import ModelConfig
 
 LONGER = 4  # the reference's rows hold so many tokens for one of the corpus', if it reads so many
 
@@ -70,20 +70,20 @@ def windows(sequences: list[np.ndarray], length: int) -> Windows:
     return Windows(tokens, segment_ids, sources)
 
 
-class OtherVocabulary:
+class CrossTokenizerScorer:
     """Losses of rows by a reference with another vocabulary."""
 
-    def __init__(self, ours: Vocabulary, theirs: Vocabulary, model: ModelConfig, row_length: int, removed: bool):
+    def __init__(self, ours: Vocabulary, theirs: Vocabulary, model: ModelConfig, sequence_length: int, removed: bool):
         """`removed`: metadata before documents is not read."""
         self._aligner, self._removed = Aligner(ours, theirs), removed
-        self._length = min(model.max_length, LONGER * row_length)
+        self._length = min(model.max_length, LONGER * sequence_length)
         if model.vocab_size is not None and theirs.size > model.vocab_size:
             raise UserError(
                 f"the reference embeds {model.vocab_size} ids, its vocabulary has {theirs.size}: import it again"
             )
 
     def chunks(
-        self, table: Corpus, ranges: Sequence[tuple[int, int]], score: Callable[[Batch], np.ndarray], batch_rows: int
+        self, table: Corpus, ranges: Sequence[tuple[int, int]], score: Callable[[Batch], np.ndarray], batch_size: int
     ) -> Generator[dict[str, np.ndarray], None, None]:
         """The losses of ranges of rows; the text of the next is translated while the devices score. `score` as in
         `losses`. Says at the end how many tokens have none."""
@@ -96,7 +96,7 @@ class OtherVocabulary:
         unread, tokens = 0, 0
         with contextlib.closing(read_ahead(translated, 0, len(ranges))) as ahead:
             for batch, segments in ahead:
-                loss = self.losses(batch, segments, score, batch_rows)
+                loss = self.losses(batch, segments, score, batch_size)
                 counts = batch.loss_mask & (batch.positions > 0)
                 unread, tokens = unread + int((np.isnan(loss) & counts).sum()), tokens + int(counts.sum())
                 yield {"loss": loss}
@@ -116,18 +116,18 @@ class OtherVocabulary:
         return found
 
     def losses(
-        self, batch: Batch, segments: list[Segment], score: Callable[[Batch], np.ndarray], batch_rows: int
+        self, batch: Batch, segments: list[Segment], score: Callable[[Batch], np.ndarray], batch_size: int
     ) -> Float[np.ndarray, "B L"]:
         """The loss of each token of rows on the host; 0 where it has no predecessor in its segment or is not read, NaN
         where the reference's text is not its.
 
-        score: a batch of `batch_rows` rows in the reference's tokens -> its losses.
+        score: a batch of `batch_size` rows in the reference's tokens -> its losses.
         """
         rows = windows([segment.aligned.ids for segment in segments], self._length)
         found = []
-        for first in range(0, len(rows.tokens), batch_rows):
-            tokens, ids = (x[first : first + batch_rows] for x in (rows.tokens, rows.segment_ids))
-            padding = ((0, batch_rows - len(tokens)), (0, 0))
+        for first in range(0, len(rows.tokens), batch_size):
+            tokens, ids = (x[first : first + batch_size] for x in (rows.tokens, rows.segment_ids))
+            padding = ((0, batch_size - len(tokens)), (0, 0))
             tokens, ids = np.pad(tokens, padding), np.pad(ids, padding)
             found.append(score(make_batch(tokens, ids, ids > 0)))
         result = np.zeros(batch.tokens.shape, np.float32)

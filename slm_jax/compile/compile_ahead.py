@@ -37,7 +37,7 @@ ASSUMPTIONS = (
 def compile_ahead(
     topology: str,
     output: str = "plan.json",
-    row_length: int | None = None,
+    sequence_length: int | None = None,
     programs: tuple[str, ...] = PROGRAMS,
 ) -> dict[str, Any]:
     """Compiles the train and score steps of a train run's gin file for TPUs or GPUs, on a machine that has none.
@@ -49,7 +49,7 @@ def compile_ahead(
       topology: of TPUs, e.g. v5e:4x4 (16 chips), v5p:4x4x4 (64), v4:4x4x8 (128), v6e:16x16 (256); or the GPUs of one
         machine: h100:1, a100:8, ...
       output: where the JSON goes.
-      row_length: tokens of a row; None is that of the corpus, which must then be here.
+      sequence_length: tokens of a row; None is that of the corpus, which must then be here.
       programs: what to compile, of `train` and `score`.
 
     Raises:
@@ -61,7 +61,7 @@ def compile_ahead(
     # No device of this machine is needed, and one that is here may be at work.
     jax.config.update("jax_platforms", "cpu")
     devices, chip = topology_devices(topology)
-    run = bound_run(devices, row_length)
+    run = bound_run(devices, sequence_length)
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     kind = devices[0].device_kind
     print(f"compile: {run.model.parameter_count() / 1e6:.1f}M parameters on {len(devices)} x {kind}, mesh {shape}")
@@ -103,7 +103,12 @@ def _check_writable(output: Path) -> None:
 def plan_step(step: StepProgram, chip: Chip) -> dict[str, Any]:
     """Compiles a step and says what it needs."""
     work, start = step.work, time.time()
-    about = {"name": work.name, "rows": work.rows, "length": work.length, "micro_batches": work.micro_batches}
+    about = {
+        "name": work.name,
+        "rows": work.rows,
+        "length": work.length,
+        "gradient_accumulation_steps": work.gradient_accumulation_steps,
+    }
     held = (step.weights, step.moments, step.batch)
     try:
         compiled = step.compile()
@@ -153,7 +158,8 @@ def describe(plan: dict[str, Any]) -> str:
     kinds = plan["memory"]
     parts = ", ".join(f"{k} {kinds[k] / GIB:.2f}" for k in kinds if k not in ("total", "available"))
     lines = [
-        f"{plan['name']}: {plan['rows']} rows of {plan['length']} tokens, {plan['micro_batches']} micro-batches, "
+        f"{plan['name']}: {plan['rows']} rows of {plan['length']} tokens, {plan['gradient_accumulation_steps']} "
+        f"micro-batches, "
         f"compiled in {plan['compile_seconds']:.0f} s",
         f"  GiB per chip   {kinds['total'] / GIB:.2f} of {kinds['available'] / GIB:.2f}: {parts}",
     ]

@@ -15,14 +15,14 @@ from test_processes import finish, start
 from tokenizer_families import save
 
 from slm_jax import mesh as mesh_lib
+from slm_jax.convert import export_model as export_model_module
+from slm_jax.convert.export_model import export_model
+from slm_jax.convert.import_model import import_model
 from slm_jax.data.vocabularies import ByteVocabulary, load_vocabulary
-from slm_jax.exchange import exporting
-from slm_jax.exchange.exporting import export_model
-from slm_jax.exchange.importing import import_model
 from slm_jax.mesh import MeshConfig
 from slm_jax.models import weights
-from slm_jax.models.config import SIZES, ModelConfig, model_config
 from slm_jax.models.forward import param_shapes
+from slm_jax.models.model_config import SIZES, ModelConfig, model_config
 from slm_jax.models.tensor_files import INDEX, SINGLE, open_tensors, read_tensor, write_tensors
 from slm_jax.score.reference import TrainedModel, load_model, run_vocabulary
 
@@ -130,19 +130,19 @@ def test_a_run_begins_with_it(exported, corpus, shell, tmp_path):
     assert "vocabulary: bytes of 259 ids of 260 that are embedded; BOS 1, EOS 2, padding 0" in output
     code, output, _ = shell(*command, folder=tmp_path)
     assert code == 0 and "is there already, made of the same files" in output
-    draw = toy.settings(Draw={"corpus": corpus.path, "epochs": 100.0}, Phase={"steps": 1, "batch_rows": 8})
+    draw = toy.settings(MixtureComponent={"corpus": corpus.path, "epochs": 100.0}, Phase={"steps": 1, "batch_size": 8})
     rate = toy.settings(constant_schedule={"peak": 1e-2, "warmup": 0.0})
     train = ["train", *toy.CONSTANT, *draw, *rate, *toy.settings(model={"size": imported})]
 
-    code, _, errors = shell(*train, f"--run_dir={tmp_path}/run", f"--initial={imported}", folder=tmp_path)
+    code, _, errors = shell(*train, f"--run_dir={tmp_path}/run", f"--init_from={imported}", folder=tmp_path)
     assert code == 0, errors
     [(_, loss)] = toy.losses(tmp_path / "run")
     assert loss < 4.5 < np.log(259)
     code, _, errors = shell(*train, f"--run_dir={imported}", folder=tmp_path)
     assert code == 1 and "holds a run with initial import of" in errors and "choose another train.run_dir" in errors
-    branch = [f"--run_dir={tmp_path}/branch", f"--initial={imported}", "--inherit=state"]
+    branch = [f"--run_dir={tmp_path}/branch", f"--init_from={imported}", "--init_mode=state"]
     code, _, errors = shell(*train, *branch, folder=tmp_path)
-    assert code == 1 and "was imported and has parameters only: take train.inherit = 'params'" in errors
+    assert code == 1 and "was imported and has parameters only: take train.init_mode = 'params'" in errors
 
 
 def test_the_architecture_of_a_model_directory_has_a_name(exported, tmp_path):
@@ -190,7 +190,7 @@ def test_a_broken_off_export_is_not_there(reference, exported, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with toy.one_device():
-        monkeypatch.setattr(exporting, "tokenizer_files", stop)
+        monkeypatch.setattr(export_model_module, "tokenizer_files", stop)
         with pytest.raises(KeyboardInterrupt):
             export_model(str(reference), str(tmp_path / "model"), file_gigabytes=2e-5)
         assert not (tmp_path / "model").exists()
@@ -370,7 +370,7 @@ def test_padding_is_named_where_there_is_any(exported, tmp_path):
     words = load_vocabulary(save("llama_3", tmp_path / "llama_3"))
     assert words.pad_id == words.eos_id
     (tmp_path / "partial").mkdir()
-    (tmp_path / "partial" / exporting.LOCK).touch()
-    exporting._finish(tmp_path / "partial", tmp_path / "done", {}, words)
+    (tmp_path / "partial" / export_model_module.LOCK).touch()
+    export_model_module._finish(tmp_path / "partial", tmp_path / "done", {}, words)
     ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
     assert json.loads((tmp_path / "done" / "config.json").read_text()) == ids

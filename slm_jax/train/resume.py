@@ -1,7 +1,6 @@
 """Whether a plan goes on with what a run has done: the same rows at every step already made."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from slm_jax import processes
 from slm_jax.checkpoint import read_about
 from slm_jax.errors import UserError
 from slm_jax.metrics import read_metrics
-from slm_jax.models.config import FUNCTION_FIELDS, ModelConfig
+from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.train.plan import Plan
 
 
@@ -21,28 +20,28 @@ from slm_jax.train.plan import Plan
 class Start:
     """Where a run without a checkpoint of its own begins.
 
-    seed: of random parameters. initial: another run, or None. step: which of its checkpoints.
+    seed: of random parameters. init_from: another run, or None. step: which of its checkpoints.
     whole_state: inherit its moments, step and counters too, so that this run goes on with that one.
     """
 
     seed: int
-    initial: str | None = None
+    init_from: str | None = None
     step: int | None = None
     whole_state: bool = False
 
 
-def first_choice(run_dir: str, initial: str | None, step: int | None) -> int | None:
-    """The checkpoint of `initial` to start from: the one named, else the one that a first start in run_dir took, else
+def first_choice(run_dir: str, init_from: str | None, step: int | None) -> int | None:
+    """The checkpoint of `init_from` to start from: the one named, else the one that a first start in run_dir took, else
     the last. The first process looks: another may see one more."""
 
     def choose() -> int | None:
-        if initial is None or step is not None:
+        if init_from is None or step is not None:
             return step
         path = Path(run_dir) / "run.json"
-        known = json.loads(path.read_text())["identity"] if path.exists() else {}
-        if known.get("initial") == initial and known.get("initial_step") is not None:
-            return known["initial_step"]
-        return int(read_about(initial)["step"])
+        known = config_lib.read_json(path)["identity"] if path.exists() else {}
+        if known.get("init_from") == init_from and known.get("init_step") is not None:
+            return known["init_step"]
+        return int(read_about(init_from)["step"])
 
     return processes.on_first(choose)
 
@@ -70,7 +69,7 @@ def refuse_another(was: dict[str, Any], now: dict[str, Any], run_dir: str, remed
             raise UserError(
                 f"{run_dir} holds a run whose model has {name} = {model[name]}, this one has {value}: {remedy}"
             )
-    for name in ("seed", "initial", "initial_step", "whole_state", "vocabulary_hash"):
+    for name in ("seed", "init_from", "init_step", "whole_state", "vocabulary_hash"):
         if name in now and was.get(name, now[name]) != now[name]:
             raise UserError(f"{run_dir} holds a run with {name} {was[name]}, this one has {now[name]}: {remedy}")
     for kind, of in (("corpora", "corpus"), ("references", "the reference behind")):
@@ -98,8 +97,8 @@ def refuse_other_rows(
         after = now[number] if number < len(now) else None
         if after is None:
             raise UserError(f"{run_dir} has {number + 1} phases in its {done} steps, this one {number}: {remedy}")
-        scheduled = any(isinstance(draw["share"], dict) for draw in before["mixture"])
-        for field in ("mixture", "batch_rows", "steps"):
+        scheduled = any(isinstance(draw["weight"], dict) for draw in before["mixture"])
+        for field in ("mixture", "batch_size", "steps"):
             last = first + before["steps"] >= done
             longer = first + after["steps"] >= done or number + 1 == len(now)  # a plan that ends early is told so later
             if field == "steps" and last and longer and not scheduled:
@@ -115,7 +114,7 @@ def refuse_other_rows(
 def _same(before: Any, after: Any) -> bool:
     """Equal where `before`, maybe written by an earlier version, says something."""
     if isinstance(before, dict) and isinstance(after, dict):
-        # Draw.epochs is a limit and decides no row.
+        # MixtureComponent.epochs is a limit and decides no row.
         return all(_same(value, after.get(name)) for name, value in before.items() if name != "epochs")
     if isinstance(before, list) and isinstance(after, list):
         return len(before) == len(after) and all(map(_same, before, after))
@@ -130,11 +129,11 @@ def branched_from(run_dir: str, step: int, model: ModelConfig, plan: Plan, seed:
     """
     path = Path(run_dir) / "run.json"
     if not path.exists():
-        raise UserError(f"{run_dir} has no run.json, so it is not known what it read: take train.inherit = 'params'")
-    old = json.loads(path.read_text())
+        raise UserError(f"{run_dir} has no run.json, so it is not known what it read: take train.init_mode = 'params'")
+    old = config_lib.read_json(path)
     if "phases" not in old["settings"]:
-        raise UserError(f"{run_dir} was imported and has parameters only: take train.inherit = 'params'")
-    remedy = "give this one the same up to there, or take train.inherit = 'params'"
+        raise UserError(f"{run_dir} was imported and has parameters only: take train.init_mode = 'params'")
+    remedy = "give this one the same up to there, or take train.init_mode = 'params'"
     refuse_another(old["identity"], config_lib.to_json(identity(model, plan, seed)), run_dir, remedy)
     refuse_other_rows(old["settings"]["phases"], config_lib.to_json(plan.phases), step, run_dir, remedy)
     if difference := other_rate(run_dir, step, plan):

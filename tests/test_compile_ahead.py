@@ -14,9 +14,9 @@ from slm_jax import config
 from slm_jax.__main__ import STAGES
 from slm_jax.chips import GIB, chip_of
 from slm_jax.compile import topology
+from slm_jax.compile.compile_ahead import compile_ahead
 from slm_jax.compile.memory import Memory, Work, refused, verdict
 from slm_jax.compile.programs import bound_run, score_step, train_steps
-from slm_jax.compile.stage import compile_ahead
 from slm_jax.mesh import MeshConfig, make_mesh
 
 RUNS = Path(__file__).parents[1] / "configs" / "runs"
@@ -24,7 +24,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 
 def work(mesh: MeshConfig | None = None, **changes) -> Work:
-    settings = {"rows": 64, "length": 16, "micro_batches": 1, "training": True} | changes
+    settings = {"rows": 64, "length": 16, "gradient_accumulation_steps": 1, "training": True} | changes
     return Work("train", toy.MODEL, make_mesh(mesh or MeshConfig(data=4, fsdp=2)), **settings)
 
 
@@ -38,14 +38,18 @@ def memory(weights: float = 1, activations: float = 0, temporaries: float = 1) -
     [
         (memory(), {}, "fits with 11.00 GiB to spare"),
         # 3 of 16 GiB stay whatever the batch: 22 / 2 is within 0.9 of the rest
-        (memory(0.75, 10, 12), {}, "9.00 GiB over: set train.micro_batches = 2"),
-        (memory(0.75, 10, 12), {"micro_batches": 2}, "9.00 GiB over: set train.micro_batches = 4"),
-        (memory(0.75, 10, 12), {"rows": 24}, "9.00 GiB over: set train.micro_batches = 3"),
-        (memory(0.75, 1000), {}, "set train.micro_batches = 8"),  # a row at a time, then one sees
+        (memory(0.75, 10, 12), {}, "9.00 GiB over: set train.gradient_accumulation_steps = 2"),
+        (
+            memory(0.75, 10, 12),
+            {"gradient_accumulation_steps": 2},
+            "9.00 GiB over: set train.gradient_accumulation_steps = 4",
+        ),
+        (memory(0.75, 10, 12), {"rows": 24}, "9.00 GiB over: set train.gradient_accumulation_steps = 3"),
+        (memory(0.75, 1000), {}, "set train.gradient_accumulation_steps = 8"),  # a row at a time, then one sees
         (memory(0.75, 10, 12), {"rows": 8}, "set MeshConfig.model"),
         (memory(6), {}, "set MeshConfig.fsdp = 8"),
         (memory(6), {"mesh": MeshConfig(fsdp=8)}, "take a topology of 24 chips or more"),
-        (Memory(GIB, 0, 0, 0, 20 * GIB, 0), {"training": False}, "5.00 GiB over: set score.batch_rows = 32"),
+        (Memory(GIB, 0, 0, 0, 20 * GIB, 0), {"training": False}, "5.00 GiB over: set score.batch_size = 32"),
     ],
 )
 def test_a_verdict_says_the_first_thing_to_change(needed, changes, said):
@@ -60,15 +64,15 @@ def test_what_the_compiler_says_when_memory_runs_out():
     assert refused(nothing, "INTERNAL: temporaries (1.0G)") is None
 
 
-def described(files: list[str], bindings: list[str], row_length: int | None) -> dict:
+def described(files: list[str], bindings: list[str], sequence_length: int | None) -> dict:
     """What would be compiled for 8 chips."""
     for module in STAGES.values():
         importlib.import_module(module)
     config.load(files, bindings)
-    run = bound_run(topology.topology_devices("v5e:2x4")[0], row_length)
+    run = bound_run(topology.topology_devices("v5e:2x4")[0], sequence_length)
     steps = list(train_steps(run))
     return {
-        "train": [(step.work.rows, step.work.length, step.work.micro_batches) for step in steps],
+        "train": [(step.work.rows, step.work.length, step.work.gradient_accumulation_steps) for step in steps],
         "score": score_step(run).work.rows,
         "columns": list(steps[0].batch.scores),
         "embedding": steps[0].weights["embed"]["embedding"].shape,
@@ -83,30 +87,30 @@ def test_it_compiles_what_the_settings_of_train_and_score_describe(shell):
     found = shell.call(described, files, bindings, 128)
     assert found["train"] == [(512, 128, 8)] and found["score"] == 64 and found["columns"] == []
     assert found["embedding"] == (128256, 2048) and found["mesh"] == {"data": 2, "fsdp": 4, "model": 1}
-    files, bindings = [str(RUNS / "rho1/math_1b/selective.gin")], ["MeshConfig.fsdp=8", "score.batch_rows=32"]
+    files, bindings = [str(RUNS / "rho1/math_1b/selective.gin")], ["MeshConfig.fsdp=8", "score.batch_size=32"]
     found = shell.call(described, files, bindings, 128)
     assert found["score"] == 32 and found["columns"] == ["scores/reference/loss"]
 
 
 @needs_libtpu
 def test_rows_are_those_of_the_corpus_where_it_is_here(corpus, shell):
-    bindings = [f"Draw.corpus={corpus.path!r}", "Phase.steps=3", "Phase.batch_rows=8"]
+    bindings = [f"MixtureComponent.corpus={corpus.path!r}", "Phase.steps=3", "Phase.batch_size=8"]
     found = shell.call(described, [], bindings, None)
-    assert found["train"] == [(8, corpus.row_length, 1)] and found["embedding"][0] == corpus.vocab_size
+    assert found["train"] == [(8, corpus.sequence_length, 1)] and found["embedding"][0] == corpus.vocab_size
 
 
 @needs_libtpu
 @pytest.mark.parametrize(
     "bindings, message",
     [
-        ([], "corpus nowhere is not here to say what its rows are: set compile.row_length"),
-        (["compile.row_length=64"], "corpus nowhere is not here to say what its rows are: set model.vocab_size"),
-        (["compile.row_length=9999", "model.vocab_size=99"], "longer than model.max_length = 2048: raise it"),
-        (["compile.row_length=64", "model.vocab_size=99", "Phase.batch_rows=3"], "batch of 3 rows does not split"),
+        ([], "corpus nowhere is not here to say what its rows are: set compile.sequence_length"),
+        (["compile.sequence_length=64"], "corpus nowhere is not here to say what its rows are: set model.vocab_size"),
+        (["compile.sequence_length=9999", "model.vocab_size=99"], "longer than model.max_length = 2048: raise it"),
+        (["compile.sequence_length=64", "model.vocab_size=99", "Phase.batch_size=3"], "batch of 3 rows does not split"),
     ],
 )
 def test_what_is_not_known_is_one_line(bindings, message, shell, tmp_path):
-    settings = ["Draw.corpus='nowhere'", "Phase.steps=3", *bindings]
+    settings = ["MixtureComponent.corpus='nowhere'", "Phase.steps=3", *bindings]
     command = ["compile", "--topology=v5e:2x4", *(f"--gin.{setting}" for setting in settings)]
     code, _, errors = shell(*command, folder=tmp_path)
     assert code == 1 and errors.splitlines()[-1].startswith("slm-jax compile: error: ") and message in errors
@@ -167,14 +171,17 @@ def test_what_does_not_fit_fits_after_the_change_that_was_advised(tmp_path, shel
     """Scoring 256 million tokens at once on 4 chips; the plan is written, and the command fails."""
 
     def compiled(rows: int) -> tuple[int, str, dict]:
-        run = {"Draw": {"corpus": "nowhere"}, "Phase": {"steps": 1}, "score": {"batch_rows": rows}}
-        what = {"compile": {"row_length": 2048, "programs": ("score",)}, "model": {"vocab_size": 260, "num_layers": 1}}
+        run = {"MixtureComponent": {"corpus": "nowhere"}, "Phase": {"steps": 1}, "score": {"batch_size": rows}}
+        what = {
+            "compile": {"sequence_length": 2048, "programs": ("score",)},
+            "model": {"vocab_size": 260, "num_layers": 1},
+        }
         command = ["compile", "--topology=v5e:2x2", "--output=plans/plan.json", *toy.settings(**run, **what)]
         code, output, errors = shell(*command, folder=tmp_path)
         return code, output + errors, json.loads((tmp_path / "plans" / "plan.json").read_text())
 
     code, said, plan = compiled(2**17)
-    advice = re.search(r"error: score does not fit, .* GiB over: set score.batch_rows = (\d+) ", said)
+    advice = re.search(r"error: score does not fit, .* GiB over: set score.batch_size = (\d+) ", said)
     assert code == 1 and not plan["fits"] and advice, said
     code, said, plan = compiled(int(advice[1]))
     assert code == 0 and plan["fits"] and "GiB to spare" in said, said

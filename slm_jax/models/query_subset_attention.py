@@ -8,12 +8,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slm_jax import mesh
 from slm_jax.models.attention import attention, read
-from slm_jax.models.rows import Rows, move, take
+from slm_jax.models.position_subset import Rows, move, take
 
 QUARTERS = 4  # of a sequence, whose length they divide: as xla_attention splits its queries
 
 
-def attention_at(
+def query_subset_attention(
     query: Float[Array, "S C H K"],
     rows: Rows,
     key: Float[Array, "B L G K"],
@@ -37,7 +37,8 @@ def attention_at(
 
 
 def spread_evenly(rows: Rows, num_sequences: int, length: int) -> Bool[Array, ""]:
-    """Whether `attention_at` may be told `evenly`: no quarter of a sequence has more rows than it has places."""
+    """Whether `query_subset_attention` may be told `evenly`: no quarter of a sequence has more rows than it has
+    places."""
     quarters = _Quarters.of(rows, num_sequences, length)
     return jnp.all(quarters.count <= quarters.row.shape[2])
 

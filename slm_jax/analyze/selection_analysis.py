@@ -36,7 +36,7 @@ def analyze_selection(
     score_missing: bool = False,
     rows: int | None = None,
     selection: Selection | None = None,
-    batch_rows: int | None = None,
+    batch_size: int | None = None,
     scores: Sequence[str] | None = None,
     references: Sequence[str] = (),
     dynamics: str | None = None,
@@ -61,7 +61,7 @@ def analyze_selection(
       score_missing: score the checkpoints of all runs that have no column yet, as the stage `score` does.
       rows: how many of the first rows of the corpus to look at; all by default.
       selection: how tokens are chosen; as the first run that selects by default.
-      batch_rows: rows among which tokens compete; those of that run's batches by default.
+      batch_size: rows among which tokens compete; those of that run's batches by default.
       scores: kinds of score to compare under the last checkpoint; by default excess, loss, reference and random, as far
         as the corpus has their columns.
       references: names of further score columns to compare with selection.reference.
@@ -69,13 +69,13 @@ def analyze_selection(
       seed: of random selection.
       output: folder for the results; <first run>/selection by default.
     """
-    records = _checked(runs, rows, batch_rows, scores)
+    records = _checked(runs, rows, batch_size, scores)
     config_lib.print_unused()
     record = of_runs(records, downstream)
     record["downstream"] = downstream
     folder = Path(output or f"{runs[0]}/selection")
     if corpus is not None:
-        choices = _choices(records, selection, batch_rows, seed)
+        choices = _choices(records, selection, batch_size, seed)
         read = read_rows(corpus, rows)
         classes = read_classes(dynamics, read) if dynamics else None
         compared = _scores(read.table, choices.selection, scores, references)
@@ -100,11 +100,11 @@ def analyze_selection(
 
 
 def _checked(
-    runs: Sequence[str], rows: int | None, batch_rows: int | None, scores: Sequence[str] | None
+    runs: Sequence[str], rows: int | None, batch_size: int | None, scores: Sequence[str] | None
 ) -> list[RunRecord]:
     if not runs:
         raise UserError("analyze selection needs a run: slm-jax analyze selection runs/selective")
-    for name, value in (("rows", rows), ("batch_rows", batch_rows)):
+    for name, value in (("rows", rows), ("batch_size", batch_size)):
         if value is not None:
             config_lib.at_least(1, **{f"analyze_selection.{name}": value})
     if unknown := [score for score in scores or () if score not in SCORES]:
@@ -151,7 +151,7 @@ def _losses(
     return losses
 
 
-def _choices(records: Sequence[RunRecord], selection: Selection | None, batch_rows: int | None, seed: int) -> Choices:
+def _choices(records: Sequence[RunRecord], selection: Selection | None, batch_size: int | None, seed: int) -> Choices:
     phases = [phase for record in records if (phase := record.selective_phase())]
     if selection is None:
         chosen = selection_of(phases[0]["selection"]) if phases else Selection()
@@ -161,4 +161,4 @@ def _choices(records: Sequence[RunRecord], selection: Selection | None, batch_ro
                 "analyze_selection.selection"
             )
         selection = chosen
-    return Choices(selection, batch_rows or (phases[0]["batch_rows"] if phases else FALLBACK_ROWS), seed)
+    return Choices(selection, batch_size or (phases[0]["batch_size"] if phases else FALLBACK_ROWS), seed)

@@ -15,7 +15,7 @@ from slm_jax.data.batches import read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary, train_sentencepiece
-from slm_jax.score.other_vocabulary import windows
+from slm_jax.score.cross_tokenizer import windows
 from slm_jax.score.reference import score
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl.gz"
@@ -38,9 +38,9 @@ def vocabularies(texts) -> dict[str, Vocabulary]:
     return {"bytes": ByteVocabulary(), **{name: train_sentencepiece(texts, size) for name, size in sizes.items()}}
 
 
-def corpus_of(path: Path, texts, vocabulary: Vocabulary, row_length: int = LENGTH, **named) -> Corpus:
+def corpus_of(path: Path, texts, vocabulary: Vocabulary, sequence_length: int = LENGTH, **named) -> Corpus:
     records = [{"text": text, "url": f"https://x{i}.org/"} for i, text in enumerate(texts)]
-    return toy.write_documents(path, records, row_length, vocabulary=vocabulary, **{"packing": "whole", **named})
+    return toy.write_documents(path, records, sequence_length, vocabulary=vocabulary, **{"packing": "whole", **named})
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_document_costs_what_it_costs_the_reference(ours, texts, vocabularies,
     run, own = trained
     corpus = corpus_of(tmp_path / "corpus", texts[:60], vocabularies[ours])
     with toy.one_device():
-        score(str(corpus.path), str(run), other_vocabulary=True)
+        score(str(corpus.path), str(run), cross_tokenizer=True)
     found, expected = sums(corpus), sums(own)
     assert found.keys() == expected.keys() and len(found) == 60
     np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-5)
@@ -92,7 +92,7 @@ def cut(texts, vocabularies, trained, tmp_path_factory) -> Corpus:
         tmp_path_factory.mktemp("cut") / "corpus", texts[:40], vocabularies["bytes"], 40, packing="split"
     )
     with toy.one_device():
-        score(str(corpus.path), str(trained[0]), other_vocabulary=True)
+        score(str(corpus.path), str(trained[0]), cross_tokenizer=True)
     return corpus
 
 
@@ -106,7 +106,7 @@ def test_rows_that_cut_documents_have_losses_all_the_same(cut, trained, capsys):
 
 
 def test_eight_devices_and_other_batches_give_the_same(cut, trained):
-    score(str(cut.path), str(trained[0]), name="eight", batch_rows=8, other_vocabulary=True)
+    score(str(cut.path), str(trained[0]), name="eight", batch_size=8, cross_tokenizer=True)
     np.testing.assert_allclose(column(cut, "eight"), column(cut), rtol=1e-5, atol=1e-6)
 
 
@@ -117,7 +117,7 @@ def test_the_prefix_is_read_or_not(texts, vocabularies, trained, tmp_path):
     corpus = corpus_of(tmp_path / "corpus", some, vocabularies["bytes"], 128, metadata=Metadata())
     with toy.one_device():
         for name, removed in (("seen", False), ("removed", True)):
-            score(str(corpus.path), str(run), name=name, without_prefix=removed, other_vocabulary=True)
+            score(str(corpus.path), str(run), name=name, strip_metadata=removed, cross_tokenizer=True)
     plain, removed, seen = sums(own), sums(corpus, "removed"), sums(corpus, "seen")
     np.testing.assert_allclose([removed[key] for key in removed], [plain[key] for key in removed], rtol=1e-5)
     assert all(abs(seen[key] - removed[key]) > 1e-3 for key in removed)
@@ -127,13 +127,13 @@ def test_the_prefix_is_read_or_not(texts, vocabularies, trained, tmp_path):
 def test_what_it_says_no_to(texts, vocabularies, trained, tmp_path):
     run, own = trained
     corpus = corpus_of(tmp_path / "corpus", texts[:4], vocabularies["large"])
-    refused = toy.refusal(score, str(corpus.path), str(run), batch_rows=8)
-    assert "was trained with vocabulary" in refused and "with score.other_vocabulary = True" in refused
-    both = {"statistics": ("loss", "entropy"), "other_vocabulary": True, "batch_rows": 8}
+    refused = toy.refusal(score, str(corpus.path), str(run), batch_size=8)
+    assert "was trained with vocabulary" in refused and "with score.cross_tokenizer = True" in refused
+    both = {"statistics": ("loss", "entropy"), "cross_tokenizer": True, "batch_size": 8}
     assert "an entropy is of the reference's own tokens" in toy.refusal(score, str(corpus.path), str(run), **both)
     assert not (Path(corpus.path) / "scores").exists()
     with toy.one_device():  # one vocabulary after all: scored as ever
-        score(str(own.path), str(run), name="again", other_vocabulary=True)
+        score(str(own.path), str(run), name="again", cross_tokenizer=True)
     np.testing.assert_array_equal(column(own, "again"), column(own))
     assert "mapped" not in own.score("again").reference
 

@@ -15,7 +15,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.packing import positions_from_segments
 from slm_jax.score.reference import score
-from slm_jax.score.without_prefix import put_back, remove_prefix
+from slm_jax.score.strip_metadata import put_back, remove_prefix
 
 RECORDS = [
     {"text": " ".join(toy.WORDS[i % 5 : i % 5 + 3 + i % 4]), "url": f"https://www.farm{i % 3}.org/{i}"}
@@ -30,7 +30,7 @@ def scored(reference, tmp_path_factory) -> tuple[Corpus, Corpus]:
     with_hosts = toy.write_documents(where / "hosts", RECORDS, 64, metadata=Metadata())
     plain = toy.write_documents(where / "plain", RECORDS, 64)
     with toy.one_device():
-        score(with_hosts.path, str(reference), without_prefix=True, statistics=("loss", "entropy"))
+        score(with_hosts.path, str(reference), strip_metadata=True, statistics=("loss", "entropy"))
         score(plain.path, str(reference), statistics=("loss", "entropy"))
     return with_hosts, plain
 
@@ -73,7 +73,7 @@ def test_the_column_says_what_the_reference_saw(scored, reference, tmp_path):
         line = toy.refusal(score, hosts.path, str(reference), statistics=("loss", "entropy"))
         assert "'prefix': 'removed'" in line and "now {" in line
         assert "carries no metadata to be removed" in toy.refusal(
-            score, plain.path, str(reference), without_prefix=True
+            score, plain.path, str(reference), strip_metadata=True
         )
     assert copy.score("reference").reference["prefix"] == "seen"
     column = "scores/reference/loss"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from slm_jax.models.attention import attention
-from slm_jax.models.attention_at import attention_at, spread_evenly
-from slm_jax.models.rows import Rows
+from slm_jax.models.position_subset import Rows
+from slm_jax.models.query_subset_attention import query_subset_attention, spread_evenly
 
 SEQUENCES, LENGTH = 2, 512
 CAPACITY = SEQUENCES * LENGTH // 2 + 30
@@ -40,7 +40,7 @@ def _values_and_gradients(inputs, chosen, window, evenly):
 
     def total(query, key, value):
         settings = {"window": window, "backend": "xla", "evenly": evenly}
-        out = attention_at(rows.take(query), rows, key, value, segments, **settings)
+        out = query_subset_attention(rows.take(query), rows, key, value, segments, **settings)
         return jnp.sum(out * rows.take(weights)), rows.put(jnp.zeros_like(query), out)
 
     return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(query, key, value)

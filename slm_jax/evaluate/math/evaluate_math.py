@@ -1,4 +1,4 @@
-"""Stage `solve`: a model answers questions of mathematics, few-shot by chain of thought or with programs."""
+"""Stage `evaluate math`: a model answers questions of mathematics, few-shot by chain of thought or with programs."""
 
 import contextlib
 import dataclasses
@@ -89,7 +89,7 @@ class _Asking:
 
 
 @gin.configurable
-def solve(
+def evaluate_math(
     run: str,
     sets: Sequence[str] = ("gsm8k",),
     data: str = "data",
@@ -106,7 +106,7 @@ def solve(
     tools: bool = False,
     rounds: int = 4,
     sandbox: Sandbox | None = None,
-    batch_rows: int = 8,
+    batch_size: int = 8,
     mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """Accuracy of a model on question sets of mathematics, by its generated answers.
@@ -120,7 +120,7 @@ def solve(
       run: model directory.
       sets: of gsm8k, math, math500, svamp, asdiv, mawps, tabmwp, mathqa, mmlu_stem, sat_math, ocw, gsm_hard.
       data: folder of their files: NAME_test.jsonl (.gz, .zst, .parquet), also in its folder `eval`, or NAME/test.jsonl.
-      output: folder of the results; default `<run>/solve/<step>`, with tools `<run>/solve/<step>_tools`.
+      output: folder of the results; default `<run>/math/<step>`, with tools `<run>/math/<step>_tools`.
       step: checkpoint; None is the last.
       shots: worked examples before a question; None for all of the set's style (8 or 4).
       examples: set -> JSON file with a list of {"question", "solution"}, in place of the project's own.
@@ -133,7 +133,7 @@ def solve(
       tools: the model writes programs, which run in a sandbox; prompts are ToRA's, without examples.
       rounds: with tools, how many programs of an answer are run, one after the other.
       sandbox: limits of its programs.
-      batch_rows: rows that are continued together.
+      batch_size: rows that are continued together.
       mesh: how devices share the work.
     """
     _check(sets, samples, temperature, questions, rounds, shots, examples or {})
@@ -144,19 +144,21 @@ def solve(
     devices = mesh_lib.make_mesh(mesh)
     config_lib.print_unused()
     model = load_model(run, devices, step)
-    generator = Generator(model.params, model.config, run_vocabulary(run, model.vocabulary_hash), devices, batch_rows)
+    generator = Generator(model.params, model.config, run_vocabulary(run, model.vocabulary_hash), devices, batch_size)
     new = min(max_new_tokens, generator.model.max_length // 2)
     stop = TOOL_STOP if tools else prompts_lib.STOP
     sampling = Sampling(new, temperature, None, top_p, stop, seed)
     asking = _Asking(generator, sampling, shots, examples or {}, samples, rounds if tools else None, sandbox)
-    where = Path(output or f"{run}/solve/{model.step}{'_tools' if tools else ''}")
+    where = Path(output or f"{run}/math/{model.step}{'_tools' if tools else ''}")
     total = sum(map(len, asked.values()))
-    print(f"solve: step {model.step} of {run} on {total} questions of {', '.join(sets)}, {how} -> {where}")
+    print(f"evaluate math: step {model.step} of {run} on {total} questions of {', '.join(sets)}, {how} -> {where}")
     if new < max_new_tokens:
-        print(f"solve: {new} new tokens instead of {max_new_tokens}: the model reads {generator.model.max_length}")
+        print(
+            f"evaluate math: {new} new tokens instead of {max_new_tokens}: the model reads {generator.model.max_length}"
+        )
     about = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "max_new_tokens": new}
     about |= {"temperature": temperature, "top_p": top_p, "seed": seed, "samples": samples, "stop": stop}
-    about |= {"rounds": asking.rounds, "sandbox": sandbox if tools else None, "batch_rows": batch_rows}
+    about |= {"rounds": asking.rounds, "sandbox": sandbox if tools else None, "batch_size": batch_size}
     about["graders"] = _versions()
     results = {}
     with jax.set_mesh(devices):
@@ -164,7 +166,7 @@ def solve(
             results[name] = _solve_set(name, asked[name], asking, where, about)
     record = {**about, "files": files, "results": results}
     processes.on_first(lambda: _write_summary(where / "summary.json", about, record))
-    print(f"solve: done, {where}/summary.json")
+    print(f"evaluate math: done, {where}/summary.json")
     return record
 
 
@@ -177,21 +179,28 @@ def _check(
     shots: int | None,
     examples: Mapping[str, str],
 ) -> None:
-    names = config_lib.as_list(sets, str, "solve.sets")
+    names = config_lib.as_list(sets, str, "evaluate_math.sets")
     if not names or len(set(names)) < len(names):
-        raise UserError(f"solve.sets {names!r}: name each set once, of {', '.join(SETS)}")
-    config_lib.at_least(1, **{"solve.samples": samples, "solve.rounds": rounds})
+        raise UserError(f"evaluate_math.sets {names!r}: name each set once, of {', '.join(SETS)}")
+    config_lib.at_least(1, **{"evaluate_math.samples": samples, "evaluate_math.rounds": rounds})
     if questions is not None:
-        config_lib.at_least(1, **{"solve.questions": questions})
+        config_lib.at_least(1, **{"evaluate_math.questions": questions})
     if shots is not None:
-        config_lib.at_least(0, **{"solve.shots": shots})
+        config_lib.at_least(0, **{"evaluate_math.shots": shots})
     if samples > 1 and temperature == 0:
-        raise UserError(f"solve.samples = {samples} at temperature 0 are all the same: set solve.temperature above 0")
+        raise UserError(
+            f"evaluate_math.samples = {samples} at temperature 0 are all the same: set "
+            f"evaluate_math.temperature above 0"
+        )
     if unknown := sorted(set(examples) - set(names)):
-        raise UserError(f"solve.examples names {unknown[0]!r}, which is not in solve.sets {tuple(names)}")
+        raise UserError(
+            f"evaluate_math.examples names {unknown[0]!r}, which is not in evaluate_math.sets {tuple(names)}"
+        )
     for package in GRADERS:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"solve compares answers with {package}: pip install latex2sympy2_extended[antlr4_13_2]")
+            raise UserError(
+                f"evaluate math compares answers with {package}: pip install latex2sympy2_extended[antlr4_13_2]"
+            )
 
 
 def _solve_set(
@@ -204,7 +213,7 @@ def _solve_set(
     ids = asking.generator.encode(first.text)[:FIRST_IDS] if first else []
     about = {**about, "set": name, "questions": len(questions), "texts": _hash(questions), "examples": _hash(examples)}
     about |= {"first_prompt": first.text if first else None, "first_ids": ids}
-    together = max(1, BATCHES * asking.generator.batch_rows // asking.samples)
+    together = max(1, BATCHES * asking.generator.batch_size // asking.samples)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_lines(str(folder / f"{name}.jsonl"), about, len(questions)))
         bar = stack.enter_context(progress(len(questions), file.done, name, "question"))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slm_jax.data.mixture import Draw
-from slm_jax.score.selection import Combined, Selection
+from slm_jax.data.mixture import MixtureComponent
+from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
 
@@ -20,11 +20,11 @@ def table(plan: Plan) -> str:
     for number, phase in enumerate(plan.phases):
         first, last = int(plan.first_steps[number]) + 1, int(plan.first_steps[number + 1])
         rates = [f"{np.asarray(plan.learning_rate(t)):.3g}" for t in sorted({first, (first + last) // 2, last})]
-        tokens = phase.num_steps * phase.batch_rows * plan.corpus.row_length
+        tokens = phase.num_steps * phase.batch_size * plan.corpus.sequence_length
         rows.append(
             (
                 str(number),
-                f"{first}-{last} of {phase.batch_rows} rows",
+                f"{first}-{last} of {phase.batch_size} rows",
                 f"{tokens:,}",
                 " > ".join(rates),
                 _objective(phase),
@@ -38,7 +38,7 @@ def table(plan: Plan) -> str:
 
 def _objective(phase: Phase) -> str:
     parts = ["all tokens"]
-    if isinstance(phase.selection, Combined):
+    if isinstance(phase.selection, CombinedSelection):
         each = [_choice(part, np.array([part.ratio])) for part in phase.selection.parts]
         together = {"intersection": " and ", "union": " or "}[phase.selection.keeps].join(each)
         low, high = (bound[0] for bound in _bounds(phase))
@@ -47,8 +47,8 @@ def _objective(phase: Phase) -> str:
         parts = [f"{_choice(phase.selection, _keep_ratio(phase))}, per {phase.selection.scope}"]
     if phase.reset_optimizer:
         parts.append("moments forgotten")
-    if phase.toward_start:
-        parts.append(f"pulled back by {phase.toward_start:g}")
+    if phase.l2_to_init:
+        parts.append(f"pulled back by {phase.l2_to_init:g}")
     return ", ".join(parts)
 
 
@@ -68,7 +68,7 @@ def _keep_ratio(phase: Phase) -> np.ndarray:
 def _bounds(phase: Phase) -> tuple[np.ndarray, np.ndarray]:
     """The least and the most of the valid tokens that can train at each step, as shares."""
     low, high = 1.0, 1.0
-    if isinstance(phase.selection, Combined):
+    if isinstance(phase.selection, CombinedSelection):
         ratios = [part.ratio if part.threshold is None else None for part in phase.selection.parts]
         least, most = [ratio or 0.0 for ratio in ratios], [ratio or 1.0 for ratio in ratios]
         if phase.selection.keeps == "intersection":
@@ -103,8 +103,8 @@ def draw(plan: Plan, path: Path) -> None:
     plt.style.use("tableau-colorblind10")
 
     step = np.unique(np.linspace(0, plan.total_steps - 1, POINTS).astype(int))
-    rows = np.concatenate([np.full(phase.num_steps, phase.batch_rows) for phase in plan.phases])
-    tokens = np.cumsum(rows) * plan.corpus.row_length / 1e6
+    rows = np.concatenate([np.full(phase.num_steps, phase.batch_size) for phase in plan.phases])
+    tokens = np.cumsum(rows) * plan.corpus.sequence_length / 1e6
     sources = list(dict.fromkeys(_name(d) for phase in plan.phases for d in phase.mixture))
     shares = np.zeros((plan.total_steps, len(sources)))
     for number, phase in enumerate(plan.phases):
@@ -138,5 +138,5 @@ def draw(plan: Plan, path: Path) -> None:
     plt.close(figure)
 
 
-def _name(draw: Draw) -> str:
+def _name(draw: MixtureComponent) -> str:
     return f"{draw.corpus} (replay)" if draw.replay else draw.corpus

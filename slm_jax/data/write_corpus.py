@@ -13,7 +13,7 @@ from slm_jax.data.hashing import mix, salt
 from slm_jax.data.packing import PACKINGS, Pieces
 from slm_jax.data.preprocess import token_dtype
 from slm_jax.data.store import SHARD_ROWS, Store
-from slm_jax.data.units import Documents
+from slm_jax.data.tokenized_shards import Documents
 from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.errors import UserError
 
@@ -38,13 +38,13 @@ def write_rows(
     names = [source["name"] for source in settings["sources"]]
     source_names = _source_names(table, names)
     order = _shuffled(table, names, settings["seed"])
-    row_length = settings["row_length"]
-    pieces = PACKINGS[settings["packing"]](table.length[order], row_length)
+    sequence_length = settings["sequence_length"]
+    pieces = PACKINGS[settings["packing"]](table.length[order], sequence_length)
     if pieces.segment.max() > np.iinfo(np.uint16).max:
-        raise UserError(f"row_length {row_length} is too long: a row would hold more than 65,535 documents")
-    writer = CorpusWriter(store, pieces.num_rows, row_length, vocabulary)
+        raise UserError(f"sequence_length {sequence_length} is too long: a row would hold more than 65,535 documents")
+    writer = CorpusWriter(store, pieces.num_rows, sequence_length, vocabulary)
     tokens_of, loss_tokens = np.zeros(len(source_names), np.int64), 0
-    for block in tqdm(_blocks(table, order, pieces, source_names, row_length, vocabulary), "writing rows",
+    for block in tqdm(_blocks(table, order, pieces, source_names, sequence_length, vocabulary), "writing rows",
                       total=-(-pieces.num_rows // SHARD_ROWS), unit=" blocks"):  # fmt: skip
         tokens_of += np.bincount(block["source_ids"][block["segment_ids"] > 0], minlength=len(source_names))
         loss_tokens += int(block["loss_mask"].sum())
@@ -94,14 +94,14 @@ def _source_names(table: Documents, names: Sequence[str]) -> list[str]:
     return result
 
 
-def _blocks(table: Documents, order, pieces: Pieces, source_names, row_length, vocabulary) -> Iterator[dict]:
+def _blocks(table: Documents, order, pieces: Pieces, source_names, sequence_length, vocabulary) -> Iterator[dict]:
     """The columns, `SHARD_ROWS` rows at a time."""
     source_id = {name: number for number, name in enumerate(source_names)}
     clean = np.array([source_id[name] for name in table.source], np.uint8)
     noise = np.array([source_id.get(f"{name}/noise", 0) for name in table.source], np.uint8)
     for begin in range(0, pieces.num_rows, SHARD_ROWS):
         end = min(begin + SHARD_ROWS, pieces.num_rows)
-        shape = (end - begin, row_length)
+        shape = (end - begin, sequence_length)
         tokens = np.full(shape, vocabulary.pad_id, token_dtype(vocabulary))
         segment_ids, source_ids = np.zeros(shape, np.uint16), np.zeros(shape, np.uint8)
         loss_mask = np.zeros(shape, bool)

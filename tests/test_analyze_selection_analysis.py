@@ -11,7 +11,7 @@ import toy
 
 from slm_jax.analyze.columns import read_rows
 from slm_jax.analyze.records import read_records
-from slm_jax.analyze.selection import analyze_selection
+from slm_jax.analyze.selection_analysis import analyze_selection
 from slm_jax.analyze.selection_runs import of_runs, running_mean
 from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate.perplexity import HeldOut
@@ -36,9 +36,9 @@ def crawl(reference, tmp_path_factory) -> Corpus:
 @pytest.fixture(scope="module")
 def runs(crawl, corpus, reference, tmp_path_factory) -> dict[str, Path]:
     """A selective run with checkpoints 0, 2 and 4, and the reference's own, a causal one with 3 and 6."""
-    settings = {"evaluators": [HeldOut("target", corpus.path, rows=8, batch_rows=8)], "evaluate_every": 1}
+    settings = {"evaluators": [HeldOut("target", corpus.path, rows=8, batch_size=8)], "evaluate_every": 1}
     settings |= {"checkpoint_every": 2, "keep_checkpoints": 5}
-    selective = toy.phase(crawl, steps=4, batch_rows=BATCH, selection=Selection(ratio=0.5))
+    selective = toy.phase(crawl, steps=4, batch_size=BATCH, selection=Selection(ratio=0.5))
     run = tmp_path_factory.mktemp("runs") / "selective"
     toy.train_here(run, [selective], **settings)
     return {"selective": run, "run": reference}
@@ -89,7 +89,7 @@ def test_each_checkpoint_selects_as_training_would(found, crawl):
     tokens, rows = record["tokens"], read_rows(crawl.path, None)
     reference = losses(crawl, "reference")
     batch = np.nonzero(rows.valid)[0] // BATCH
-    assert tokens["checkpoints"] == [0, 2, 4] and tokens["batch_rows"] == BATCH and tokens["tokens"] == len(reference)
+    assert tokens["checkpoints"] == [0, 2, 4] and tokens["batch_size"] == BATCH and tokens["tokens"] == len(reference)
     sets = []
     for place, step in enumerate(tokens["checkpoints"]):
         loss = losses(crawl, f"selective-{step}")
@@ -165,7 +165,7 @@ def write_run(path: Path, ratio: float | None, results: list[tuple[int, float]],
     """A run that never was."""
     selection = None if ratio is None else {"score": score, "ratio": ratio}
     path.mkdir()
-    settings = {"phases": [{"selection": selection, "batch_rows": 4, "steps": results[-1][0]}], "evaluators": []}
+    settings = {"phases": [{"selection": selection, "batch_size": 4, "steps": results[-1][0]}], "evaluators": []}
     (path / "run.json").write_text(json.dumps({"identity": {}, "settings": settings}))
     rows = []
     for step, value in results:
@@ -240,7 +240,7 @@ def test_mistakes_are_one_line(runs, crawl, corpus, reference, tmp_path):
     line = message(run, downstream="other/loss")
     assert "no run has measured 'other/loss'" in line and "target/loss" in line and "selected_share" not in line
     assert "'surprise' is unknown: known are excess" in message(run, scores=["surprise"])
-    assert "analyze_selection.batch_rows is 0" in message(run, batch_rows=0)
+    assert "analyze_selection.batch_size is 0" in message(run, batch_size=0)
     assert "analyze_selection.corpus is missing" in message(run, references=["second"])
     assert "lacks the losses of 3 of the 3 checkpoints" in message(
         run, corpus=corpus.path, selection=Selection(score="loss")

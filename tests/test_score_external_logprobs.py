@@ -16,7 +16,7 @@ from slm_jax.data.metadata import Metadata
 from slm_jax.data.packing import positions_from_segments
 from slm_jax.data.readers import BadRecord
 from slm_jax.data.vocabularies import train_sentencepiece
-from slm_jax.score.from_file import answer_of
+from slm_jax.score.external_logprobs import answer_of
 from slm_jax.score.reference import score
 
 TEXTS = [
@@ -115,9 +115,9 @@ def column(corpus: Corpus, name: str = "reference") -> np.ndarray:
 
 def expected(corpus: Corpus, answers, begin: int = 0) -> np.ndarray:
     """The losses where they belong, from token `begin` of each document on."""
-    flat = np.full(corpus.num_rows * corpus.row_length, np.nan, np.float32)
+    flat = np.full(corpus.num_rows * corpus.sequence_length, np.nan, np.float32)
     places = {
-        about["id"]: about["row"] * corpus.row_length + about["start"] for about in corpus.documents().to_pylist()
+        about["id"]: about["row"] * corpus.sequence_length + about["start"] for about in corpus.documents().to_pylist()
     }
     for name, _, logprobs in answers:
         values = [math.nan if x is None else -x for x in logprobs]
@@ -136,7 +136,7 @@ def test_every_shape_gives_the_same_column(corpus, shape, tmp_path):
     """Cut over rows: the engine's loss of a token that begins a row is none the model has, so it is 0."""
     answers = scored(corpus)
     file = write(tmp_path / "lp.jsonl.gz", (SHAPES[shape](corpus, *answer) for answer in answers))
-    at(corpus, from_file=file, name=shape.split(",")[0].replace(" ", "_"))
+    at(corpus, external_logprobs=file, name=shape.split(",")[0].replace(" ", "_"))
     found = column(corpus, shape.split(",")[0].replace(" ", "_"))
     np.testing.assert_array_equal(found, expected(corpus, answers))
     about = corpus.score(shape.split(",")[0].replace(" ", "_")).reference
@@ -149,11 +149,11 @@ def test_read_from_behind_bos_the_first_token_has_no_loss(bytes_corpus, shape, t
     """Engines that put no BOS before: one token less of each document, the others where they belong."""
     answers = scored(bytes_corpus, slice(1, None))
     file = write(tmp_path / "lp.jsonl", (SHAPES[shape](bytes_corpus, *answer) for answer in answers))
-    refused = toy.refusal(at, bytes_corpus, from_file=file, name="behind")
+    refused = toy.refusal(at, bytes_corpus, external_logprobs=file, name="behind")
     assert "tokens have no loss there" in refused and "score.max_unaligned (now 0.01)" in refused
     assert not (Path(bytes_corpus.path) / "scores" / "behind").exists(), "nothing is half there"
     name = f"behind_{len(shape)}"
-    at(bytes_corpus, from_file=file, name=name, max_unaligned=0.1)
+    at(bytes_corpus, external_logprobs=file, name=name, max_unaligned=0.1)
     np.testing.assert_array_equal(column(bytes_corpus, name), expected(bytes_corpus, answers, 1))
 
 
@@ -163,7 +163,7 @@ def test_parquet_by_number_in_several_files(bytes_corpus, tmp_path):
     records = [{"index": numbers[name], "token_ids": ids, "logprobs": logprobs} for name, ids, logprobs in answers]
     for i in range(2):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records[i::2]), tmp_path / f"{i}.parquet")
-    at(bytes_corpus, from_file=str(tmp_path / "*.parquet"), name="parquet")
+    at(bytes_corpus, external_logprobs=str(tmp_path / "*.parquet"), name="parquet")
     np.testing.assert_array_equal(column(bytes_corpus, "parquet"), expected(bytes_corpus, answers))
     maps = pyarrow.map_(pyarrow.string(), pyarrow.float64())
     told = [
@@ -172,7 +172,7 @@ def test_parquet_by_number_in_several_files(bytes_corpus, tmp_path):
     ]
     schema = pyarrow.schema([("id", pyarrow.string()), ("prompt_logprobs", pyarrow.list_(maps))])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(told, schema), tmp_path / "maps.parquet")
-    at(bytes_corpus, from_file=str(tmp_path / "maps.parquet"), name="maps")
+    at(bytes_corpus, external_logprobs=str(tmp_path / "maps.parquet"), name="maps")
     np.testing.assert_array_equal(column(bytes_corpus, "maps"), expected(bytes_corpus, answers))
 
 
@@ -190,7 +190,7 @@ def test_what_does_not_align_is_counted_named_and_left_without_loss(bytes_corpus
     records[6]["id"] = "web:1000"
     records[7] = {"custom_id": [], "error": "too long"}
     file = write(tmp_path / "lp.jsonl", records[:-1])
-    refused = toy.refusal(at, bytes_corpus, from_file=file, name="few")
+    refused = toy.refusal(at, bytes_corpus, external_logprobs=file, name="few")
     sizes = [len(ids) for _, ids, _ in answers]
     for part in (
         "3 documents are not there",
@@ -199,7 +199,7 @@ def test_what_does_not_align_is_counted_named_and_left_without_loss(bytes_corpus
         f"2 records cannot be used (first: {file}:7: id 'web:1000' names no document of the corpus)",
     ):
         assert part in refused
-    at(bytes_corpus, from_file=file, name="few", max_unaligned=0.9)
+    at(bytes_corpus, external_logprobs=file, name="few", max_unaligned=0.9)
     found = column(bytes_corpus, "few")
     for number in (6, 7, 39):
         answers[number][2][:] = [None] * sizes[number]
@@ -223,7 +223,7 @@ def test_what_was_generated_is_no_end_of_a_document(shown, stands, bytes_corpus,
     path = write(tmp_path / "file.jsonl", [{"id": name, "tokens": text, "token_logprobs": logprobs}])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        score(bytes_corpus.path, name=f"shown{len(shown)}", from_file=path, max_unaligned=1.0)
+        score(bytes_corpus.path, name=f"shown{len(shown)}", external_logprobs=path, max_unaligned=1.0)
     tokens = bytes_corpus.read(np.arange(bytes_corpus.num_rows))["tokens"]
     known = column(bytes_corpus, f"shown{len(shown)}") > 0
     assert known.sum() > 40 and known[tokens == ids[-1]].sum() == stands
@@ -233,13 +233,13 @@ def test_again_is_the_same_column_and_another_file_is_not(bytes_corpus, tmp_path
     answers = scored(bytes_corpus)
     records = [SHAPES["plain"](bytes_corpus, *answer) for answer in answers]
     file = write(tmp_path / "lp.jsonl", records)
-    at(bytes_corpus, from_file=file, name="twice")
-    at(bytes_corpus, from_file=file, name="twice")
+    at(bytes_corpus, external_logprobs=file, name="twice")
+    at(bytes_corpus, external_logprobs=file, name="twice")
     assert "is complete already" in capsys.readouterr().out
     other = write(tmp_path / "other.jsonl", records[::-1])
-    assert "was begun with reference" in toy.refusal(at, bytes_corpus, from_file=other, name="twice")
+    assert "was begun with reference" in toy.refusal(at, bytes_corpus, external_logprobs=other, name="twice")
     doubled = write(tmp_path / "doubled.jsonl", [*records, records[0]])
-    refused = toy.refusal(at, bytes_corpus, from_file=doubled, name="doubled")
+    refused = toy.refusal(at, bytes_corpus, external_logprobs=doubled, name="doubled")
     assert f"{doubled}:41: document {answers[0][0]!r} was there before: keep one" in refused
 
 
@@ -252,8 +252,8 @@ def test_scored_without_the_prefix(tmp_path):
         begins[about["id"]] = len(read["tokens"]) - len(ids) + 1
         records.append({"id": about["id"], "token_ids": ids, "logprobs": [None, *[-1.5] * (len(ids) - 1)]})
     file = write(tmp_path / "lp.jsonl", records)
-    assert "documents have other tokens" in toy.refusal(at, corpus, from_file=file)
-    at(corpus, from_file=file, without_prefix=True)
+    assert "documents have other tokens" in toy.refusal(at, corpus, external_logprobs=file)
+    at(corpus, external_logprobs=file, strip_metadata=True)
     read = corpus.read(np.arange(corpus.num_rows))
     found, counts = column(corpus), read["loss_mask"] & (positions_from_segments(read["segment_ids"]) > 0)
     assert (found[counts] == 1.5).all() and corpus.score("reference").reference["prefix"] == "removed"
@@ -286,10 +286,10 @@ def test_a_record_that_says_nothing(fields, reason):
 
 def test_what_it_says_no_to(bytes_corpus, tmp_path):
     empty = write(tmp_path / "none.jsonl", [{"id": "nobody", "token_ids": [], "logprobs": []}])
-    assert "no such file: nowhere.jsonl" in toy.refusal(at, bytes_corpus, from_file="nowhere.jsonl")
-    refused = toy.refusal(at, bytes_corpus, from_file=empty)
+    assert "no such file: nowhere.jsonl" in toy.refusal(at, bytes_corpus, external_logprobs="nowhere.jsonl")
+    refused = toy.refusal(at, bytes_corpus, external_logprobs=empty)
     assert "1 records cannot be used" in refused and "40 documents are not there" in refused
-    assert "has losses alone" in toy.refusal(at, bytes_corpus, from_file=empty, statistics=("loss", "entropy"))
-    assert "it was given 'run' and" in toy.refusal(at, bytes_corpus, reference="run", from_file=empty)
-    assert "carries no metadata" in toy.refusal(at, bytes_corpus, from_file=empty, without_prefix=True)
+    assert "has losses alone" in toy.refusal(at, bytes_corpus, external_logprobs=empty, statistics=("loss", "entropy"))
+    assert "it was given 'run' and" in toy.refusal(at, bytes_corpus, reference="run", external_logprobs=empty)
+    assert "carries no metadata" in toy.refusal(at, bytes_corpus, external_logprobs=empty, strip_metadata=True)
     assert not (Path(bytes_corpus.path) / "scores" / "reference").exists()

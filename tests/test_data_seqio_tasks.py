@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from slm_jax.data.seqio_tasks import documents, register_task
 from slm_jax.data.sources import SCHEMAS, Source, read_documents
-from slm_jax.data.tasks import documents, register_task
 from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
 from slm_jax.errors import UserError
 

@@ -48,7 +48,7 @@ class Answers:
         mesh: the devices.
         cache: where answers are kept.
         batch_tokens: tokens of a batch of log-likelihoods.
-        batch_rows: rows that are generated together.
+        batch_size: rows that are generated together.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Answers:
         mesh: Mesh,
         cache: RequestCache,
         batch_tokens: int,
-        batch_rows: int,
+        batch_size: int,
     ):
-        self.model, self.vocabulary, self.mesh, self.cache, self.batch_rows = model, vocabulary, mesh, cache, batch_rows
+        self.model, self.vocabulary, self.mesh, self.cache, self.batch_size = model, vocabulary, mesh, cache, batch_size
         self.prefix, self.asked = "", Asked()
         self._likelihoods = Likelihoods(model.config, mesh, batch_tokens)
         self._generator: Generator | None = None
@@ -161,8 +161,8 @@ class Answers:
         left = [place for place in range(len(texts)) if place not in known]
         if left and self._generator is None:
             model = self.model
-            self._generator = Generator(model.params, model.config, self.vocabulary, self.mesh, self.batch_rows)
-        size = self.batch_rows * KEPT_AFTER
+            self._generator = Generator(model.params, model.config, self.vocabulary, self.mesh, self.batch_size)
+        size = self.batch_size * KEPT_AFTER
         for first in range(0, len(left), size):
             now = left[first : first + size]
             assert self._generator is not None

@@ -14,8 +14,8 @@ from slm_jax.data.batches import make_batch
 from slm_jax.mesh import MeshConfig
 from slm_jax.models import forward, transformer
 from slm_jax.models.attention import attention
-from slm_jax.models.config import ModelConfig
-from slm_jax.models.rows import Rows
+from slm_jax.models.model_config import ModelConfig
+from slm_jax.models.position_subset import Rows
 from slm_jax.score.selection import Selection, row_capacity
 from slm_jax.score.token_loss import batch_loss, predicted, predictors
 from slm_jax.train import gradients

@@ -77,7 +77,7 @@ def read_run(path: str) -> Run:
     if not file.is_file():
         raise UserError(f"{path} is no train run (no run.json): name directories that `train` has written")
     try:
-        about = json.loads(file.read_text())
+        about = config_lib.read_json(file)
         settings, identity, starts = about["settings"], about["identity"], about["starts"]
         if "imported" in about:
             raise UserError(f"{path} is an imported model, no train run: name directories that `train` has written")

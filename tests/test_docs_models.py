@@ -1,4 +1,4 @@
-"""Every command of docs/models.md, in its order, with a small generated model and little text."""
+"""Every command of docs/tutorials/models.md, in its order, with a small generated model and little text."""
 
 import json
 import random
@@ -23,7 +23,7 @@ from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.tensor_files import write_tensors
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "models.md").read_text()
+PAGE = (ROOT / "docs" / "tutorials" / "models.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for language, block in BLOCKS if not language for line in block.splitlines()]
 
@@ -96,7 +96,7 @@ def _transformers_loads_it(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         names: dict = {}
-        exec(compile(block, "docs/models.md", "exec"), names)
+        exec(compile(block, "docs/tutorials/models.md", "exec"), names)
     assert isinstance(names["model"], transformers.LlamaForCausalLM)
     assert str(names["model"].dtype) == "torch.bfloat16"
     assert names["prompt"]["input_ids"][0, 0] == names["tokenizer"].bos_token_id

@@ -1,4 +1,4 @@
-"""Imports point one way, and a few habits stay out of the package (see the diagram in CONTRIBUTING.md)."""
+"""Imports point one way, and a few habits stay out of the package (see the diagram in docs/architecture.md)."""
 
 import ast
 from collections.abc import Iterator
@@ -102,7 +102,7 @@ def violations(path: str, source: str) -> list[str]:
     found = [*import_violations(tree, path), *call_violations(tree)]
     unit = path.split("/")[0].removesuffix(".py")
     if unit not in MAY_IMPORT:
-        found.append((1, f"{unit} has no place in the layers: add it to MAY_IMPORT and to CONTRIBUTING.md"))
+        found.append((1, f"{unit} has no place in the layers: add it to MAY_IMPORT and to docs/architecture.md"))
     if path.endswith("utils.py"):
         found.append((1, "no utils.py: name the file for what it holds"))
     if (count := len(source.splitlines())) > MAX_LINES:

@@ -1,4 +1,4 @@
-"""Pages that mkdocs builds from other files: settings, API reference, benchmarks, contributing and changelog."""
+"""Pages that mkdocs builds from files outside docs/ and from docstrings: start, settings, API reference and more."""
 
 import html
 import importlib
@@ -12,7 +12,12 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 # Files outside docs/ that are pages too.
-BESIDE = {"benchmarks.md": "benchmarks/README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+BESIDE = {
+    "index.md": "README.md",
+    "benchmarks.md": "benchmarks/README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -98,7 +103,6 @@ def cell(text: str) -> str:
 
 def as_page(text: str) -> str:
     """Links from a file beside docs/ as links from a page in it."""
-    text = re.sub(r"\]\((?:\.\./)?docs/", "](", text)
     for page, source in BESIDE.items():
         text = re.sub(rf"\]\((?:\.\./)?{re.escape(source)}", f"]({page}", text)
-    return text
+    return re.sub(r"\]\((?:\.\./)?docs/", "](", text)

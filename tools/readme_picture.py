@@ -86,7 +86,9 @@ def document_svg(tokens: Sequence[Token], top: float) -> tuple[list[str], float]
     return parts, y + LINE
 
 
-def curves_svg(folder: Path, metric: str, title: str, left: float, top: float, width: float, height: float) -> list[str]:
+def curves_svg(
+    folder: Path, metric: str, title: str, left: float, top: float, width: float, height: float
+) -> list[str]:
     """One chart: the metric of each arm over its steps, named at the end of its line."""
     lines = {}
     for arm in ARMS:
@@ -103,7 +105,9 @@ def curves_svg(folder: Path, metric: str, title: str, left: float, top: float, w
     for value in (low, high):
         x, y = place(0, value)
         parts.append(f'<path d="M{x:.1f} {y:.1f}H{left + width - 80:.1f}" stroke="#e3e3e3"/>')
-        parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" font-size="11" text-anchor="end" fill="#666">{value:.1f}</text>')
+        parts.append(
+            f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" font-size="11" text-anchor="end" fill="#666">{value:.1f}</text>'
+        )
     taken: list[float] = []
     for arm, line in sorted(lines.items(), key=lambda item: -item[1][-1][1]):
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
@@ -113,7 +117,9 @@ def curves_svg(folder: Path, metric: str, title: str, left: float, top: float, w
         taken.append(y)
         parts.append(f'<text x="{x + 6:.1f}" y="{y:.1f}" font-size="12" fill="{ARMS[arm]}">{arm}</text>')
     x, y = place(last, low)
-    parts.append(f'<text x="{x:.1f}" y="{top + height - 4:.1f}" font-size="11" text-anchor="end" fill="#666">step {last}</text>')
+    parts.append(
+        f'<text x="{x:.1f}" y="{top + height - 4:.1f}" font-size="11" text-anchor="end" fill="#666">step {last}</text>'
+    )
     return parts
 
 

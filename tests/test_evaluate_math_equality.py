@@ -142,7 +142,9 @@ def test_published_rules_are_looser_and_nothing_else(grader):
     ):
         assert grader.grade(one, other) == Verdict(correct=False, published=True)
     assert grader.grade("1000", "1001") == grader.grade("x+1", "x+2") == Verdict(False, False)
-    assert grader.grade("0.5", "50", percent=True).correct and not grader.grade("0.5", "51", percent=True).published
+    assert grader.grade("0.5", "50%", percent=True).correct and not grader.grade("0.5", "51%", percent=True).published
+    assert grader.grade("0.5", "50", percent=True) == Verdict(correct=False, published=True)
+    assert grader.grade("0.5", "50%", percent=False) == Verdict(correct=False, published=True)
 
 
 def test_golds_written_in_other_ways_and_near_misses(grader, monkeypatch):

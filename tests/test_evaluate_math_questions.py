@@ -83,7 +83,13 @@ def test_what_is_not_asked(tmp_path):
     asdiv = [{"question": "q", "answer": answer} for answer in ("1 (h); 30 (min)", "2", "3")]
     assert [(question.gold, question.number) for question in read("asdiv", tmp_path, *asdiv)] == [("2", 0), ("3", 1)]
     percents = [{"question": text, "answer": "1"} for text in ("What percent?", "10% of what?", "How many?")]
-    assert [question.percent for question in read("svamp", tmp_path, *percents)] == [True, True, False]
+    assert [question.percent for question in read("svamp", tmp_path, *percents)] == [True, False, False]
+
+
+def test_float_golds_keep_all_their_digits(tmp_path):
+    values = [18.0, 0.1, 2.0107e-06, 123456789.123, 4503599627370497.0, 12345678901234567.0]
+    golds = [question.gold for question in read("gsm_hard", tmp_path, *({"input": "q", "target": v} for v in values))]
+    assert golds[0] == "18" and golds[4] == "4503599627370497" and [float(gold) for gold in golds] == values
 
 
 def test_files_are_found_in_all_their_forms(tmp_path):

@@ -1,83 +1,100 @@
-"""Whether an answer is the right one. What is compared here is normalised (`answers.normalise`).
+"""Decides whether an answer is right, after both sides have been normalised (`answers.normalise`).
 
-By what is written, in this order: the same text; numbers; the parts of lists, sets, tuples, intervals, unions and
-matrices; the sides of equations and inequalities; and what is left symbolically.
+In this order: the same text; numbers; times of day; words; conditions on a variable; the parts of lists, sets, tuples,
+intervals, unions and matrices; the sides of equations and inequalities; and the rest symbolically.
 """
 
 import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from slm_jax.evaluate.math.answers import normalise
-from slm_jax.evaluate.math.symbolic import TOLERANCE, Symbolic
+from slm_jax.evaluate.math.answers import NAME, normalise
+from slm_jax.evaluate.math.symbolic import TOLERANCE, How, Symbolic
 
-LONGEST_SYMBOLIC = 150  # characters of an expression that the parser is asked about
+LONGEST_SYMBOLIC = 150  # characters of an expression that is passed to the parser
 MOST_PARTS = 40  # of a list that is compared
 DEEPEST = 6  # lists in lists
-MOST_LOST = 2  # comparisons that run out of time, before an answer is taken for wrong
+MOST_LOST = 2  # comparisons that run out of time before an answer counts as wrong
 
 _NUMBER = re.compile(r"(-?)(\d{1,300})(\.\d{1,300})?(?:(?:\\times|\\cdot)10\^\{?(-?\d{1,3})\}?|[eE]([-+]?\d{1,3}))?")
+_REPEATING = re.compile(r"(-?)(\d{0,300})\.(\d{0,300})\\(?:overline|dot)\{(\d{1,300})\}")
 _FRACTION = re.compile(r"(-?)(\d{1,300})?\\frac\{(-?)(\d{1,300})\}\{(\d{1,300})\}")
+_TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?(am|pm)?")
 _MATRIX = re.compile(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", re.DOTALL)
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>]")
 _FLIPPED = {">": "<", r"\ge": r"\le"}
-_NUMERAL = re.compile(r"-?[0-9A-Z]+_\d+")  # in a base
-_WORD = re.compile(r"[A-Za-z][a-z]{3,}[A-Za-z]*|[A-Za-z]+\d+")
+_BUILDER = re.compile(r"\\\{[a-z](?:\\in\\mathbb\{R\})?(?::|\||\\mid *|\\vert *)(.*)\\\}")
+_NUMERAL = re.compile(r"-?[0-9A-Z]+(?:\.[0-9A-Z]+)?_\d+")  # in a base
+_WORD = re.compile(r"[A-Za-z][a-z]{3,}[A-Za-z]*|[A-Za-z]+\d+|[A-Z][A-Za-z]+")
+_HAS_WORD = re.compile(r"(?<![\\a-zA-Z])[A-Za-z][a-z]{3,}(?![a-zA-Z{(])")
+# Short words that would pass for products of variables: "on" is not n times o.
+_SHORT_WORDS = frozenset(
+    "no on yes not ton all any odd and are as at be but by can day do for go had has he her him his how if in is it "
+    "its low man map may men new net now of off old one or our out own red saw she six so sum ten the to too top two "
+    "up us use via was way we who why won you tie win lie dog god cat act bus car arc ray set sit tea eat pie sun mon "
+    "tue wed thu fri sat jan feb mar apr jun jul aug sep oct nov dec".split()
+)
+_TEXT_ONLY = re.compile(r"(?:\s|[$,;.()]|\\[ ,;!]|\\(?:text[a-z]*|mbox|mathrm|hbox)\s*\{[^{}]*\})+")
 _LETTERS = frozenset("abcdfghjklmnopqrstuvwxyzABCDFGHIJKLMNOPQRSTUVWXYZ")
 _CANCELLING = r"\\(?:sin|cos|tan|cot|sec|csc|log|ln|sum|int)|/|frac|-"  # may remove a variable
 _OPEN, _CLOSE = "([{", ")]}"
 
 
 class Verdict(NamedTuple):
-    """correct: by the rules of docs/math_evaluation.md. published: by those that published numbers were made with,
-    where whole numbers and fractions, too, may be a ten thousandth off, and all 100 times too large or too small."""
+    """correct: by the rules of docs/math_evaluation.md. published: by the rules behind published numbers, where whole
+    numbers and fractions, too, may be off by a ten thousandth, and every number by a factor of 100."""
 
     correct: bool
     published: bool
 
 
 class Rules(NamedTuple):
-    """exact: whole numbers and fractions must be equal, and only numbers written with a point come near enough.
-    percent: 0.5 and 50 are the same."""
+    """exact: whole numbers and fractions must be equal, and only numbers with a decimal point may be near.
+    factors: the answer may be so many times the gold answer. words: letters spell words, in any case, and no product.
+    """
 
-    exact: bool
-    percent: bool
+    exact: bool = True
+    factors: tuple[int | Fraction, ...] = (1,)
+    words: bool = False
 
 
 class Grader:
-    """Compares answers; holds the process of `Symbolic`, so close it.
+    """Compares answers. It owns the process of `Symbolic`, so close it.
 
-    not_compared: what the graded answers would have needed, and what ended the process; the same for the same answers,
-    whatever was graded before.
+    not_compared: comparisons that the graded answers needed and that ended the process; it does not depend on what
+    was graded before.
     """
 
     def __init__(self, symbolic: Symbolic | None = None):
         self.symbolic = symbolic or Symbolic()
         self.not_compared = 0
-        self._lost: set[tuple[str, str, bool]] = set()  # of the present answer
+        self._lost: set[tuple[str, str, How]] = set()  # of the present answer
 
     def close(self) -> None:
         self.symbolic.close()
 
-    def grade(self, answer: str, gold: str, percent: bool = False) -> Verdict:
+    def grade(self, answer: str, gold: str, percent: bool | None = None) -> Verdict:
         """The verdict about an answer as it was written.
 
-        percent: the question asks for percent, so that 0.5 is 50; a percent sign in one of the two says the same.
+        percent: whether the question asks for percent; None if it is unknown. Then, and if it does, 0.5 and 50% are
+        equal: the percent sign of only one of the two is taken at its word.
         """
-        other = normalise(gold)
-        one = normalise(answer, thousands="," not in other)
+        other = normalise(gold, names=True)
+        one = normalise(answer, thousands="," not in other, names=True)
         if not one or not other:
             return Verdict(False, False)
         self._lost.clear()
-        percent = percent or "%" in answer or "%" in gold
-        correct = self.equal(one, other, Rules(exact=True, percent=percent))
-        published = correct or self.equal(one, other, Rules(exact=False, percent=True))
+        signs = [bool(re.search(r"%|per ?cent", text)) for text in (answer, gold)]
+        factors = (1,) if percent is False or signs[0] == signs[1] else (1, 100 if signs[0] else Fraction(1, 100))
+        words = any(_TEXT_ONLY.fullmatch(text) and "{" in text for text in (answer, gold))
+        correct = self.equal(one, other, Rules(True, factors, words))
+        published = correct or self.equal(one, other, Rules(False, (1, 100, Fraction(1, 100)), words))
         self.not_compared += len(self._lost)
         return Verdict(correct, published)
 
     def equal(self, one: str, other: str, rules: Rules, depth: int = 0) -> bool:
         """Whether two normalised answers are equal."""
-        one, other = without_parentheses(one), without_parentheses(other)
+        one, other = _unnamed(without_parentheses(one), without_parentheses(other))
         if one == other:
             return True
         if not one or not other:  # a part of a list, as in "(1,2),,(3,4)"
@@ -85,15 +102,47 @@ class Grader:
         numbers = number(one), number(other)
         if numbers[0] and numbers[1]:
             return same_numbers(numbers[0], numbers[1], rules)
+        times = time_of_day(one), time_of_day(other)
+        if times[0] and times[1]:
+            return times[0] == times[1]
         if depth == DEEPEST or not (balanced(one) and balanced(other)):
             return False
-        if any(kind.fullmatch(text) for kind in (_WORD, _NUMERAL) for text in (one, other)):
+        if any(is_word(text, rules.words) or _NUMERAL.fullmatch(text) for text in (one, other)):
             return one.lower() == other.lower()
-        for kind in (self._lists, self._unions, self._relations, self._brackets, self._matrices):
+        kinds = (
+            *(self._conditions, self._assignments, self._lists, self._unions),
+            *(self._equations, self._inequalities, self._brackets, self._matrices),
+        )
+        for kind in kinds:
             verdict = kind(one, other, rules, depth + 1)
             if verdict is not None:
                 return verdict
-        return self._same_expressions(one, other, any(value and not value.exact for value in numbers))
+        near = any(value and not value.exact for value in numbers)
+        return self._same_expressions(one, other, "near" if near else "equal")
+
+    def _conditions(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
+        """x>=6 is [6,oo), and x<2 or x>3 a union of two."""
+        both = [condition(text) for text in (one, other)]
+        if not any(both) or not all(found or text[0] in "([" for found, text in zip(both, (one, other), strict=True)):
+            return None
+        if both[0] and both[1] and both[0][0] != both[1][0]:  # of different variables
+            return False
+        intervals = [found[1] if found else text for found, text in zip(both, (one, other), strict=True)]
+        return self.equal(intervals[0], intervals[1], rules, depth)
+
+    def _assignments(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
+        """x=1,y=-2 is (x,y)=(1,-2), in any order, and (1,-2)."""
+        both = [assignments(text) for text in (one, other)]
+        if both[0] and both[1]:
+            if both[0].keys() != both[1].keys():
+                return False
+            return all(self.equal(value, both[1][name], rules, depth) for name, value in both[0].items())
+        values = [
+            list(found.values()) if found else enclosed(text) for found, text in zip(both, (one, other), strict=True)
+        ]
+        if not any(both) or len(values[0]) != len(values[1]):
+            return None
+        return all(self.equal(a, b, rules, depth) for a, b in zip(*values, strict=True))
 
     def _lists(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
         """1,2 and {2,1}: in any order."""
@@ -105,24 +154,29 @@ class Grader:
         both = [parts(text, r"\cup") for text in (one, other)]
         return self._unordered(both, rules, depth) if max(map(len, both)) > 1 else None
 
-    def _relations(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
-        """lhs = rhs is the same as rhs = lhs and, moved to one side, as its negative; inequalities may be turned."""
-        both = [(parts(text, "="), relations(text)) for text in (one, other)]
-        if all(len(sides) == 2 for sides, _ in both):
-            differences = [f"{left}-({right})" for (left, right), _ in both]
-            turned = f"-({differences[0]})"
-            return any(self._same_expressions(first, differences[1]) for first in (differences[0], turned))
-        if any(len(sides) > 1 for sides, _ in both):
-            last, other_last = (sides[-1] for sides, _ in both)
-            numeric = [len(sides) == 1 or not re.search(r"[a-zA-Z]", sides[0]) for sides, _ in both]
-            return all(numeric) and self.equal(last, other_last, rules, depth)
-        if not any(signs for _, (_, signs) in both):
+    def _equations(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
+        """Two equations are equal if their differences lhs - rhs are, up to the sign; of several variables, up to a
+        factor. An equation is equal to a value if it ends with it and says nothing of a variable."""
+        both = [parts(text, "=") for text in (one, other)]
+        if all(len(sides) == 2 for sides in both):
+            first, second = (f"{left}-({right})" for left, right in both)
+            if len(_variables(first)) > 1:
+                return self._same_expressions(first, second, "proportional")
+            return any(self._same_expressions(text, second) for text in (first, f"-({first})"))
+        if not any(len(sides) > 1 for sides in both):
             return None
-        (sides, signs), (others, other_signs) = (found for _, found in both)
+        values = [len(sides) == 1 or not re.search(r"[a-zA-Z]", sides[0]) or _is_name(sides[0]) for sides in both]
+        return all(values) and self.equal(both[0][-1], both[1][-1], rules, depth)
+
+    def _inequalities(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
+        """Chains of inequalities, which may be turned."""
+        (sides, signs), (others, other_signs) = relations(one), relations(other)
+        if not signs and not other_signs:
+            return None
         return signs == other_signs and all(self.equal(a, b, rules, depth) for a, b in zip(sides, others, strict=True))
 
     def _brackets(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
-        """Tuples and intervals: the same brackets, and the parts in order."""
+        """Tuples and intervals: the same brackets, and equal parts in order."""
         both = [enclosed(text) for text in (one, other)]
         if not any(len(inner) > 1 for inner in both):
             return None
@@ -154,14 +208,14 @@ class Grader:
             del left[place]
         return True
 
-    def _same_expressions(self, one: str, other: str, approximately: bool = False) -> bool:
+    def _same_expressions(self, one: str, other: str, how: How = "equal") -> bool:
         if max(len(one), len(other)) > LONGEST_SYMBOLIC or not all(_readable(text) for text in (one, other)):
             return False
         if _variables(one) != _variables(other) and not re.search(_CANCELLING, one + other):
             return False
         if len(self._lost) >= MOST_LOST:
             return False
-        pair = (_for_parser(one), _for_parser(other), approximately)
+        pair = (_for_parser(one), _for_parser(other), how)
         same = self.symbolic.same(*pair)
         if same is None:
             self._lost.add(pair)
@@ -174,7 +228,7 @@ class Number(NamedTuple):
 
 
 def number(text: str) -> Number | None:
-    """A number written as digits, as a power of ten, as a fraction or a mixed number; None for anything else."""
+    """A number in digits, with a power of ten, as a fraction, a mixed number or a repeating decimal; or None."""
     if found := _NUMBER.fullmatch(text):
         sign, whole, decimals, power, exponent = found.groups()
         value = Fraction(whole + (decimals or "")) * Fraction(10) ** int(power or exponent or 0)
@@ -184,12 +238,18 @@ def number(text: str) -> Number | None:
         if int(denominator) and not (whole and inner_sign):
             value = int(whole or 0) + Fraction(int(numerator), int(denominator))
             return Number(-value if bool(sign) != bool(inner_sign) else value, True)
+    if found := _REPEATING.fullmatch(text):
+        sign, whole, once, period = found.groups()
+        value = Fraction(
+            int(whole + once + period or 0) - int(whole + once or 0), (10 ** len(period) - 1) * 10 ** len(once)
+        )
+        return Number(-value if sign else value, True)
     return None
 
 
 def same_numbers(one: Number, other: Number, rules: Rules) -> bool:
-    """Within a relative `TOLERANCE`, of the second or, with percent, of it 100 times larger or smaller."""
-    for factor in (1, 100, Fraction(1, 100)) if rules.percent else (1,):
+    """Whether the first is within a relative `TOLERANCE` of the second times one of the factors."""
+    for factor in rules.factors:
         wanted = other.value * factor
         if one.value == wanted:
             return True
@@ -198,6 +258,24 @@ def same_numbers(one: Number, other: Number, rules: Rules) -> bool:
         if abs(one.value - wanted) <= Fraction(TOLERANCE) * max(abs(one.value), abs(wanted)):
             return True
     return False
+
+
+def time_of_day(text: str) -> tuple[int, str] | None:
+    """Seconds, and 'day' where they are those of a day; 2:30 alone may be a time of night, or no time at all."""
+    text = {"noon": "12pm", "12noon": "12pm", "midnight": "12am", "12midnight": "12am"}.get(text.lower(), text)
+    found = _TIME.fullmatch(text)
+    if not found or not (found[2] or found[4]):
+        return None
+    hour, minute, second = (int(part or 0) for part in found.groups()[:3])
+    if minute > 59 or second > 59 or (found[4] and not 1 <= hour <= 12):
+        return None
+    hour = hour % 12 + 12 * (found[4] == "pm") if found[4] else hour
+    return 3600 * hour + 60 * minute + second, "day" if found[4] or hour == 0 or 12 < hour < 24 else ""
+
+
+def is_word(text: str, among_words: bool = False) -> bool:
+    """Whether a text is a word rather than a product of variables. among_words: it was written as one, in \\text."""
+    return bool(_WORD.fullmatch(text)) or text.lower() in _SHORT_WORDS or (among_words and text.isalpha())
 
 
 def balanced(text: str) -> bool:
@@ -273,9 +351,94 @@ def relations(text: str) -> tuple[list[str], list[str]]:
     return sides, signs
 
 
+def condition(text: str) -> tuple[str, str] | None:
+    """A variable and the interval, or the union of intervals, that inequalities leave to it; None for anything else.
+
+    x>=6 is ('x', '[6,\\infty)').
+    """
+    builder = _BUILDER.fullmatch(text)
+    names: set[str] = set()
+    intervals: list[tuple[str, str, str, str]] = []  # bracket, low, high, bracket
+    for part in parts(builder[1] if builder else text, ","):
+        sides, signs = relations(part)
+        low, high = r"-\infty", r"\infty"
+        if len(signs) == 2 and r"\ne" not in signs:
+            (low, name, high), ends = sides, signs
+        elif len(signs) == 1 and _is_name(sides[0]) != _is_name(sides[1]):
+            left = _is_name(sides[0])
+            name, bound = sides if left else sides[::-1]
+            if signs[0] == r"\ne":
+                intervals += [("(", low, bound, ")"), ("(", bound, high, ")")]
+                names.add(name)
+                continue
+            low, high = (low, bound) if left else (bound, high)
+            ends = [signs[0], signs[0]]
+        else:
+            return None
+        if any(_variables(bound) for bound in (low, high)):
+            return None
+        names.add(name)
+        closed = [sign == r"\le" and "infty" not in bound for sign, bound in zip(ends, (low, high), strict=True)]
+        intervals.append(("[" if closed[0] else "(", low, high, "]" if closed[1] else ")"))
+    if len(names) != 1 or not intervals:
+        return None
+    # Two conditions are a union, x<2 or x>3, unless they overlap: x>2 and x<3.
+    if len(intervals) == 2:
+        below, above = sorted(intervals, key=lambda interval: "infty" in interval[2])
+        ends_at, starts_at = number(below[2]), number(above[1])
+        if "infty" in below[1] and "infty" in above[2] and ends_at and starts_at and starts_at.value < ends_at.value:
+            intervals = [(above[0], above[1], below[2], below[3])]
+    return names.pop(), r"\cup".join(f"{left}{low},{high}{right}" for left, low, high, right in intervals)
+
+
+def assignments(text: str) -> dict[str, str] | None:
+    """The values of x=1,y=2 or (x,y)=(1,2); None for anything else.
+
+    Values of neighbours in the alphabet come in its order, others as they are written: (m,b) is the point of m=1,b=2.
+    """
+    sides = parts(text, "=")
+    if len(sides) == 2:
+        names, values = map(enclosed, sides)
+        return dict(zip(names, values, strict=True)) if len(names) == len(values) > 1 else None
+    pairs = [_named(part) for part in parts(text, ",")]
+    found = {pair[0]: pair[1] for pair in pairs if pair}
+    if len(found) < max(len(pairs), 2):
+        return None
+    ordered = sorted(found)
+    neighbours = "".join(ordered) in "abcdefghijklmnopqrstuvwxyz"
+    return {name: found[name] for name in ordered} if neighbours else found
+
+
+def _is_name(text: str) -> bool:
+    return bool(re.fullmatch(NAME, text)) and text not in (r"\pi", r"\infty", r"\emptyset", "e")
+
+
+def _named(text: str) -> tuple[str, str] | None:
+    """Name and value of x=5 and of 5=x."""
+    sides = parts(text, "=")
+    if len(sides) != 2 or not all(sides):
+        return None
+    if _is_name(sides[0]):
+        return sides[0], sides[1]
+    return (sides[1], sides[0]) if _is_name(sides[1]) else None
+
+
+def _unnamed(one: str, other: str) -> tuple[str, str]:
+    """Both values, where they have the same name or only one has one: x=5 and 5, but not x=5 and y=5."""
+    names = _named(one), _named(other)
+    if names[0] and names[1]:
+        return (names[0][1], names[1][1]) if names[0][0] == names[1][0] else (one, other)
+    if names[0] and "=" not in other:
+        return names[0][1], other
+    if names[1] and "=" not in one:
+        return one, names[1][1]
+    return one, other
+
+
 def _readable(text: str) -> bool:
-    """Not empty, with brackets that close, and with a digit, a command or a letter for a variable in it."""
-    return bool(re.search(r"[0-9a-zA-Z]", text)) and balanced(text) and not re.search(r"[^\x20-\x7e]", text)
+    """Whether a text is a formula: ASCII, a digit or a letter, brackets that close, and neither a word nor "1 2"."""
+    formula = re.search(r"[0-9a-zA-Z]", text) and not re.search(r"[^\x20-\x7e]|\d \d", text)
+    return bool(formula) and balanced(text) and not _HAS_WORD.search(text)
 
 
 def _variables(text: str) -> frozenset[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from slm_jax.data import readers
 from slm_jax.errors import UserError
-from slm_jax.evaluate.math.answers import last_boxed
+from slm_jax.evaluate.math.answers import asks_percent, last_boxed
 from slm_jax.evaluate.math.examples import choices_text
 
 ENDINGS = (".jsonl.gz", ".jsonl", ".jsonl.zst", ".parquet", ".json")
@@ -25,7 +25,7 @@ STEM_SUBJECTS = frozenset(
 
 class Question(NamedTuple):
     """text: as it is asked. gold: the right answer; of a choice its letter. choice: whether it is one.
-    percent: it speaks of percent, so that 0.5 is as good as 50. number: its place in the set, from 0 on.
+    percent: it asks for percent, so that 0.5 is as good as 50%. number: its place in the set, from 0 on.
     """
 
     text: str
@@ -46,7 +46,9 @@ def _field(record: Fields, *names: str) -> str:
     value = next((record[name] for name in names if record.get(name) is not None), None)
     if value is None:
         raise _NoField(" or ".join(map(repr, names)))
-    return f"{value:.10g}" if isinstance(value, float) else str(value).strip()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return str(value).strip()  # of a float: all digits that it has
 
 
 def _gsm8k(record: Fields) -> Question:
@@ -210,5 +212,4 @@ def _completed(question: Question, number: int) -> Question:
         text += " (Yes or No)"
     elif not question.choice and question.gold.lower() in ("true", "false"):
         text += " (True or False)"
-    percent = "%" in text or "percent" in text.lower()
-    return question._replace(text=text, percent=percent, number=number)
+    return question._replace(text=text, percent=asks_percent(text), number=number)

@@ -1,12 +1,12 @@
-"""Whether two expressions in LaTeX are the same mathematics: asked of a process that may be lost.
+"""Decides in a killable subprocess whether two expressions in LaTeX are the same mathematics.
 
-What a model writes goes into a parser and into a computer algebra system, and `9^{9^{9^{9}}}` is an answer like any
-other. So both run in a process of their own, with little memory, and the kernel ends it when an answer has used up its
-time; it is then started again. Nothing in it evaluates Python: the parser is a grammar (latex2sympy2_extended), and the
-function of sympy that would do so, for the numbers in it, is replaced.
+A model's output is passed to a parser and a computer algebra system, and `9^{9^{9^{9}}}` is an answer like any other.
+Both therefore run in a process with little memory, which the kernel ends when a comparison has used up its time; it is
+then started again. Nothing in it evaluates Python: the parser is a grammar (latex2sympy2_extended), and the function
+of sympy that would evaluate the numbers in it is replaced.
 
-Run as a program, this file is that process: one JSON line `[first, second, approximately]` in, one line `true`,
-`false` or `null` (not to be read) out.
+Run as a program, this file is that process: it reads JSON lines `[first, second, how]` and answers each with `true`,
+`false` or `null` (an expression is unreadable).
 """
 
 import contextlib
@@ -20,16 +20,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 MEMORY_BYTES = 2 << 30
 DIGITS = 30  # of values that are compared
 PATIENCE = 10  # a process that waits for the machine is given so many times its CPU time
 TOLERANCE = 1e-4
 
+# near: within a relative TOLERANCE. proportional: one is a constant multiple of the other, but for zero.
+How = Literal["equal", "near", "proportional"]
+
 
 class Symbolic:
-    """Answers from the process, started when first asked.
+    """The process, started when it is first needed.
 
     Args:
         seconds: CPU time for one comparison.
@@ -40,12 +43,12 @@ class Symbolic:
         self.lost = 0  # comparisons that ended the process: time, memory
         self.refused = 0  # expressions that the parser does not read
         self._process: subprocess.Popen[bytes] | None = None
-        self._known: dict[tuple[str, str, bool], bool | None] = {}
+        self._known: dict[tuple[str, str, How], bool | None] = {}
 
-    def same(self, first: str, second: str, approximately: bool = False) -> bool | None:
-        """Whether the two are equal, exactly or within a relative `TOLERANCE`; False where the parser does not read
-        one of them, None where the comparison ended the process."""
-        question = (first, second, approximately)
+    def same(self, first: str, second: str, how: How = "equal") -> bool | None:
+        """Whether the two are equal; False if the parser cannot read one of them, None if the comparison ended the
+        process."""
+        question = (first, second, how)
         if question not in self._known:
             answer = self._ask(json.dumps(question).encode() + b"\n")
             self.lost += answer == ""
@@ -106,19 +109,19 @@ def _serve(seconds: float) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     compare = _comparison()
-    compare("x+x", "2x", False)  # what is imported by the first comparison takes none of its time
+    compare("x+x", "2x", "equal")  # imports what the first comparison would spend its time on
     print("ready", file=answers)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # of CPU; at its end SIGPROF, unhandled, ends the process
         try:
             answer = compare(*json.loads(line))
-        except Exception:  # of what a parser and an algebra system may raise nothing is promised
+        except Exception:  # a parser and an algebra system may raise anything
             answer = None
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer), file=answers)
 
 
-def _comparison() -> Callable[[str, str, bool], bool]:
+def _comparison() -> Callable[[str, str, How], bool]:
     import sympy
     import sympy.physics.units  # simplifying needs it, and it has texts evaluated while it is imported
     from latex2sympy2_extended import latex2sympy
@@ -143,20 +146,26 @@ def _comparison() -> Callable[[str, str, bool], bool]:
         imaginary = [symbol for symbol in found.free_symbols if str(symbol) == "i"]
         return found.subs({symbol: sympy.I for symbol in imaginary})
 
-    def compare(one: str, other: str, approximately: bool) -> bool:
+    def compare(one: str, other: str, how: How) -> bool:
         both = [read(one), read(other)]
         symbols = sorted(both[0].free_symbols | both[1].free_symbols, key=str)
         somewhere = {symbol: sympy.Rational(17 + 5 * i, 13 + 3 * i) for i, symbol in enumerate(symbols)}
         values = [sympy.N(expression.subs(somewhere), DIGITS) for expression in both]
         if any(value.is_number and not value.is_finite for value in values):
             return False
+        random.seed(0)  # `equals` tries values of its own
+        if how == "proportional":  # f = c g if and only if f(x) g(p) = g(x) f(p) for one p where neither is zero
+            at = [expression.subs(somewhere) for expression in both]
+            return (
+                not any(abs(value) < TOLERANCE for value in values)
+                and (both[0] * at[1]).equals(both[1] * at[0]) is True
+            )
         if all(value.is_number for value in values):
             difference, size = abs(values[0] - values[1]), max(map(abs, values))
-            if approximately:
+            if how == "near":
                 return not symbols and bool(difference <= TOLERANCE * size)
             if difference > 10.0 ** (5 - DIGITS) * size:
                 return False  # most wrong answers end here, before anything is simplified
-        random.seed(0)  # `equals` tries values of its own
         return both[0].equals(both[1]) is True
 
     return compare

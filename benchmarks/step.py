@@ -43,7 +43,7 @@ class Trainer:
         self.shapes = state_shapes(model, self.optimizer, self.devices)
         self.state: TrainState = init_state(model, self.optimizer, self.devices, seed=0)
         rows = batch.tokens.shape[0]
-        self.batch = mesh_lib.to_devices(self.devices, rows, np.arange(rows), batch)
+        self.batch = mesh_lib.to_devices(self.devices, rows, lambda _: batch)
 
     def step(self, selection: Selection | None, **changes: Any) -> Compiled:
         """The step of the model with these changes; each call returns the sum of the losses."""

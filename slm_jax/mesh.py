@@ -7,7 +7,7 @@ vocabulary. The batch is split over `data` and `fsdp`. Optimizer moments go thro
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
@@ -201,15 +201,20 @@ def sum_over_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of the global batch this process must read, ascending."""
+    """Indices of the rows of a global batch that lie on this process's devices, ascending."""
     shards = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     spans = {index[0].indices(batch_size)[:2] for index in shards if index is not None}
     return np.concatenate([np.arange(start, stop) for start, stop in sorted(spans)])
 
 
-def to_devices(mesh: Mesh, batch_size: int, rows: np.ndarray, batch: Any) -> Any:
-    """Puts this process's `rows` of a batch on its devices, as global arrays of `batch_size` rows."""
-    sharding = batch_sharding(mesh)
+def to_devices(mesh: Mesh, batch_size: int, read: Callable[[np.ndarray], Any]) -> Any:
+    """A batch as global arrays of `batch_size` rows, split over data and fsdp.
+
+    Args:
+      read: indices of rows of the batch -> a tree of numpy arrays that hold these rows, [rows, ...]. Each process reads
+        only the rows that lie on its own devices.
+    """
+    rows, sharding = local_rows(mesh, batch_size), batch_sharding(mesh)
     place = {row: position for position, row in enumerate(rows.tolist())}
 
     def put(local: np.ndarray) -> jax.Array:
@@ -219,7 +224,36 @@ def to_devices(mesh: Mesh, batch_size: int, rows: np.ndarray, batch: Any) -> Any
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(put, read(rows))
+
+
+def map_rows(
+    compute: Callable[[Any], Any],
+    read: Callable[[np.ndarray], Any],
+    num_rows: int,
+    batch_size: int,
+    mesh: Mesh,
+    done: Callable[[int], Any] = lambda rows: None,
+) -> Any:
+    """Maps a function over rows, `batch_size` at a time, spread over the devices of the mesh.
+
+    Args:
+      compute: a batch on devices -> a tree of arrays [batch_size, ...]; called with the mesh set.
+      read: indices of rows, 0 to num_rows - 1 -> a tree of numpy arrays [rows, ...], as for `to_devices`.
+      num_rows: at least 1. The last batch repeats the last row until it is full, so that one program serves all.
+      done: called after each batch with its number of new rows.
+
+    Returns:
+      The tree of numpy arrays [num_rows, ...], whole on every process.
+    """
+    pieces = []
+    with jax.set_mesh(mesh):
+        for first in range(0, num_rows, batch_size):
+            rows = np.minimum(np.arange(first, first + batch_size), num_rows - 1)
+            found = to_host(compute(to_devices(mesh, batch_size, lambda mine, rows=rows: read(rows[mine]))))
+            pieces.append(jax.tree.map(lambda x, first=first: x[: num_rows - first], found))
+            done(min(batch_size, num_rows - first))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
 
 def to_host(tree: Any) -> Any:

@@ -58,9 +58,24 @@ def test_batches_reach_the_devices_whole():
     rows = mesh_lib.local_rows(mesh, 8)
     assert rows.tolist() == list(range(8))
     batch = {"x": np.arange(16).reshape(8, 2)}
-    placed = mesh_lib.to_devices(mesh, 8, rows, batch)
+    placed = mesh_lib.to_devices(mesh, 8, lambda rows: {"x": batch["x"][rows]})
     np.testing.assert_array_equal(mesh_lib.to_host(placed)["x"], batch["x"])
     assert placed["x"].sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 2)
+
+
+def test_a_function_is_mapped_over_rows_in_full_batches():
+    mesh, sizes, counted = mesh_lib.make_mesh(MeshConfig(data=4, fsdp=2), jax.devices()), [], []
+    x = np.arange(42).reshape(21, 2)
+
+    def compute(batch: dict) -> dict:
+        sizes.append(batch["x"].shape)
+        assert batch["x"].sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 2)
+        return {"double": 2 * batch["x"], "sum": batch["x"].sum(axis=1)}
+
+    found = mesh_lib.map_rows(compute, lambda rows: {"x": x[rows]}, 21, 8, mesh, counted.append)
+    np.testing.assert_array_equal(found["double"], 2 * x)
+    np.testing.assert_array_equal(found["sum"], x.sum(axis=1))
+    assert sizes == [(8, 2)] * 3 and counted == [8, 8, 5]
 
 
 def test_several_slices_lie_along_the_first_axis_they_split():

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gin
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -95,10 +94,9 @@ def analyze_inspect(
     print(f"inspect: {about}, {', '.join([*runs, *columns])} -> {output}")
 
     how, measured = Computed(devices, batch_size, min(predictions, table.vocab_size)), {}
-    with jax.set_mesh(devices):
-        for run, steps_of_run in places.items():
-            here = {step: x[wanted] for step, x in losses_kept.get(run, {}).items()}
-            measured[run] = [_column(run, step, here, table, block, how) for step in steps_of_run]
+    for run, steps_of_run in places.items():
+        here = {step: x[wanted] for step, x in losses_kept.get(run, {}).items()}
+        measured[run] = [_column(run, step, here, table, block, how) for step in steps_of_run]
     for model, column in read:
         measured.setdefault(model, []).append(column)
     shown = _with_selection(measured, block, scores, shown_selection)

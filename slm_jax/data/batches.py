@@ -31,16 +31,16 @@ COLUMNS = ("tokens", "segment_ids", "loss_mask", "source_ids")
 def make_batch(
     tokens: Integer[np.ndarray, "B L"],
     segment_ids: Integer[np.ndarray, "B L"],
-    loss_mask: Bool[np.ndarray, "B L"],
+    loss_mask: Bool[np.ndarray, "B L"] | None = None,
     source_ids: Integer[np.ndarray, "B L"] | None = None,
     scores: dict[str, Float[np.ndarray, "B L"]] | None = None,
 ) -> Batch:
-    """A Batch from bare arrays: dtypes set, positions derived."""
+    """A Batch from bare arrays: dtypes set, positions derived; by default the loss counts everywhere but in padding."""
     return Batch(
         tokens=tokens.astype(np.int32),
         segment_ids=segment_ids.astype(np.int32),
         positions=positions_from_segments(segment_ids).astype(np.int32),
-        loss_mask=loss_mask.astype(bool),
+        loss_mask=segment_ids > 0 if loss_mask is None else loss_mask.astype(bool),
         source_ids=np.zeros(tokens.shape, np.int32) if source_ids is None else source_ids.astype(np.int32),
         scores={name: score.astype(np.float32) for name, score in (scores or {}).items()},
     )

@@ -197,8 +197,7 @@ class Generator:
 
     def _to_devices(self, arrays: Any) -> Any:
         rows = len(jax.tree.leaves(arrays)[0])
-        mine = mesh_lib.local_rows(self.mesh, rows)
-        return mesh_lib.to_devices(self.mesh, rows, mine, jax.tree.map(lambda x: x[mine], arrays))
+        return mesh_lib.to_devices(self.mesh, rows, lambda mine: jax.tree.map(lambda x: x[mine], arrays))
 
 
 def _power_of_two(number: int) -> int:

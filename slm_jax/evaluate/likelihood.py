@@ -67,14 +67,15 @@ class Likelihoods:
     def __init__(self, model: ModelConfig, mesh: Mesh, batch_tokens: int):
         self.model, self.mesh, self.batch_tokens = model, mesh, batch_tokens
 
-        def compute(params: Params, batch: Batch, targets: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def compute(params: Params, rows: tuple[Batch, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            batch, targets, wanted = rows
             hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids)
             return target_loss_and_greedy(hidden, forward.head_matrix(params, model), targets, wanted, model.vocab_size)
 
         self._compute = jax.jit(compute)
 
     def __call__(self, params: Params, pairs: Sequence[Pair]) -> Iterator[dict[int, Likelihood]]:
-        """Place among the pairs -> result, of one batch after the other. Call it with the mesh set.
+        """Place among the pairs -> result, of one batch after the other.
 
         Raises:
           UserError: a continuation alone is longer than what the model reads.
@@ -98,8 +99,9 @@ class Likelihoods:
         return shards * max(1, min(most, enough))
 
     def _batch(self, params: Params, pairs: Sequence[Pair], rows: int, width: int) -> list[Likelihood]:
-        tokens, targets = (np.zeros((rows, width), np.int32) for _ in range(2))
-        segment_ids, wanted = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+        shape = (len(pairs), width)
+        tokens, targets, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+        wanted = np.zeros(shape, bool)
         dropped = []
         for row, pair in enumerate(pairs):
             whole = [*pair.context, *pair.continuation]
@@ -108,11 +110,11 @@ class Likelihoods:
             read = len(ids) - 1
             tokens[row, :read], targets[row, :read], segment_ids[row, :read] = ids[:-1], ids[1:], 1
             wanted[row, read - len(pair.continuation) : read] = True
-        segment_ids[len(pairs) :, 0] = 1  # rows that fill the batch hold one token, so that attention has what to read
-        mine = mesh_lib.local_rows(self.mesh, rows)
-        batch = make_batch(tokens[mine], segment_ids[mine], segment_ids[mine] > 0)
-        arrays = mesh_lib.to_devices(self.mesh, rows, mine, (batch, targets[mine], wanted[mine]))
-        losses, greedy = mesh_lib.to_host(self._compute(params, *arrays))
+        losses, greedy = mesh_lib.map_rows(
+            lambda rows: self._compute(params, rows),
+            lambda rows: (make_batch(tokens[rows], segment_ids[rows]), targets[rows], wanted[rows]),
+            *(len(pairs), rows, self.mesh),
+        )
         totals, all_greedy = -losses.sum(axis=1, dtype=np.float64), (greedy | ~wanted).all(axis=1)
         return [Likelihood(float(totals[i]), bool(all_greedy[i]), dropped[i]) for i in range(len(pairs))]
 

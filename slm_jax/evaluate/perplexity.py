@@ -71,10 +71,15 @@ class HeldOut:
         def run(params: Params) -> Iterator[tuple[str, Any]]:
             batch = table.read(np.arange(num_rows))
             valid = batch["loss_mask"] & np.asarray(predicted(jnp.asarray(batch["segment_ids"], jnp.int32)))
-            if rows is None:
-                losses = _losses(compute, params, batch["tokens"], batch["segment_ids"], self.batch_size, mesh)
-            else:
-                losses = _losses(compute, params, rows.tokens, rows.segment_ids, self.batch_size, mesh)
+            tokens, segment_ids = (
+                (batch["tokens"], batch["segment_ids"]) if rows is None else (rows.tokens, rows.segment_ids)
+            )
+            losses = mesh_lib.map_rows(
+                lambda batch: compute(params, batch),
+                lambda rows: make_batch(tokens[rows], segment_ids[rows]),
+                *(len(tokens), self.batch_size, mesh),
+            )
+            if rows is not None:
                 losses = rows.restore(losses, valid.shape)
             total, count = losses[valid].sum(dtype=np.float64), int(valid.sum())
             num_bytes = int(token_bytes[batch["tokens"][valid]].sum())
@@ -109,21 +114,3 @@ class HeldOut:
             return None, None
         num_rows = self._num_rows(table)
         return conditioned(table, num_rows, self.prefix, self.metadata, self.shuffled, model.max_length)
-
-
-def _losses(
-    compute: Callable[..., jax.Array],
-    params: Params,
-    tokens: np.ndarray,
-    segment_ids: np.ndarray,
-    batch_size: int,
-    mesh: Mesh,
-) -> np.ndarray:
-    """The loss of every token, [rows, L]."""
-    losses, mine = [], mesh_lib.local_rows(mesh, batch_size)
-    for first in range(0, len(tokens), batch_size):
-        rows = np.minimum(np.arange(first, first + batch_size), len(tokens) - 1)[mine]  # the last batch repeats a row
-        batch = make_batch(tokens[rows], segment_ids[rows], segment_ids[rows] > 0)
-        on_devices = mesh_lib.to_devices(mesh, batch_size, mine, batch)
-        losses.append(mesh_lib.to_host(compute(params, on_devices)))
-    return np.concatenate(losses)[: len(tokens)]

@@ -38,17 +38,15 @@ def predict_rows(
     batch_size: int,
     top: int,
 ) -> Predictions:
-    """Losses and the `top` likeliest tokens of every place, `batch_size` rows at a time over the devices of `mesh`
-    (which must be set: `jax.set_mesh`)."""
-    mine, pieces = mesh_lib.local_rows(mesh, batch_size), []
+    """Losses and the `top` most likely tokens at every position, `batch_size` rows at a time on the mesh."""
     with progress(len(tokens), 0, f"step {model.step}", "row") as bar:
-        for first in range(0, len(tokens), batch_size):
-            rows = np.minimum(np.arange(first, first + batch_size), len(tokens) - 1)  # the last batch repeats a row
-            batch = make_batch(tokens[rows[mine]], segment_ids[rows[mine]], segment_ids[rows[mine]] > 0)
-            on_devices = mesh_lib.to_devices(mesh, batch_size, mine, batch)
-            pieces.append(mesh_lib.to_host(_predict(model.params, model.config, on_devices, top)))
-            bar.update(min(batch_size, len(tokens) - first))
-    return Predictions(*(np.concatenate(parts)[: len(tokens)] for parts in zip(*pieces, strict=True)))
+        found = mesh_lib.map_rows(
+            lambda batch: _predict(model.params, model.config, batch, top),
+            lambda rows: make_batch(tokens[rows], segment_ids[rows]),
+            *(len(tokens), batch_size, mesh),
+            done=bar.update,
+        )
+    return Predictions(*found)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "top"))  # checkpoints of a model share the compiled program

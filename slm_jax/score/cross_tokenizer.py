@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from slm_jax.data.alignment import Aligned, Aligner, carried
-from slm_jax.data.batches import Batch, make_batch, read_ahead, read_batch
+from slm_jax.data.batches import Batch, read_ahead, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import prefix_tokens
 from slm_jax.data.packing import pack_whole
@@ -83,7 +83,7 @@ class CrossTokenizerScorer:
             )
 
     def chunks(
-        self, table: Corpus, ranges: Sequence[tuple[int, int]], score: Callable[[Batch], np.ndarray], batch_size: int
+        self, table: Corpus, ranges: Sequence[tuple[int, int]], score: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> Generator[dict[str, np.ndarray], None, None]:
         """The losses of ranges of rows; the text of the next is translated while the devices score. `score` as in
         `losses`. Says at the end how many tokens have none."""
@@ -96,7 +96,7 @@ class CrossTokenizerScorer:
         unread, tokens = 0, 0
         with contextlib.closing(read_ahead(translated, 0, len(ranges))) as ahead:
             for batch, segments in ahead:
-                loss = self.losses(batch, segments, score, batch_size)
+                loss = self.losses(batch, segments, score)
                 counts = batch.loss_mask & (batch.positions > 0)
                 unread, tokens = unread + int((np.isnan(loss) & counts).sum()), tokens + int(counts.sum())
                 yield {"loss": loss}
@@ -116,22 +116,16 @@ class CrossTokenizerScorer:
         return found
 
     def losses(
-        self, batch: Batch, segments: list[Segment], score: Callable[[Batch], np.ndarray], batch_size: int
+        self, batch: Batch, segments: list[Segment], score: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> Float[np.ndarray, "B L"]:
         """The loss of each token of rows on the host; 0 where it has no predecessor in its segment or is not read, NaN
         where the reference's text is not its.
 
-        score: a batch of `batch_size` rows in the reference's tokens -> its losses.
+        score: tokens and segment ids of rows [R, L] in the reference's tokens -> their losses [R, L].
         """
         rows = windows([segment.aligned.ids for segment in segments], self._length)
-        found = []
-        for first in range(0, len(rows.tokens), batch_size):
-            tokens, ids = (x[first : first + batch_size] for x in (rows.tokens, rows.segment_ids))
-            padding = ((0, batch_size - len(tokens)), (0, 0))
-            tokens, ids = np.pad(tokens, padding), np.pad(ids, padding)
-            found.append(score(make_batch(tokens, ids, ids > 0)))
         result = np.zeros(batch.tokens.shape, np.float32)
-        theirs = rows.gathered(np.concatenate(found)) if found else iter(())
+        theirs = rows.gathered(score(rows.tokens, rows.segment_ids)) if segments else iter(())
         for segment, losses in zip(segments, theirs, strict=True):
             known = segment.aligned.ids != self._aligner.theirs.unk_id  # what it takes for unknown, it has not read
             result[segment.row, segment.places] = carried(np.where(known, losses, np.nan), segment.aligned)

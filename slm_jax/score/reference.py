@@ -15,7 +15,7 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.checkpoint import params_fingerprint, read_about, restore_params
-from slm_jax.data.batches import Batch, read_batch
+from slm_jax.data.batches import Batch, make_batch, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreColumn, check_column
 from slm_jax.data.vocabularies import DESCRIPTION_FILE, Vocabulary, load_vocabulary
@@ -279,53 +279,27 @@ def _model(
         or_else = ", or map its losses onto the corpus' tokens with score.cross_tokenizer = True"
         check_fits(model.config, model.vocabulary_hash, table, f"reference {reference}", or_else)
 
-    def chunks(pending: Ranges) -> Chunks:
-        with jax.set_mesh(devices):
-            if mapped:
-                yield from mapped.chunks(table, pending, _batch_loss(model, devices, batch_size), batch_size)
-            else:
-                yield from _chunks(table, pending, model, statistics, devices, batch_size, strip_metadata)
-
-    return Origin(about, f"by {reference} (step {model.step})", chunks)
-
-
-def _batch_loss(model: TrainedModel, mesh: Mesh, batch_size: int) -> Callable[[Batch], np.ndarray]:
-    """A batch that every process has whole -> its losses; all devices share it."""
-    compute = jax.jit(lambda params, batch: score_batch(params, model.config, batch, ("loss",))["loss"])
-    mine = mesh_lib.local_rows(mesh, batch_size)
-
-    def loss(batch: Batch) -> np.ndarray:
-        here = jax.tree.map(lambda x: x[mine], batch)
-        return mesh_lib.to_host(compute(model.params, mesh_lib.to_devices(mesh, batch_size, mine, here)))
-
-    return loss
-
-
-def _chunks(
-    table: Corpus,
-    pending: Ranges,
-    model: TrainedModel,
-    statistics: Sequence[str],
-    mesh: Mesh,
-    batch_size: int,
-    removed: bool,
-) -> Chunks:
-    """All devices share a batch."""
-
     @jax.jit
-    def compute(params: Params, batch: Batch, place: jax.Array | None) -> dict[str, jax.Array]:
+    def compute(params: Params, rows: tuple[Batch, jax.Array | None]) -> dict[str, jax.Array]:
+        batch, place = rows
         scored = score_batch(params, model.config, batch, statistics)
         return scored if place is None else {name: put_back(value, place) for name, value in scored.items()}
 
-    mine = mesh_lib.local_rows(mesh, batch_size)
-    for start, stop in pending:
-        rows = np.arange(start, stop)
-        pieces = []
-        for first in range(0, len(rows), batch_size):
-            piece = rows[first : first + batch_size]
-            padded = np.pad(piece, (0, batch_size - len(piece)), mode="edge")
-            batch = read_batch([table], np.zeros(len(mine), np.int64), padded[mine])
-            read = remove_prefix(batch) if removed else (batch, None)
-            scored = compute(model.params, *mesh_lib.to_devices(mesh, batch_size, mine, read))
-            pieces.append({name: x[: len(piece)] for name, x in mesh_lib.to_host(scored).items()})
-        yield {n: np.concatenate([piece[n] for piece in pieces]) for n in pieces[0]}
+    def on_mesh(read: Callable[[np.ndarray], tuple[Batch, np.ndarray | None]], num_rows: int) -> dict[str, np.ndarray]:
+        return mesh_lib.map_rows(lambda rows: compute(model.params, rows), read, num_rows, batch_size, devices)
+
+    def losses(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+        return on_mesh(lambda rows: (make_batch(tokens[rows], segment_ids[rows]), None), len(tokens))["loss"]
+
+    def read(rows: np.ndarray) -> tuple[Batch, np.ndarray | None]:
+        batch = read_batch([table], np.zeros(len(rows), np.int64), rows)
+        return remove_prefix(batch) if strip_metadata else (batch, None)
+
+    def chunks(pending: Ranges) -> Chunks:
+        if mapped:
+            yield from mapped.chunks(table, pending, losses)
+        else:
+            for start, stop in pending:
+                yield on_mesh(lambda rows, start=start: read(start + rows), stop - start)
+
+    return Origin(about, f"by {reference} (step {model.step})", chunks)

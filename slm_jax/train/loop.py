@@ -203,8 +203,7 @@ def _run(
 
     def load(step: int) -> Any:
         batch_size = plan.phases[plan.phase_index(step)].batch_size
-        rows = mesh_lib.local_rows(devices, batch_size)
-        return mesh_lib.to_devices(devices, batch_size, rows, plan.batch(step, rows))
+        return mesh_lib.to_devices(devices, batch_size, lambda rows: plan.batch(step, rows))
 
     if first == 0:
         for pause in pauses(0):

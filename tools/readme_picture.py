@@ -8,6 +8,7 @@ by the selection. Below: the held-out losses of the compared runs over training.
 
 import argparse
 import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,6 @@ import numpy as np
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.token_text import TokenText
 from slm_jax.metrics import read_metrics
-import json
 
 WIDTH, MARGIN = 880, 24
 CHARACTER, LINE = 8.4, 30  # of the monospaced text, in pixels

@@ -41,7 +41,13 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 for one of them takes what the others leave."""
+    """The device mesh. One axis may be -1: it takes all remaining devices.
+
+    Attributes:
+      data: devices along which batches are split and parameters replicated.
+      fsdp: devices along which batches are split and parameters sharded.
+      model: devices along which matrices are sharded (tensor parallelism).
+    """
 
     data: int = -1
     fsdp: int = 1

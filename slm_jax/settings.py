@@ -1,7 +1,6 @@
 """What gin may set: each setting's name, type, default and sentence, for `--help` and the settings page.
 
-The sentences are read from docstrings: an entry `name: text` or `name, other: text`, on a line of its own or under
-`Args:` or `Attributes:`, with its continuation lines indented.
+The sentences are the entries `name: text` of docstrings, under `Args:` or `Attributes:`.
 """
 
 import dataclasses
@@ -10,7 +9,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gin
@@ -57,15 +56,14 @@ def settings_of(name: str) -> list[Setting]:
     signature = inspect.signature(entry.wrapped)
     parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     defaults = {p.name: None if p.default is p.empty else repr(p.default) for p in parameters}
+    documented = sentences(entry.wrapped)
     # `model` passes further settings on to the dataclass that it returns.
     if entry.allowlist:
         passed_on = inspect.signature(signature.return_annotation).parameters.values()
         further = [p for p in passed_on if p.name in entry.allowlist and p.name not in defaults]
         defaults |= {p.name: "(of the size)" for p in further}
         parameters += further
-    documented = sentences(entry.wrapped, defaults)
-    if entry.allowlist:
-        documented = sentences(signature.return_annotation, defaults) | documented
+        documented |= sentences(signature.return_annotation)
     producers = _producers()
     found = []
     for parameter in parameters:
@@ -114,20 +112,12 @@ def summary(name: str) -> str:
     return " ".join(text.split("\n\n")[0].split())
 
 
-def sentences(documented: Any, names: Iterable[str]) -> dict[str, str]:
-    """Setting -> its text in the docstring of a function or dataclass; settings without an entry are left out."""
-    found: dict[str, list[str]] = {}
-    known, current, indent = set(names), None, 0
-    for line in inspect.cleandoc(documented.__doc__ or "").splitlines():
-        depth = len(line) - len(line.lstrip())
-        if current is not None and line.strip() and depth > indent:
-            current.append(line.strip())
-            continue
-        entry, current, indent = re.match(r" *(\w+(?:, \w+)*): +(\S.*)", line), None, depth
-        if entry and set(entry[1].split(", ")) <= known:
-            current = [entry[2]]
-            found |= dict.fromkeys(entry[1].split(", "), current)
-    return {name: " ".join(lines) for name, lines in found.items()}
+def sentences(documented: Any) -> dict[str, str]:
+    """Name -> text of the entries under `Args:` or `Attributes:` in the docstring of a function or dataclass."""
+    text = inspect.cleandoc(documented.__doc__ or "")
+    section = re.search(r"^(?:Args|Attributes):\n((?:[ ]+.*\n?)+)", text, re.MULTILINE)
+    entries = re.split(r"^(\w+): +", inspect.cleandoc("\n" + section[1]), flags=re.MULTILINE) if section else [""]
+    return {name: " ".join(text.split()) for name, text in zip(entries[1::2], entries[2::2], strict=True)}
 
 
 def _producers() -> dict[str, list[str]]:

@@ -23,15 +23,16 @@ MAIN_TABLES = 3  # before the figures: what runs were, their losses, what they c
 
 @gin.configurable
 def analyze_report(runs: Sequence[str] = (), output: str = "report") -> None:
-    """Compares train runs: `slm-jax analyze report RUN [RUN ...]`. Nothing is computed anew: it reads what they wrote.
+    """Compares train runs: `slm-jax analyze report RUN [RUN ...]`. It reads what the runs wrote and computes nothing
+    anew.
 
-    Runs that differ only in their seed stand together, as a mean with lowest and highest: those with equal settings,
-    and those of one name and plan under seed folders (`a/x`, `a/seed1/x`). Differences are to the first run named.
-    Runs that are not finished, and runs that were resumed, are in it and marked.
+    Runs that differ only in their seed are shown as a mean with lowest and highest: runs with equal settings, and runs
+    of one name and plan in seed folders (`a/x`, `a/seed1/x`). Differences are relative to the first run named.
+    Unfinished and resumed runs are included and marked.
 
     Args:
-      runs: run directories, named behind the stage.
-      output: folder for report.html, which stands alone, tables/*.md and *.csv, figures/*.svg and *.png.
+      runs: run directories, given after the stage.
+      output: folder for the self-contained report.html, tables/*.md and *.csv, figures/*.svg and *.png.
     """
     if not runs:
         raise UserError("no runs to compare: name run directories behind `analyze report`")

@@ -61,7 +61,8 @@ def analyze_dynamics(
       score_missing: score the checkpoints that have no column yet, as the stage `score` does and with its settings
         (score.batch_size, score.dtype, score.mesh).
       rows: how many of the first rows to look at; all by default.
-      rise, fall: a token whose line rises or falls by more than this many nats is L→H or H→L.
+      rise: a token whose line rises by more than this many nats is L→H.
+      fall: a token whose line falls by more than this many nats is H→L.
       high: of the others, H→H if their last loss is above this; by default the mean of all tokens' last losses.
       examples: how many of the most fluctuating tokens of H→H and of L→L to draw.
       documents: how many documents text.html shows.

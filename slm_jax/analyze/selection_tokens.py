@@ -51,7 +51,8 @@ def of_tokens(
       choices: how.
       downstream: (steps, values) of each run.
       classes: of tokens, [N, L], as `analyze dynamics` writes them.
-      scores, references: to compare with choices.selection's own, under the last checkpoint.
+      scores: scores to compare with choices.selection's own, under the last checkpoint.
+      references: references to compare with its own, likewise.
     """
     first, *_ = losses
     own = losses[first]

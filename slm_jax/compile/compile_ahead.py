@@ -40,20 +40,20 @@ def compile_ahead(
     sequence_length: int | None = None,
     programs: tuple[str, ...] = PROGRAMS,
 ) -> dict[str, Any]:
-    """Compiles the train and score steps of a train run's gin file for TPUs or GPUs, on a machine that has none.
+    """Compiles the train and score steps of a run's gin file for TPUs or GPUs, on a machine that has none.
 
-    Prints, and writes as JSON: memory of a chip by kind, FLOPs, bytes sent by each collective over each axis of the
+    Prints, and writes as JSON: memory per chip by kind, FLOPs, bytes sent by each collective over each axis of the
     mesh, an upper bound on MFU, and whether it fits or what to change.
 
     Args:
-      topology: of TPUs, e.g. v5e:4x4 (16 chips), v5p:4x4x4 (64), v4:4x4x8 (128), v6e:16x16 (256); or the GPUs of one
-        machine: h100:1, a100:8, ...
-      output: where the JSON goes.
-      sequence_length: tokens of a row; None is that of the corpus, which must then be here.
+      topology: TPUs such as v5e:4x4 (16 chips), v5p:4x4x4 (64), v4:4x4x8 (128), v6e:16x16 (256); or the GPUs of one
+        machine, such as h100:1 or a100:8.
+      output: file for the JSON.
+      sequence_length: tokens per row; None takes the corpus', which must then be on this machine.
       programs: what to compile, of `train` and `score`.
 
     Raises:
-      UserError: something does not fit; the plan is written all the same.
+      UserError: something does not fit; the plan is still written.
     """
     if not programs or set(programs) - set(PROGRAMS):
         raise UserError(f"compile.programs {tuple(programs)}: takes {' and '.join(map(repr, PROGRAMS))}")

@@ -39,14 +39,14 @@ def export_model(
 ) -> None:
     """Exports a model as a directory that transformers loads: config.json, safetensors, tokenizer files.
 
-    `AutoModelForCausalLM.from_pretrained(target)` gives the same logits. The directory appears when it is complete.
+    `AutoModelForCausalLM.from_pretrained(target)` computes the same logits. The directory appears when it is complete.
 
     Args:
       source: model directory: a train run, an average or an import.
-      target: directory to be made.
-      step: checkpoint; None is the last.
-      dtype: float32, bfloat16 or float16, of the weights; float32 loses nothing.
-      file_gigabytes: weights are split into files of at most this size.
+      target: directory to write.
+      step: checkpoint; None takes the last.
+      dtype: float32 (lossless), bfloat16 or float16, of the weights.
+      file_gigabytes: maximum size of a weights file.
       mesh: how devices hold the parameters.
     """
     if dtype not in NAMES:

@@ -36,19 +36,19 @@ def import_model(
     vocab_multiple: int = 1,
     mesh: MeshConfig | None = None,
 ) -> None:
-    """Imports a model: afterwards it is scored with, trained from, evaluated and continued like a trained run.
+    """Imports a model as a model directory that can be scored with, trained from, evaluated and used to generate.
 
-    Killed at any instant it leaves no checkpoint, and the same command starts again.
+    If interrupted, it leaves no checkpoint, and the same command starts again.
 
     Args:
-      source: a model directory of Hugging Face (config.json, *.safetensors, tokenizer files) of the families Llama 2
-        and 3, Mistral, Qwen2 and 2.5, Qwen3, GPT-NeoX; or a .bin file of llama2.c.
-      target: model directory to be made.
-      vocabulary: tokenizer.json, tokenizer.model, tokenizer.bin (of llama2.c) or a directory with one, where it is not
-        that of the source.
-      compute_dtype: float32 or bfloat16, in which the model computes from then on; None is bfloat16 for weights in 16
-        bits, else float32. Weights are kept as they are.
-      vocab_multiple: embedding and head are padded to a multiple of it, so that a mesh can split them.
+      source: a Hugging Face model directory (config.json, *.safetensors, tokenizer files) of the families Llama 2 and
+        3, Mistral, Qwen2 and 2.5, Qwen3, GPT-NeoX; or a .bin file of llama2.c.
+      target: model directory to write.
+      vocabulary: tokenizer.json, tokenizer.model, tokenizer.bin (of llama2.c), or a directory with one; by default the
+        source's.
+      compute_dtype: float32 or bfloat16, in which the model computes from then on; None is bfloat16 for 16-bit
+        weights, else float32. Weights are kept as they are.
+      vocab_multiple: pad embedding and head to a multiple of this, so that a mesh can shard them.
       mesh: how devices hold the parameters.
     """
     config_lib.at_least(1, **{"import.vocab_multiple": vocab_multiple})

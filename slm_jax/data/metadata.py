@@ -31,16 +31,16 @@ _LABEL = re.compile(r"(?:[\w-]|[^\x00-\x7f]){1,63}")  # not all letters of all s
 @gin.configurable
 @dataclass(frozen=True)
 class Metadata:
-    """Which metadata stands before a document: `NAME: VALUE` and an empty line.
+    """The metadata placed before a document: `NAME: VALUE` and an empty line.
 
     Attributes:
-        form: of the URL: 'host' (en.wikipedia.org), 'url' (as it is given), 'domain' (wikipedia.org), 'suffix' (org).
-        field: another field of the records instead of the URL, as a dotted path, such as 'topic'; no `form` applies.
-        name: what stands before the value; None is 'URL', or the last word of `field`, capitalised.
-        hashed: a random-looking string for each value, always the same for the same.
-        top: only the so many most frequent values of the corpus stay, the others become 'unknown'; None keeps all.
-        missing: for documents without the URL or field, or with one that cannot be read: 'unknown' stands in its
-            place, 'none' gives them no prefix.
+      form: which part of the URL: 'host' (en.wikipedia.org), 'url' (as given), 'domain' (wikipedia.org) or 'suffix'
+        (org).
+      field: another field of the records instead of the URL, as a dotted path, such as 'topic'; `form` does not apply.
+      name: the NAME; None is 'URL', or the last word of `field`, capitalised.
+      hashed: replace each value by a random-looking string, always the same for the same value.
+      top: keep only this many of the corpus' most frequent values; the others become 'unknown'. None keeps all.
+      missing: for documents without a readable URL or field: 'unknown' takes its place, 'none' omits the prefix.
     """
 
     form: str = "host"

@@ -28,13 +28,14 @@ RESHUFFLED = 1 << 32  # epochs of a shuffled replay are told from those of the f
 class MixtureComponent:
     """One corpus of a mixture.
 
-    weight: its share of the rows of the phase; a number, a Schedule over the phase's steps, or None for what the
-    others leave of 1.
-    order: `shuffled` (anew in every epoch) or `original`.
-    epochs: how often its rows may be used before the plan is refused.
-    replay: the rows that earlier phases drew, again: `in_order`, as they were read from the first on (Ibrahim et al.
-    2024, arXiv 2403.08763), or `shuffled`. Where no earlier phase of the run drew from the corpus, all its rows in
-    `order`.
+    Attributes:
+      corpus: path of the corpus.
+      weight: its fraction of the phase's rows: a number, a Schedule over the phase's steps, or None for the remainder
+        of 1.
+      order: `shuffled` (reshuffled every epoch) or `original`.
+      epochs: how often its rows may be used before the plan is refused.
+      replay: read again the rows that earlier phases read: `in_order`, as they were first read (arXiv 2403.08763), or
+        `shuffled`. If no earlier phase of the run read this corpus, all its rows, in `order`.
     """
 
     corpus: str

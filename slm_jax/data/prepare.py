@@ -58,25 +58,26 @@ def prepare(
     plain: str | os.PathLike | None = None,
     plain_share: float = 0.1,
 ) -> Corpus:
-    """Reads documents, tokenises, shuffles and packs them, and writes a corpus, or two that share no document.
+    """Reads documents, tokenizes, shuffles and packs them, and writes one corpus, or two that share no document.
 
     Args:
-        corpus: where to write it: a directory, a gs:// or s3:// URL.
-        sources: where the documents come from; one Source by default.
-        vocabulary: which vocabulary to use or train; None for the defaults of VocabularyConfig.
-        sequence_length: tokens of a row.
-        packing: 'split' cuts documents at the end of a row and loses no token; 'complete' begins every row with the
-            begin of a document and discards what hangs over (MeCo); 'whole' cuts none and pads, so that no answer
-            loses its question. A document that is cut carries its metadata where it begins and not where it continues.
-        seed: of the order of the documents.
-        processes: that tokenise; 0 for one per core. The corpus does not depend on it.
-        metadata: stands before each document, without loss; None for none.
-        plain: where to write a second corpus, of documents without metadata that the first then lacks, in the same
-            vocabulary: conditioning and cooldown of MeCo. None for none.
-        plain_share: share of the documents, chosen by a hash of their text, that goes there.
+      corpus: where to write the corpus: a directory, or a gs:// or s3:// URL.
+      sources: where the documents come from; one Source by default.
+      vocabulary: the vocabulary to use or train; None uses the defaults of VocabularyConfig.
+      sequence_length: tokens per row.
+      packing: 'split' cuts documents at the end of a row and loses no token; 'complete' starts every row with the
+        beginning of a document and discards what does not fit (MeCo); 'whole' never cuts a document and pads, so that
+        no answer loses its question. A document that is cut has its metadata where it begins and not where it
+        continues.
+      seed: of the order of documents.
+      processes: number of tokenizing processes; 0 uses one per core. The corpus does not depend on it.
+      metadata: what to place before each document, without loss; None places nothing.
+      plain: where to write a second corpus, of documents without metadata that are left out of the first, in the same
+        vocabulary: MeCo's cooldown. None writes one corpus only.
+      plain_share: fraction of the documents, chosen by a hash of their text, for the second corpus.
 
     Raises:
-        UserError: settings, files or records that cannot be used; a corpus made with other settings; a full disk.
+      UserError: unusable settings, files or records; a corpus made with other settings; a full disk.
     """
     # Made here, not in the signature: gin binds them when they are called.
     sources, vocabulary = sources or [Source()], vocabulary or VocabularyConfig()  # pyright: ignore[reportCallIssue]

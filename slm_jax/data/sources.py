@@ -66,20 +66,25 @@ class Source:
     """Documents of one origin.
 
     Attributes:
-        name: the source name of its documents in the corpus; letters, digits, '.', '_' and '-'.
-        files: paths or globs of .jsonl, .json (JSON lines), .parquet and .txt files, .gz or .zst or plain; or one
-            'tfds:NAME:VERSION:SPLIT'.
-        directory: in which relative paths are looked up; the working directory by default.
-        schema: which fields hold what, a key of `SCHEMAS`.
-        text_field, url_field, source_field, response_field: override the schema, as dotted paths
-            (`meta.redpajama_set_name`). Documents with a value in `source_field` get the source name NAME/VALUE.
-        template: how a conversation is written, a key of `TEMPLATES`, for the schemas that have some; the responses
-            alone carry loss, and the EOS behind them.
-        part: 'K/N' keeps the documents whose text hashes to K modulo N, 'J-K/N' those from J to K: parts of the same
-            files are disjoint, whatever the names of the sources, and copies of a text fall into the same part.
-        max_documents, max_characters: stop when so much was taken, in the order of the files.
-        spans_field: field with [[begin, end], ...] characters of the text; their tokens get the source NAME/noise.
-        bad_lines: how many records that cannot be read are skipped and counted before the source is refused.
+      name: name of the source in the corpus: letters, digits, '.', '_' and '-'.
+      files: paths or globs of .jsonl, .json (JSON lines), .parquet and .txt files, plain or compressed (.gz, .zst); or
+        one 'tfds:NAME:VERSION:SPLIT'.
+      directory: folder that relative paths start from; the working directory by default.
+      schema: which fields hold what: a key of `SCHEMAS`.
+      text_field: field of the text, as a dotted path (`meta.content`), in place of the schema's.
+      url_field: field of the URL, likewise.
+      source_field: field that divides the source, likewise: documents with a value in it get the source name
+        NAME/VALUE.
+      response_field: field of the response, likewise.
+      template: how a conversation is written: a key of `TEMPLATES`, for schemas of conversations. Only the responses,
+        and the EOS after them, carry loss.
+      part: 'K/N' keeps the documents whose text hashes to K modulo N, 'J-K/N' those from J to K. Parts of the same
+        files are disjoint, whatever the sources are called, and copies of a text fall into the same part.
+      max_documents: stop after this many documents, in the order of the files.
+      max_characters: stop after this many characters, in the order of the files.
+      spans_field: field with [[begin, end], ...] in characters of the text; tokens in these spans get the source
+        NAME/noise.
+      bad_lines: number of unreadable records that are skipped and counted before the source is refused.
     """
 
     name: str

@@ -36,14 +36,14 @@ _TAKEN = "a .model or tokenizer.json file, a corpus, a model directory, or a sav
 @gin.configurable
 @dataclass(frozen=True)
 class VocabularyConfig:
-    """Which vocabulary a corpus is made with.
+    """The vocabulary of a corpus.
 
     Attributes:
-        path: a corpus, a model directory (of a run, an import, or Hugging Face), a directory written by `save`, a
-            SentencePiece `.model` file or a `tokenizer.json`; None trains (or needs no) one.
-        kind: 'sentencepiece' or 'bytes'; read only where `path` is None.
-        size: number of ids of a vocabulary to be trained.
-        train_characters: how much of the corpus' text, in a stable random order of documents, to train on.
+      path: a corpus, a model directory (of a run, an import, or Hugging Face), a directory written by `save`, a
+        SentencePiece `.model` file or a `tokenizer.json`; None trains one, or uses bytes.
+      kind: 'sentencepiece' or 'bytes'; used only if `path` is None.
+      size: number of ids of a vocabulary to train.
+      train_characters: how many characters of the corpus to train on, in a random but reproducible order of documents.
     """
 
     path: str | None = None

@@ -44,26 +44,28 @@ def evaluate(
     offline: bool = False,
     run_model_code: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint: evaluators on local files, or tasks of lm-evaluation-harness.
+    """Evaluates a checkpoint: with evaluators on local files, or on tasks of lm-evaluation-harness.
 
-    With `tasks`, the numbers are those of its own Hugging Face model class, where that puts BOS before each text. Each
-    answer is kept in `<run>/evaluate/requests.jsonl`: the same command, killed or not, asks for none of them twice.
+    With `tasks`, the numbers equal those of lm_eval's own Hugging Face model class, set to put BOS before each text.
+    Every answer is kept in `<run>/evaluate/requests.jsonl`, so that the same command never repeats a request, even
+    after a kill.
 
     Args:
       run: model directory: a train run, or an imported model.
-      evaluators: what to measure: HeldOut (one by default, where no tasks are named), MultipleChoice, Samples.
-      output: where the result goes; default `<run>/evaluate/<step>.json`, for tasks the folder
+      evaluators: HeldOut, MultipleChoice or Samples; one HeldOut by default, if no tasks are named.
+      output: where to write the result; by default `<run>/evaluate/<step>.json`, and for tasks the folder
         `<run>/evaluate/<step>/<tasks>`: record.json, and for each condition lm_eval's own results and samples.
-      step: checkpoint; None is the last.
+      step: checkpoint; None takes the last.
       mesh: how devices share the work.
-      tasks: tasks, groups and tags of lm_eval, and the suites meco, rho1_general and continual, parted by commas.
-      prefix: stands behind BOS, before the few-shot examples, such as "URL: en.wikipedia.org" and an empty line.
-      conditions: what stands there, several to compare: none, given (prefix), right (the host of the task: those of
-        MeCo, Harness.hosts), wrong (another task's), unrelated (Harness.unrelated).
-      include_path: folder with tasks of your own, as YAML files of lm_eval.
-      harness: how tasks are asked.
-      offline: download nothing; what lm_eval's libraries have in their cache is used.
-      run_model_code: also measure tasks that run what the model writes; nothing protects this machine from it.
+      tasks: tasks, groups and tags of lm_eval, and the suites meco, rho1_general and continual, separated by commas.
+      prefix: text placed after BOS and before the few-shot examples, such as "URL: en.wikipedia.org" and an empty
+        line.
+      conditions: prefixes to compare: none, given (`prefix`), right (the task's host: MeCo's, or Harness.hosts), wrong
+        (another task's), unrelated (Harness.unrelated).
+      include_path: folder with your own tasks, as YAML files of lm_eval.
+      harness: how tasks are run.
+      offline: download nothing; use what lm_eval's libraries have in their cache.
+      run_model_code: also measure tasks that run code written by the model; nothing protects this machine from it.
     """
     if tasks is None:
         return _run_evaluators(run, evaluators, output, step, mesh)

@@ -40,22 +40,23 @@ def generate(
     batch_size: int = 8,
     mesh: MeshConfig | None = None,
 ) -> None:
-    """Continues prompts with a model: one on the terminal as it is written, several as JSON lines in a file.
+    """Continues prompts with a model: one prompt on the terminal, token by token; several as JSON lines in a file.
 
-    Without a prompt the model begins by itself, after BOS. A file that was begun with the same settings and prompts is
-    continued. One that others have finished keeps its texts, as NAME.before1.jsonl, before2 and so on; what others have
-    only begun is replaced. While one command writes a file, a second one is refused.
+    Without a prompt, the model begins after BOS alone. A file begun with the same settings and prompts is continued. A
+    file finished with other settings is kept as NAME.before1.jsonl, before2 and so on; one that was only begun is
+    replaced. While one command writes a file, a second one is refused.
 
     Args:
-      run: run directory of the model, or an imported model.
-      prompt: text to be continued.
-      prompts: or a file of them (JSON lines or Parquet), in the field `prompt` or `text`.
-      prefix: stands between BOS and each prompt, tokenized apart, such as "URL: en.wikipedia.org" and an empty line.
-      output: JSON lines for the results; for several the default is `<run>/generate/<step>.jsonl`.
+      run: model directory: a train run, or an imported model.
+      prompt: text to continue.
+      prompts: a file of prompts (JSON lines or Parquet) with a field `prompt` or `text`.
+      prefix: text placed between BOS and each prompt, tokenized separately, such as "URL: en.wikipedia.org" and an
+        empty line.
+      output: JSON lines with the results; for several prompts the default is `<run>/generate/<step>.jsonl`.
       sampling: how tokens are chosen and where texts end; a Sampling.
-      num_samples: continuations of each prompt; they differ by chance alone.
-      step: checkpoint; None is the last.
-      batch_size: rows continued together, over all devices.
+      num_samples: continuations per prompt; they differ only by chance.
+      step: checkpoint; None takes the last.
+      batch_size: rows continued at a time, over all devices.
       mesh: how devices share the work.
     """
     sampling = sampling or Sampling()

@@ -34,12 +34,16 @@ MAX_NEW_TOKENS = 256  # lm_eval's own, where a task says nothing
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Harness:
-    """How tasks of lm-evaluation-harness are asked.
+    """How tasks of lm-evaluation-harness are run.
 
-    limit: questions of each task, from the first; None for all. shots: examples before each question; None as the task
-    or the suite says. batch_tokens: tokens of a batch of log-likelihoods. batch_size: texts generated together. chat:
-    template of the messages, as of Source.template; None for none. hosts: task -> the host that is right for it, beside
-    those of MeCo's ten tasks. unrelated: the host that has nothing to do with any.
+    Attributes:
+      limit: questions per task, from the first; None takes all.
+      shots: few-shot examples before each question; None as the task or suite says.
+      batch_tokens: tokens in a batch of log-likelihoods.
+      batch_size: texts generated at a time.
+      chat: template of the messages, as in Source.template; None uses none.
+      hosts: task -> the host that fits it, in addition to those of MeCo's ten tasks.
+      unrelated: a host that fits no task.
     """
 
     limit: int | None = None

@@ -108,12 +108,16 @@ def _place(answer: Any, choices: list[Any]) -> int | None:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice:
-    """Multiple-choice questions, each choice as the answer to its question: the cloze form of OLMES.
+    """Multiple-choice questions, each choice scored as the answer to its question: the cloze form of OLMES.
 
-    questions: JSONL (plain, .gz, .zst) or Parquet with the fields question, choices (texts) and answer (one of the
-    choices, its letter, or its place from 0 on). vocabulary: a corpus, or another place where the model's vocabulary
-    lies. limit: how many, from the first; None for all. prefix: stands behind the BOS of each. batch_tokens: how many
-    tokens go through the model at a time.
+    Attributes:
+      name: prefix of the metrics.
+      questions: JSONL (plain, .gz, .zst) or Parquet with the fields question, choices (texts) and answer (the text of
+        the correct choice, its letter, or its index from 0).
+      vocabulary: a corpus, or another directory that has the model's vocabulary.
+      limit: number of questions, from the first; None takes all.
+      prefix: text placed after the BOS of each question.
+      batch_tokens: tokens that go through the model at a time.
     """
 
     name: str

@@ -32,13 +32,21 @@ Measure = Callable[[Params], Iterator[tuple[str, Any]]]
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Held-out rows of a corpus.
+    """Loss and bits per byte on held-out rows of a corpus.
 
-    rows: how many, from the first; None for all. keep_tokens: also yield the loss of every token, as one array
-    [rows, L] with NaN where a token has none; the loop stores it as `token_losses/<name>/<step>.npy`.
-    prefix: stands behind the BOS of every document, such as "URL: en.wikipedia.org" and an empty line. metadata: in its
-    place each document's own, or, `shuffled`, another document's. The corpus is plain, and the loss is that of the same
-    tokens with and without; its rows are best shorter than those of training, so that no position is new to the model.
+    With `prefix` or `metadata` the corpus is plain, and the loss is that of the same tokens as without. Choose rows
+    shorter than those of training, so that no position is new to the model.
+
+    Attributes:
+      name: prefix of the metrics: `NAME/loss`, `NAME/bits_per_byte`.
+      corpus: path of the corpus.
+      rows: number of rows, from the first; None takes all.
+      batch_size: rows that go through the model at a time.
+      keep_tokens: also store the loss of every token, as one array [rows, L] with NaN where a token has none, in
+        `token_losses/<name>/<step>.npy` of the run.
+      prefix: text placed after the BOS of every document, such as "URL: en.wikipedia.org" and an empty line.
+      metadata: in place of `prefix`, each document's own metadata.
+      shuffled: use another document's metadata instead.
     """
 
     name: str

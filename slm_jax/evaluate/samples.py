@@ -26,11 +26,15 @@ NGRAMS = (1, 2, 3, 4)
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Continuations of prompts, kept as lines of JSON, and how much they repeat.
+    """Continuations of prompts, stored as JSON lines, and how much they repeat themselves.
 
-    vocabulary: a corpus, or another place where the model's vocabulary lies. prompts: texts; '' is BOS alone, and the
-    same text twice gives two samples. prefix: stands behind the BOS of each. sampling: how; by default the most likely
-    tokens. batch_size: prompts continued together.
+    Attributes:
+      name: prefix of the metrics.
+      vocabulary: a corpus, or another directory that has the model's vocabulary.
+      prompts: texts to continue; '' is BOS alone, and the same text twice gives two samples.
+      prefix: text placed after the BOS of each prompt.
+      sampling: how to sample; by default the most likely token.
+      batch_size: prompts continued at a time.
     """
 
     name: str

@@ -18,11 +18,14 @@ from slm_jax.errors import UserError
 class Sampling:
     """How prompts are continued.
 
-    max_new_tokens: after so many it ends, if neither EOS nor a stop came before. temperature: divides the logits; 0
-    takes the most likely token. top_k: only the k most likely are drawn. top_p: only the most likely whose
-    probabilities, after temperature and top_k, sum up to p; the one that reaches p is the last of them (nucleus
-    sampling, arXiv 1904.09751). stop: texts that end a continuation and are no part of it. seed: with a prompt's place
-    in the list, all that chance depends on.
+    Attributes:
+      max_new_tokens: maximum number of tokens to generate, unless EOS or a stop text comes first.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: sample from the k most likely tokens only.
+      top_p: sample from the smallest set of most likely tokens whose probabilities, after temperature and top_k, sum
+        to at least p (nucleus sampling, arXiv 1904.09751).
+      stop: texts that end a continuation; they are removed from it.
+      seed: together with a prompt's position in the list, decides every random draw.
     """
 
     max_new_tokens: int = 256

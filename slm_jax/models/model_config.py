@@ -13,10 +13,16 @@ from slm_jax.errors import UserError
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Slower rotary frequencies for rows longer than those of pre-training, as in Llama 3.1, whose values these are.
+    """Slower rotary frequencies for rows longer than those of pre-training; the defaults are Llama 3.1's.
 
-    Pairs that turn more than `high_freq_factor` times within `original_max_length` tokens stay as they are, those that
-    turn less than `low_freq_factor` times become `factor` times slower, and between the two the frequency is mixed.
+    Pairs of features whose rotation lies between the two thresholds get an interpolated frequency.
+
+    Attributes:
+      factor: how many times slower the slow pairs rotate.
+      low_freq_factor: pairs that turn fewer times than this within `original_max_length` tokens are slowed by
+        `factor`.
+      high_freq_factor: pairs that turn more times than this within `original_max_length` tokens stay as they are.
+      original_max_length: row length of pre-training.
     """
 
     factor: float = 8.0
@@ -36,13 +42,45 @@ class RopeScaling:
 class ModelConfig:
     """A decoder with rotary embedding and grouped-query attention; the defaults make it a Llama.
 
-    The fields say in what the families differ: Mistral has a sliding window, Qwen2 an attention_bias, Qwen3 a
-    query_key_norm, GPT-NeoX (Pythia) its own norm, MLP, biases, rotary_share and a parallel_residual.
-    `vocab_size` None means that of the corpus. `max_length` is the longest row the model may see.
+    Families differ in their fields: Mistral has a `sliding_window`, Qwen2 an `attention_bias`, Qwen3 a
+    `query_key_norm`, GPT-NeoX (Pythia) its own `norm`, `mlp`, biases, `rotary_share` and a `parallel_residual`.
+
+    Attributes:
+      vocab_size: number of token ids; None takes the corpus' vocabulary.
+      vocab_multiple: pad embedding and head to a multiple of this; padding ids get no probability.
+      num_layers: number of blocks.
+      embed_dim: width of the residual stream.
+      num_heads: query heads.
+      num_kv_heads: key and value heads; `num_heads` is a multiple of it.
+      head_dim: width of a head; even, since rotary embedding turns pairs.
+      mlp_dim: hidden width of the MLP.
+      max_length: the longest row the model may read.
+      norm: `rms`, or `layer` with mean and bias; before attention, before the MLP and before the head.
+      norm_eps: added to the variance.
+      mlp: `swiglu`, down(silu(gate(x)) * up(x)); or `gelu`, down(gelu(up(x))).
+      attention_bias: add biases to the query, key and value projections.
+      output_bias: add a bias to attention's output projection.
+      mlp_bias: add biases to the MLP's projections.
+      parallel_residual: the MLP reads what attention reads, not the sum after attention.
+      query_key_norm: normalize each head's query and key before the rotation.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: slower rotary frequencies for long rows; None keeps them.
+      rotary_share: fraction of a head's features, the first ones, that rotate with the position.
+      sliding_window: each token attends to this many tokens of its segment, itself included; None attends to all.
+      tied_head: the head is the transposed embedding.
+      init_std: standard deviation of the initial weights.
+      output_init_std: standard deviation for projections back into the residual stream; None is init_std / sqrt(2
+        num_layers).
+      dropout: in training, the fraction set to 0 of the embedding and of what each part adds to the residual stream.
+      compute_dtype: `float32` or `bfloat16` for computation; parameters and moments are always float32. TPUs and
+        recent GPUs round the operands of float32 products unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
+      remat: what the backward pass keeps: `full` keeps each layer's input, `dots` the projections too, `none`
+        everything.
+      attention: `xla` (any platform), `splash` (TPU), `cudnn` (GPU), or `auto`, which picks by platform.
     """
 
     vocab_size: int | None = None
-    vocab_multiple: int = 1  # embedding and head are padded to a multiple; what pads them takes no probability
+    vocab_multiple: int = 1
     num_layers: int = 4
     embed_dim: int = 128
     num_heads: int = 2
@@ -50,26 +88,25 @@ class ModelConfig:
     head_dim: int = 64
     mlp_dim: int = 256
     max_length: int = 2048
-    norm: str = "rms"  # before each part and before the head; layer: with mean and bias
+    norm: str = "rms"
     norm_eps: float = 1e-5
-    mlp: str = "swiglu"  # down(silu(gate(x)) * up(x)); gelu: down(gelu(up(x)))
-    attention_bias: bool = False  # of the projections to query, key and value
-    output_bias: bool = False  # of attention's output projection
+    mlp: str = "swiglu"
+    attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
-    parallel_residual: bool = False  # the MLP reads what attention reads, not what attention adds to
-    query_key_norm: bool = False  # each head's query and key are normed before they turn
+    parallel_residual: bool = False
+    query_key_norm: bool = False
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    rotary_share: float = 1.0  # of a head's features, the first of them, turn with the position
-    sliding_window: int | None = None  # a token reads the last so many tokens of its segment, itself among them
+    rotary_share: float = 1.0
+    sliding_window: int | None = None
     tied_head: bool = False
     init_std: float = 0.02
-    output_init_std: float | None = None  # of projections back into the stream; init_std / sqrt(2 num_layers) if None
-    dropout: float = 0.0  # share set to 0, in training, of the embedding and of what each part adds to the stream
-    # TPUs and recent GPUs round operands of float32 products too, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
-    compute_dtype: str = "float32"  # or bfloat16; parameters and their moments are float32 always
-    remat: str = "full"  # full: keep each layer's input; dots: keep the projections too; none: keep everything
-    attention: str = "auto"  # xla: any platform; splash: TPU; cudnn: GPU; auto: what the platform has
+    output_init_std: float | None = None
+    dropout: float = 0.0
+    compute_dtype: str = "float32"
+    remat: str = "full"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -225,8 +262,17 @@ SIZES: dict[str, ModelConfig] = {
 # pyright takes gin's decorator for one without arguments.
 @gin.configurable("model", allowlist=["size", *(f.name for f in dataclasses.fields(ModelConfig))])  # pyright: ignore[reportCallIssue]
 def model_config(size: str = "demo", **changes: Any) -> ModelConfig:
-    """A named size, or that of a model directory, with single fields changed: `model.size = 'tinyllama_1_1b'` or
-    `model.size = 'runs/tinyllama'`, `model.num_layers = 2`."""
+    """A named size, or the architecture of a model directory, with single fields changed.
+
+    For example `model.size = 'tinyllama_1_1b'` or `model.size = 'runs/tinyllama'`, with `model.num_layers = 2`.
+
+    Args:
+      size: a name in `SIZES`, or a model directory.
+      **changes: fields of `ModelConfig`.
+
+    Raises:
+      UserError: `size` is neither.
+    """
     if size in SIZES:
         return dataclasses.replace(SIZES[size], **changes)
     if not (Path(size) / "checkpoints").is_dir():

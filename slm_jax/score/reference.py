@@ -148,30 +148,29 @@ def score(
 ) -> None:
     """Scores every token of a corpus with a frozen reference model and adds the result as a column.
 
-    Killed and started again, it goes on with the rows that are missing. A second command that writes the same column is
-    refused, unless the corpus lies in a bucket, where nothing can be locked.
+    If interrupted, the same command continues with the missing rows. A second command that writes the same column is
+    refused, unless the corpus is in a bucket, where nothing can be locked.
 
     Args:
-      corpus: corpus directory. Gains `scores/<name>/`.
-      reference: run directory of the reference; None for a column external_logprobs.
-      name: of the column.
-      step: checkpoint of the reference; None is its last.
+      corpus: corpus directory; gains `scores/<name>/`.
+      reference: run directory of the reference; None with `external_logprobs`.
+      name: name of the column.
+      step: checkpoint of the reference; None takes the last.
       statistics: `loss` (nats) and, on request, `entropy` of the reference's next-token distribution (nats).
-      dtype: float16 or float32, of the column. A float16 has three digits: which of two tokens is chosen may change
-        where their scores differ by less.
+      dtype: float16 or float32, of the column. float16 has three digits: it can change which of two tokens is selected
+        if their scores differ by less.
       batch_size: rows scored at a time, over all devices.
       mesh: how devices share the work.
-      strip_metadata: for a reference trained on plain documents: it reads the documents of a corpus that carries
-        metadata without them. The column says whether the prefix was seen or removed.
-      cross_tokenizer: for a reference with another vocabulary than the corpus': it reads the same text in its own
-        tokens, and its losses are mapped onto the corpus' tokens through the bytes that both stand for. The column says
-        so.
-      external_logprobs: JSON lines (.gz, .zst) or Parquet, or a glob of them, with the log-probs that an API or
-        another engine
-        gave to the tokens of each document; slm_jax/score/external_logprobs.py has their shapes. Checked token by
-        token against
-        the corpus; what does not align has no loss. The column names the files and their hash.
-      max_unaligned: share of the tokens that may be without a loss there.
+      strip_metadata: remove the metadata from documents before the reference reads them, for a reference trained on
+        plain documents. The column records it.
+      cross_tokenizer: for a reference with another vocabulary than the corpus: it reads the same text in its own
+        tokens, and its losses are mapped to the corpus' tokens through the bytes that both cover. The column records
+        it.
+      external_logprobs: JSON lines (plain, .gz, .zst) or Parquet, or a glob of them, with log-probabilities that an
+        API or another engine assigned to each document's tokens; slm_jax/score/external_logprobs.py describes the
+        format. They are checked token by token against the corpus; tokens that do not align have no loss. The column
+        records the files and their hash.
+      max_unaligned: maximum fraction of tokens without a loss in `external_logprobs`.
     """
     if (reference is None) == (external_logprobs is None):
         raise UserError(

@@ -34,23 +34,25 @@ RATIO_UNIT = 10_000  # ratios are exact to this fraction, so that counts are int
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The selective objective of a phase.
+    """The selective objective of a phase: which of a batch's tokens train.
 
-    score: `excess` (own loss - reference loss, high first; the paper's), `loss` (own, high first), `reference` and
-      `entropy` (of the reference, low first: Rho-1 §3.4), `random`.
-    ratio: share of the valid tokens that trains, in (0, 1].
-    threshold: when given, tokens whose score is above it train instead of a share (scores that are "low first" are
-      negated, so -2.0 keeps reference losses below 2.0).
-    scope: the tokens that compete: those of the global `batch` (the paper's reading), of a `micro_batch` over all
-      devices, of a `sequence` (row), or of the rows on one `device`. With micro-batches, `batch` and `device` cost a
-      first pass without gradient over all of them; `micro_batch` and `sequence` do not.
-    reference: name of the corpus' score column, or a list of names: several references.
-    combine: what several references say together, token by token: the `mean`, `min` or `max` of their losses (for
-      `entropy`, of their entropies). The lowest asks who of them knows it best, the highest whom it surprises most.
-    gradient: `exact`, or `filtered`: the whole backward pass runs over the selected tokens only, with the keys and
-      values of the others held constant (the idea of Collider, arXiv 2502.00340). Cheaper; not the same gradient.
-    capacity: share of a device's positions that a filtered backward has room for; None is `ratio`, and a tenth more
-      where several devices share one choice. Beyond it the lowest scores are dropped, and counted.
+    Attributes:
+      score: `excess` (own loss minus reference loss, high first; the paper's), `loss` (own loss, high first),
+        `reference` and `entropy` (the reference's, low first: Rho-1 §3.4), or `random`.
+      ratio: fraction of the valid tokens that trains, in (0, 1].
+      threshold: if given, tokens whose score is above it train instead of a fraction. Scores that are low first are
+        negated, so -2.0 keeps reference losses below 2.0.
+      scope: which tokens compete: those of the global `batch` (the paper's reading), of a `micro_batch` over all
+        devices, of a `sequence` (row), or of the rows on one `device`. With gradient accumulation, `batch` and
+        `device` need an additional forward pass over all micro-batches; `micro_batch` and `sequence` do not.
+      reference: name of the corpus' score column, or a list of names for several references.
+      combine: how several references are combined per token: the `mean`, `min` or `max` of their losses (for
+        `entropy`, of their entropies). `min` uses the best-predicting reference, `max` the worst.
+      gradient: `exact`, or `filtered`: the backward pass runs over the selected tokens only, with the keys and values
+        of the other tokens held constant (the idea of Collider, arXiv 2502.00340). Cheaper, and an approximate
+        gradient.
+      capacity: fraction of a device's positions that a filtered backward pass has room for; None is `ratio`, plus a
+        tenth where several devices share one selection. Beyond it the lowest scores are dropped, and counted.
     """
 
     score: str = "excess"
@@ -101,16 +103,16 @@ class Selection:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class CombinedSelection:
-    """In the place of a Selection: what several of them choose of one batch (Rho-1, appendix H).
+    """In place of a Selection: what several selections choose from one batch (Rho-1, appendix H).
 
-    parts: the selections, each with its score and its ratio. What competes, and the gradient, is one for all: they have
-      the same scope, gradient and capacity.
-    keeps: the `intersection`, what all of them choose, or the `union`, what any of them does. How many tokens that are
-      follows from the scores: the lowest 70 % by loss and by entropy have 60 % of all in common in the paper. A token
-      that lacks a usable score for one of them is in neither.
+    Without a capacity, a filtered backward pass has room for the smallest part of an intersection, or for all parts of
+    a union. Beyond it the lowest scores of the first part are dropped.
 
-    Without a capacity, a filtered backward has room for the smallest part of an intersection, for all parts of a union
-    one after the other. Beyond it the lowest scores of the first part are dropped.
+    Attributes:
+      parts: the selections, each with its own score and ratio. All have the same scope, gradient and capacity.
+      keeps: `intersection`, the tokens that all of them choose, or `union`, the tokens that any of them chooses. The
+        number of tokens follows from the scores: in the paper, the lowest 70 % by loss and by entropy share 60 % of
+        all tokens. A token without a finite score for one of the selections is in neither.
     """
 
     parts: Sequence[Selection]

@@ -20,13 +20,14 @@ from slm_jax.models.model_config import ModelConfig
 def average(
     run: str, output: str, steps: Sequence[int] = (), moving: bool = False, mesh: MeshConfig | None = None
 ) -> None:
-    """Averages parameters over checkpoints of a run. The result can be evaluated, scored with and trained from.
+    """Averages the parameters of several checkpoints of a run into a model, to evaluate, score with or train from.
 
     Args:
       run: run directory of the checkpoints.
-      output: directory of the result, with one checkpoint in it.
-      steps: which checkpoints take part, in equal shares; all that are kept by default.
-      moving: instead, the moving average that the run kept (OptimizerConfig.ema), as of the one step given or the last.
+      output: directory of the result, with one checkpoint.
+      steps: which checkpoints to average, with equal weights; by default all that are kept.
+      moving: take the moving average that the run kept (OptimizerConfig.ema) instead, at the one step given or the
+        last.
       mesh: how devices hold the parameters.
     """
     devices = mesh_lib.make_mesh(mesh)

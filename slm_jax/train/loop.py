@@ -59,29 +59,30 @@ def train(
     """Trains a model through the phases of a run. Started again with the same command, it continues where it was.
 
     Args:
-      run_dir: where everything is written: config.gin, run.json, vocabulary/, metrics.jsonl, tensorboard/,
-        checkpoints/, summary.json at the end.
-      model: architecture; vocab_size None takes the corpus'.
-      phases: what to train on, on which tokens, for how many steps; one Phase by default. A finished run given more of
-        them, or a longer last one, goes on.
-      schedule: learning rate until the first phase that brings its own; cosine_schedule() by default.
-      optimizer: AdamW's settings.
+      run_dir: directory to write to: config.gin, run.json, vocabulary/, metrics.jsonl, tensorboard/, checkpoints/, and
+        summary.json at the end.
+      model: architecture; a `vocab_size` of None takes the corpus' vocabulary.
+      phases: what to train on, on which tokens, for how long; one Phase by default. A finished run that is given more
+        phases, or a longer last one, continues.
+      schedule: learning rate until the first phase that sets its own; cosine_schedule() by default.
+      optimizer: settings of AdamW.
       mesh: devices along data, fsdp and model.
       seed: of the initial parameters, the data order and random selection.
-      init_from: run directory to start from (its last checkpoint, or init_step); None starts from random parameters.
-      init_mode: what of it: its `params`, or its `state`: moments, step and counters too. Then this run is a branch of
-        that one, its phases begin with that run's up to the step, and only what comes after is trained.
-      gradient_accumulation_steps: pieces in which a batch goes through the model; the result is the same, the memory
-        less.
-      checkpoint_every, keep_checkpoints: steps between checkpoints, and how many of the latest stay. Those at phase
-        boundaries stay always.
+      init_from: run directory to start from; None starts from random parameters.
+      init_step: step of its checkpoint; None takes the last.
+      init_mode: what to load: `params`, or the full training `state`: moments, step and counters too. With `state`
+        this run is a branch of that one: its phases begin with that run's up to the step, and only what follows is
+        trained.
+      gradient_accumulation_steps: number of micro-batches that a batch is split into: same result, less memory.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: number of latest checkpoints to keep; those at phase boundaries are always kept.
       log_every: steps between rows of metrics.jsonl.
-      evaluate_every: steps between evaluations, made at step 0 and at the end too.
-      evaluators: HeldOut, MultipleChoice, Samples.
-      max_nonfinite_scores: share of a batch whose scores may be not finite before the run stops.
+      evaluate_every: steps between evaluations, which are also made at step 0 and at the end.
+      evaluators: HeldOut, MultipleChoice or Samples.
+      max_nonfinite_scores: maximum fraction of non-finite scores in a batch before the run stops.
       dry_run: print the plan, draw it as <run_dir>/plan.png, and stop.
-      allow_equal_reference: train on excess loss although reference and initial model are one. Excess is 0 at first, or
-        in bfloat16 what rounding makes of it, some hundredths: two programs do not round alike.
+      allow_equal_reference: train on excess loss even though reference and initial model are the same. Excess is then
+        0 at first, or in bfloat16 some hundredths, because two programs do not round alike.
     """
     # Called here rather than as defaults, so that gin's settings of these dataclasses reach them.
     model, optimizer = model or model_config(), optimizer or OptimizerConfig()

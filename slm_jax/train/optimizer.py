@@ -18,10 +18,16 @@ from slm_jax.models.forward import Params
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; the defaults are TinyLlama's recipe, which Rho-1 leaves open and arXiv 2403.08763 shares.
+    """AdamW. The defaults are TinyLlama's recipe; Rho-1 leaves them open, and arXiv 2403.08763 uses the same.
 
-    ema: keep an exponential moving average of the parameters, which takes 1 - ema of the new ones at each step; 0 keeps
-    none. The stage `average` makes a model of it.
+    Attributes:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the square root of the second moment.
+      weight_decay: decoupled weight decay of matrices.
+      clip_norm: the gradient's global norm is clipped to this.
+      ema: decay of an exponential moving average of the parameters, which the stage `average` turns into a model; 0
+        keeps none.
     """
 
     b1: float = 0.9

@@ -19,16 +19,21 @@ from slm_jax.train.schedules import Schedule, cosine_schedule, in_turn, over
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Steps of `batch_size` rows drawn from `mixture` (default: one MixtureComponent).
+    """Steps of `batch_size` rows drawn from one mixture, with one objective.
 
-    steps, tokens: how long, one of the two; tokens counts all positions of the rows and is rounded up to whole steps.
-    selection: None trains on every token (causal), else on those that a Selection, or several CombinedSelection,
-      choose.
-    keep_ratio: a schedule over the phase in place of Selection.ratio.
-    schedule: of the learning rate, from this phase on until a later one brings its own; None goes on with the last.
-    reset_optimizer: forget the moments when the phase begins.
-    l2_to_init: pull toward the parameters that the phase began with: each step takes learning rate * l2_to_init off
-      the distance (L2 against forgetting), besides OptimizerConfig.weight_decay, which pulls toward zero.
+    Attributes:
+      steps: length in steps; set either `steps` or `tokens`.
+      tokens: length in tokens, counting all positions of the rows; rounded up to whole steps.
+      mixture: the corpora to draw rows from; by default one MixtureComponent.
+      batch_size: rows of the global batch.
+      selection: a Selection or CombinedSelection; None trains on every token (causal).
+      keep_ratio: a Schedule over the phase in place of Selection.ratio.
+      schedule: learning rate from this phase on, until a later phase sets its own; None continues the previous
+        schedule.
+      reset_optimizer: reset the moments at the beginning of the phase.
+      l2_to_init: pull toward the parameters at the beginning of the phase: each step removes learning rate *
+        l2_to_init of the distance (L2 against forgetting), besides OptimizerConfig.weight_decay, which pulls toward
+        zero.
     """
 
     steps: int | None = None

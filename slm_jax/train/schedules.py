@@ -39,10 +39,13 @@ EXPONENTIAL = "exponential"  # takes equal factors in equal times, so it has no 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class SchedulePart:
-    """From the value where the leg before ended `to` another.
+    """One part of a schedule: from the value where the previous part ended to another.
 
-    steps: a number of steps from 1 on, below 1 a share of the steps that the schedule rules; None takes what the other
-    legs leave. shape: linear, cosine, inverse_sqrt, one_minus_sqrt or exponential.
+    Attributes:
+      to: value at the end of the part.
+      steps: its length: a number of steps from 1 on, or, below 1, a fraction of the schedule's steps; None takes the
+        steps that the other parts leave.
+      shape: `linear`, `cosine`, `inverse_sqrt`, `one_minus_sqrt` or `exponential`.
     """
 
     to: float
@@ -63,7 +66,12 @@ class SchedulePart:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A start and legs; behind the last leg its value stays. start: None begins where the schedule before ended."""
+    """A start value and parts; after the last part its value stays.
+
+    Attributes:
+      parts: the parts, in order.
+      start: value at step 0; None continues from where the previous schedule ended.
+    """
 
     parts: Sequence[SchedulePart]
     start: float | None = 0.0
@@ -136,14 +144,26 @@ def in_turn(spans: Sequence[tuple[int, Schedule, int]]) -> optax.Schedule:
 
 @gin.configurable
 def cosine_schedule(peak: float = 3e-4, warmup: float = 0.01, final: float = 0.1) -> Schedule:
-    """Linear warm-up from 0 to `peak`, then the cosine down to `peak * final` (Eq 1, 2). As a phase's own schedule it
-    re-warms and re-decays."""
+    """Linear warm-up from 0 to `peak`, then a cosine down to `peak * final` (Eq 1, 2).
+
+    As a phase's own schedule it re-warms and re-decays.
+
+    Args:
+      peak: the highest value.
+      warmup: length of the warm-up, in steps or, below 1, as a fraction of the schedule.
+      final: the last value, as a fraction of `peak`.
+    """
     return _from_zero((_peak(peak), warmup, "linear"), (peak * final, None, "cosine"))
 
 
 @gin.configurable
 def constant_schedule(peak: float = 3e-4, warmup: float = 0.01) -> Schedule:
-    """Linear warm-up from 0 to `peak`, which stays."""
+    """Linear warm-up from 0 to `peak`, which stays.
+
+    Args:
+      peak: the value after the warm-up.
+      warmup: length of the warm-up, in steps or, below 1, as a fraction of the schedule.
+    """
     return _from_zero((_peak(peak), warmup, "linear"))
 
 
@@ -151,8 +171,15 @@ def constant_schedule(peak: float = 3e-4, warmup: float = 0.01) -> Schedule:
 def wsd_schedule(
     peak: float = 3e-4, warmup: float = 0.01, decay: float = 0.1, final: float = 0.0, shape: str = "linear"
 ) -> Schedule:
-    """Warm-up, `peak`, and a decay (linear or one_minus_sqrt) to `peak * final` over the last `decay`, in steps or as a
-    share."""
+    """Warm-up, stable, decay: linear warm-up to `peak`, then a decay to `peak * final` at the end.
+
+    Args:
+      peak: the value between warm-up and decay.
+      warmup: length of the warm-up, in steps or, below 1, as a fraction of the schedule.
+      decay: length of the decay, likewise.
+      final: the last value, as a fraction of `peak`.
+      shape: of the decay: `linear` or `one_minus_sqrt`.
+    """
     return _from_zero((_peak(peak), warmup, "linear"), (peak, None, "linear"), (peak * final, decay, shape))
 
 
@@ -166,16 +193,33 @@ def infinite_schedule(
     anneal: float = 0.0,
     shape: str = "cosine",
 ) -> Schedule:
-    """Warm-up, cooldown (cosine or inverse_sqrt) to `peak * constant`, which stays for any number of phases, and an
-    exponential anneal to `peak * final` over the last `anneal` (steps or share; 0: none yet). Section 7 of the paper;
-    `constant` and the lengths are its Table 14's. In steps, lengths do not change when the run is extended."""
+    """Warm-up, cooldown to a constant that stays for any number of phases, and an optional exponential anneal.
+
+    Section 7 of the paper; the defaults of `constant` and of the lengths are its Table 14's. Lengths given in steps do
+    not change when the run is extended.
+
+    Args:
+      peak: the highest value.
+      constant: the value after the cooldown, as a fraction of `peak`.
+      final: the value after the anneal, as a fraction of `peak`.
+      warmup: length of the warm-up, in steps or, below 1, as a fraction of the schedule.
+      cooldown: length of the cooldown, likewise.
+      anneal: length of the anneal at the end, likewise; 0 does not anneal yet.
+      shape: of the cooldown: `cosine` or `inverse_sqrt`.
+    """
     parts = [(_peak(peak), warmup, "linear"), (peak * constant, cooldown, shape), (peak * constant, None, "linear")]
     return _from_zero(*parts, *([(peak * final, anneal, EXPONENTIAL)] if anneal else []))
 
 
 @gin.configurable
 def anneal_schedule(to: float = 3e-5, steps: float | None = None, shape: str = EXPONENTIAL) -> Schedule:
-    """From the rate reached down `to` another, over all steps that the schedule rules or the first of them."""
+    """From the value reached so far down to another.
+
+    Args:
+      to: the last value.
+      steps: length, in steps or, below 1, as a fraction of the schedule; None takes all of it.
+      shape: a shape of `SchedulePart`.
+    """
     return Schedule([SchedulePart(to, steps, shape)], start=None)
 
 

@@ -109,31 +109,32 @@ def evaluate_math(
     batch_size: int = 8,
     mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
-    """Accuracy of a model on question sets of mathematics, by its generated answers.
+    """Measures a model's accuracy on sets of mathematical questions, by its generated answers.
 
-    Killed and started again, it asks what has not been asked. A set that was finished with other settings keeps its
-    answers, as NAME.before1.jsonl, before2 and so on; what was only begun with others is asked anew. summary.json holds
-    all sets that were answered with these settings by this model; one of other settings is kept as well. While one
-    command asks a set, a second one that would write the same file is refused.
+    If interrupted, the same command continues with the unanswered questions. A set finished with other settings is
+    kept as NAME.before1.jsonl, before2 and so on; one that was only begun with others is evaluated from the start.
+    summary.json covers all sets answered with these settings by this model; a summary of other settings is kept as
+    well. While one command evaluates a set, a second one that would write the same file is refused.
 
     Args:
       run: model directory.
-      sets: of gsm8k, math, math500, svamp, asdiv, mawps, tabmwp, mathqa, mmlu_stem, sat_math, ocw, gsm_hard.
-      data: folder of their files: NAME_test.jsonl (.gz, .zst, .parquet), also in its folder `eval`, or NAME/test.jsonl.
-      output: folder of the results; default `<run>/math/<step>`, with tools `<run>/math/<step>_tools`.
-      step: checkpoint; None is the last.
-      shots: worked examples before a question; None for all of the set's style (8 or 4).
-      examples: set -> JSON file with a list of {"question", "solution"}, in place of the project's own.
-      questions: of each set so many, the first; None for all.
-      max_new_tokens: of an answer, in each round; half of what the model reads at most.
-      samples: answers to each question; from two on also the most frequent one is judged.
-      temperature: 0 takes the most likely token.
-      top_p: draw from the most likely tokens that make up this share; None from all.
-      seed: of what is drawn.
+      sets: names of gsm8k, math, math500, svamp, asdiv, mawps, tabmwp, mathqa, mmlu_stem, sat_math, ocw, gsm_hard.
+      data: folder of their files: NAME_test.jsonl (.gz, .zst, .parquet), also in its subfolder `eval`, or
+        NAME/test.jsonl.
+      output: folder of the results; by default `<run>/math/<step>`, with tools `<run>/math/<step>_tools`.
+      step: checkpoint; None takes the last.
+      shots: worked examples before a question; None takes all of the set's style (8 or 4).
+      examples: set -> JSON file with a list of {"question", "solution"}, in place of the built-in examples.
+      questions: number of questions per set, from the first; None takes all.
+      max_new_tokens: maximum length of an answer, in each round; at most half of the model's maximum length.
+      samples: answers per question; from two on, the most frequent answer is judged too.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_p: sample from the most likely tokens that make up this probability; None samples from all.
+      seed: of the sampling.
       tools: the model writes programs, which run in a sandbox; prompts are ToRA's, without examples.
-      rounds: with tools, how many programs of an answer are run, one after the other.
-      sandbox: limits of its programs.
-      batch_size: rows that are continued together.
+      rounds: with `tools`, how many programs of one answer are run, one after the other.
+      sandbox: limits of the programs.
+      batch_size: rows continued at a time.
       mesh: how devices share the work.
     """
     _check(sets, samples, temperature, questions, rounds, shots, examples or {})

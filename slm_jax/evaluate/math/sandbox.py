@@ -92,12 +92,16 @@ class Ran(NamedTuple):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Sandbox:
-    """Limits of one program that a model wrote.
+    """Limits of one program written by a model.
 
-    seconds: of time; of processor time each of its processes has as much. memory_mb: of each process. processes: and
-    threads. scratch_mb: of its folder, a file having half of it at most. output_characters: what it may write.
-    trust: where bubblewrap does not work, programs are run with these limits but without a sandbox, as you, if this
-    says: 'I accept that programs written by a model run on this machine'.
+    Attributes:
+      seconds: run time, and processor time of each of its processes.
+      memory_mb: memory of each process.
+      processes: number of processes and threads.
+      scratch_mb: size of its folder; one file may fill half of it.
+      output_characters: maximum length of its output.
+      trust: where bubblewrap does not work, programs run with these limits but without a sandbox, as you, if this is
+        'I accept that programs written by a model run on this machine'.
     """
 
     seconds: float = 10.0

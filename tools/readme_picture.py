@@ -2,8 +2,8 @@
 
     python tools/readme_picture.py runs/demo docs/images/first_screen.svg
 
-Above: one document with injected noise; each token shaded by its excess loss at the last evaluation, and kept or dropped
-by the selection. Below: the held-out losses of the compared runs over training.
+Above: one document with injected noise, its tokens shaded by their excess loss at the last evaluation, and kept or
+dropped by the selection. Below: the held-out losses of the compared runs over training.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.token_text import TokenText
 from slm_jax.metrics import read_metrics
 
-WIDTH, MARGIN = 880, 24
+WIDTH, MARGIN = 900, 24
 CHARACTER, LINE = 8.4, 30  # of the monospaced text, in pixels
 ARMS = {"selective": "#00796b", "causal": "#37474f", "random": "#b0793b"}
 SHORTEST, LONGEST = 30, 60  # tokens of the document that is drawn
@@ -126,22 +126,26 @@ def curves_svg(
 def picture(folder: Path) -> str:
     """The whole picture as SVG with a white background, since pages may be dark."""
     tokens = noisy_document(folder / "selective")
-    boxes, end = document_svg(tokens, 62)
+    boxes, end = document_svg(tokens, 80)
     half = (WIDTH - 2 * MARGIN - 20) / 2
     charts = [
-        *curves_svg(folder, "target/loss", "Held-out loss, text like the reference's", MARGIN, end + 34, half, 190),
-        *curves_svg(folder, "general/loss", "Held-out loss, other text", MARGIN + half + 20, end + 34, half, 190),
+        *curves_svg(folder, "target/loss", "Held-out loss: text like the reference's", MARGIN, end + 34, half, 190),
+        *curves_svg(folder, "general/loss", "Held-out loss: other text", MARGIN + half + 20, end + 34, half, 190),
     ]
     height = end + 34 + 200
-    legend = (
-        f'<text x="{MARGIN}" y="28" font-size="14" font-weight="600" fill="#222">A document of the noisy corpus</text>'
-        f'<text x="{MARGIN}" y="48" font-size="12" fill="#444">kept tokens are shaded by their excess loss; '
-        'dropped tokens are grey; <tspan fill="#d55e00">injected noise</tspan> is underlined</text>'
-    )
+    shares = json.loads((folder / "summary.json").read_text())["selection"]
+    legend = [
+        f'<text x="{MARGIN}" y="28" font-size="14" font-weight="600" fill="#222">A document of the noisy corpus</text>',
+        f'<text x="{MARGIN}" y="48" font-size="12" fill="#444">Kept tokens are shaded by their excess loss, dropped '
+        'tokens are grey, <tspan fill="#d55e00">injected noise</tspan> is underlined.</text>',
+        f'<text x="{MARGIN}" y="64" font-size="12" fill="#444">Over the second half of training, '
+        f"{shares['clean_selected_share']:.0%} of the clean tokens are kept and {shares['noise_selected_share']:.0%} "
+        "of the noise.</text>",
+    ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" '
         f'height="{height:.0f}" font-family="{FONT}">\n<rect width="100%" height="100%" fill="#fff"/>\n'
-        + "\n".join([legend, *boxes, *charts])
+        + "\n".join([*legend, *boxes, *charts])
         + "\n</svg>\n"
     )
 

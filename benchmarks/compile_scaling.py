@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 
-from slm_jax import config
 from slm_jax.chips import GIB
 from slm_jax.compile.compile_ahead import plan_step
 from slm_jax.compile.programs import Run, train_steps
 from slm_jax.compile.topology import topology_devices
 from slm_jax.data.mixture import MixtureComponent
+from slm_jax.files import write_json
 from slm_jax.mesh import MeshConfig, make_mesh
 from slm_jax.models.model_config import SIZES
 from slm_jax.score.selection import Selection
@@ -42,7 +42,7 @@ def main() -> None:
         found.append(measured(topology, layers=2 if arguments.quick else 8))
         print(row(found[-1], found[0]), flush=True)
     if arguments.output:
-        config.write_json(arguments.output, found)
+        write_json(arguments.output, found)
 
 
 def measured(topology: str, layers: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import gin
 import numpy as np
 
 from slm_jax.__main__ import main as slm_jax
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -44,7 +44,7 @@ def last(run_dir: Path) -> dict[str, float] | None:
 
 def curve(run_dir: Path, metric: str) -> tuple[list[int], list[float]]:
     """(steps, values) of an evaluation."""
-    rows = [(row["step"], row[metric]) for row in read_metrics(run_dir) if metric in row]
+    rows = [(row["step"], row[metric]) for row in RunDirectory(run_dir).metrics() if metric in row]
     return [step for step, _ in rows], [value for _, value in rows]
 
 

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from slm_jax import processes
 from slm_jax.errors import UserError
 from slm_jax.mesh import path_name
+from slm_jax.run_directory import RunDirectory
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save at length; failures are raised anyway
 
@@ -26,7 +27,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: str | Path, keep: int = 2, milestones: Sequence[int] = ()):
         policy = ocp.checkpoint_managers.preservation_policy
-        self.directory = Path(run_dir).absolute() / "checkpoints"
+        self.directory = RunDirectory(run_dir).checkpoints.absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -114,7 +115,7 @@ def save_params(run_dir: str | Path, step: int, params: Any, about: dict[str, An
     handlers = {"params": handler, "about": ocp.JsonCheckpointHandler()}
     about = about | {"params_fingerprint": params_fingerprint(params)}
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(params), about=ocp.args.JsonSave(about))
-    with ocp.CheckpointManager(Path(run_dir).absolute() / "checkpoints", item_handlers=handlers) as manager:
+    with ocp.CheckpointManager(RunDirectory(run_dir).checkpoints.absolute(), item_handlers=handlers) as manager:
         manager.save(step, args=items)
         manager.wait_until_finished()
 
@@ -164,7 +165,7 @@ def _read(run_dir: str | Path, manager: ocp.CheckpointManager, step: int, **item
 
 
 def _open(run_dir: str | Path) -> ocp.CheckpointManager:
-    directory = Path(run_dir).absolute() / "checkpoints"
+    directory = RunDirectory(run_dir).checkpoints.absolute()
     if not directory.is_dir():
         raise UserError(f"{run_dir} holds no checkpoints: it must be the run directory of a finished or stopped train")
     return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True))

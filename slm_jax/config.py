@@ -4,12 +4,10 @@ gin binds config dataclasses and the arguments of stage functions, nothing deepe
 error that offers the nearest known name.
 """
 
-import dataclasses
 import difflib
 import importlib.metadata
 import importlib.util  # gin reads importlib.util without importing it
 import inspect
-import json
 import os
 import platform
 import re
@@ -22,7 +20,7 @@ from typing import Any
 import gin
 
 from slm_jax.errors import UserError
-from slm_jax.renamed import new_setting, with_new_keys
+from slm_jax.renamed import new_setting
 
 RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 # gin would look for includes in Python packages too: it says of each "Path not found", and fails where the folder
@@ -149,17 +147,6 @@ def print_unused() -> None:
 _command_line: list[str] = []  # names bound by `--gin.NAME=VALUE` of this process
 
 
-def to_json(value: Any) -> Any:
-    """Dataclasses, tuples and paths as plain JSON values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
 def environment(more_packages: Sequence[str] = ()) -> dict[str, Any]:
     """Versions, commit, command and machine: what someone needs to know to repeat a run."""
     versions = {}
@@ -180,28 +167,3 @@ def environment(more_packages: Sequence[str] = ()) -> dict[str, Any]:
         "command": sys.argv,
         "platform": platform.platform(),
     }
-
-
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file of a run, of whatever version, with the keys of this version."""
-    return with_new_keys(json.loads(Path(path).read_text(encoding="utf-8")))
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON so that a reader never sees half a file."""
-    write_text(path, json.dumps(to_json(value), indent=2) + "\n")
-
-
-def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
-    """Writes rows as lines of JSON so that a reader never sees half a file."""
-    write_text(path, "".join(json.dumps(to_json(row), ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file, and the folders that it lies in, so that a reader never sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    # What UTF-8 cannot hold (half a surrogate pair) becomes an escape, as JSON writes it.
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)

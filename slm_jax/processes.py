@@ -4,7 +4,6 @@ All of them compute. The first one alone speaks, holds locks and writes files; o
 """
 
 import contextlib
-import fcntl
 import importlib.util
 import itertools
 import json
@@ -25,6 +24,7 @@ import numpy as np
 from jax._src import distributed  # the key-value store of jax.distributed has no public door
 from jax.experimental import multihost_utils
 
+from slm_jax import files
 from slm_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 60  # a process that vanished for so long ends the others
@@ -137,12 +137,12 @@ def on_first(do: Callable[[], Json]) -> Json:
     if not first():
         answer = json.loads(_client().blocking_key_value_get(key, FOREVER_MS))
         if "refused" in answer:
-            raise UserError(answer["refused"])
+            raise UserError(*answer["refused"])
         return answer["value"]
     try:
         value = do()
     except UserError as error:
-        _client().key_value_set(key, json.dumps({"refused": str(error)}))
+        _client().key_value_set(key, json.dumps({"refused": [error.code, str(error)]}))
         raise
     _client().key_value_set(key, json.dumps({"value": value}))
     return value
@@ -155,22 +155,13 @@ def everywhere(fact: bool) -> bool:
 
 @contextlib.contextmanager
 def lock(path: Path, busy: str) -> Iterator[None]:
-    """Keeps a second command out while the block runs; the lock ends with the process, however it ends.
+    """Keeps other commands out while the block runs: `files.lock` in the first process, for all of them.
 
     Raises:
-      UserError: `busy`, in every process, where another command holds the lock.
+      UserError: `in-use`, with the text `busy`, in every process: another command holds the lock.
     """
     with contextlib.ExitStack() as held:
-
-        def take() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(path.open("w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(busy) from error
-
-        on_first(take)
+        on_first(lambda: held.enter_context(files.lock(path, busy)))
         yield
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import toy
 
-from slm_jax import config as config_lib
 from slm_jax.analyze import describe
 from slm_jax.analyze.compare import analyze_report
 from slm_jax.analyze.runs import group_seeds, read_run, short_names
@@ -21,7 +20,8 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate import flops
 from slm_jax.evaluate.flops import run_flops
 from slm_jax.evaluate.perplexity import HeldOut
-from slm_jax.metrics import read_metrics
+from slm_jax.files import to_json
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import Selection
 
 HOSTILE = "<img src=x onerror=alert(1)>|`$a$"
@@ -74,7 +74,7 @@ def table_of(report: Path, name: str) -> dict[str, dict[str, str]]:
 
 
 def last(run: Path, name: str) -> float:
-    return [row[name] for row in read_metrics(run) if name in row][-1]
+    return [row[name] for row in RunDirectory(run).metrics() if name in row][-1]
 
 
 def test_losses_are_means_over_seeds_with_their_range(runs, report):
@@ -86,7 +86,7 @@ def test_losses_are_means_over_seeds_with_their_range(runs, report):
         assert float(line[heading]) == pytest.approx(np.mean(seeds), rel=1e-12)
         assert [float(line[f"{heading}, {edge}"]) for edge in ("lowest", "highest")] == sorted(seeds)
         assert float(found["selective"][heading]) == last(runs / "selective", name)
-    step_6 = [row for row in read_metrics(runs / "selective") if "loss" in row][-1]
+    step_6 = [row for row in RunDirectory(runs / "selective").metrics() if "loss" in row][-1]
     assert float(found["selective"]["training loss"]) == step_6["loss"]
     assert float(found["stopped (unfinished)"]["target loss"]) == last(runs / "stopped", "target/loss")
     every = table_of(report, "losses_of_runs")
@@ -158,7 +158,7 @@ def test_flops_of_what_is_known(runs, tmp_path):
 
 
 def test_a_reference_that_was_imported_cost_nobody_knows_what(tmp_path):
-    imported = {"settings": {"model": config_lib.to_json(toy.MODEL)}, "identity": {}, "starts": [], "imported": {}}
+    imported = {"settings": {"model": to_json(toy.MODEL)}, "identity": {}, "starts": [], "imported": {}}
     (tmp_path / "run.json").write_text(json.dumps(imported))
     assert flops._trained({"run": str(tmp_path), "step": 0}) is None
     line = toy.refusal(read_run, str(tmp_path))

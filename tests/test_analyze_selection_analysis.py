@@ -15,7 +15,7 @@ from slm_jax.analyze.selection_analysis import analyze_selection
 from slm_jax.analyze.selection_runs import of_runs, running_mean
 from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate.perplexity import HeldOut
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.reference import score
 from slm_jax.score.selection import Selection
 
@@ -68,13 +68,13 @@ def losses(corpus: Corpus, name: str) -> np.ndarray:
 
 def test_metrics_are_those_of_training(found, runs):
     record, _ = found
-    rows, about = read_metrics(runs["selective"]), record["runs"]["selective"]
+    rows, about = RunDirectory(runs["selective"]).metrics(), record["runs"]["selective"]
     results = [row["target/loss"] for row in rows if "target/loss" in row]
     assert about["downstream"]["values"] == pytest.approx(results) and about["downstream"]["steps"] == list(range(5))
     assert about["last_downstream"] == results[-1] and about["steps"] == 4
     assert about["kept"] == pytest.approx(0.5, abs=0.01) and record["runs"]["run"]["kept"] == 1.0
     curve = record["runs"]["selective"]["training"]["selected_loss"]
-    logged = [row["selected_loss"] for row in read_metrics(runs["selective"]) if row.get("selected_loss")]
+    logged = [row["selected_loss"] for row in RunDirectory(runs["selective"]).metrics() if row.get("selected_loss")]
     assert curve["values"] == pytest.approx(logged) and curve["steps"] == [1, 2, 3, 4]
     causal = record["runs"]["run"]
     assert causal["training"]["selected_loss"]["values"] == causal["downstream"]["values"] == []
@@ -140,7 +140,8 @@ def test_shares_are_of_all_tokens(found):
 def test_fits_are_of_the_results_at_the_checkpoints(found, runs):
     fits = found[0]["tokens"]["fits"]
     assert [fit["selected_by"] for fit in fits] == [0, 2, 4]
-    results = {row["step"]: row["target/loss"] for row in read_metrics(runs["selective"]) if "target/loss" in row}
+    rows = RunDirectory(runs["selective"]).metrics()
+    results = {row["step"]: row["target/loss"] for row in rows if "target/loss" in row}
     for fit in fits:
         assert fit["selected"]["steps"] == [2, 4]
         assert fit["selected"]["result"] == pytest.approx([results[2], results[4]])

@@ -1,6 +1,5 @@
 """The configuration surface is frozen, what a recipe names exists, and later settings win."""
 
-import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -91,21 +90,3 @@ def test_a_file_that_cannot_be_used_is_one_line(text, message, tmp_path):
     (tmp_path / "a.gin").write_text("train.log_every = 1\n" + text + "\n")
     line = toy.refusal(config.load, [str(tmp_path / "a.gin")])
     assert message in line and ("a.gin" in line or "nowhere.gin" in line)
-
-
-def test_json_is_whole_or_not_there(tmp_path, monkeypatch):
-    @dataclasses.dataclass
-    class Point:
-        x: int
-        where: Path
-
-    config.write_json(tmp_path / "deep" / "a.json", {"points": (Point(1, Path("p")),), 2: None})
-    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"points": [{"x": 1, "where": "p"}], "2": None}
-
-    def lost(*_) -> None:
-        raise OSError("the machine went down")
-
-    monkeypatch.setattr(config.os, "replace", lost)
-    with pytest.raises(OSError):
-        config.write_json(tmp_path / "deep" / "a.json", [])
-    assert json.loads((tmp_path / "deep" / "a.json").read_text())["2"] is None

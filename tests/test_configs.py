@@ -19,6 +19,7 @@ from slm_jax import config
 from slm_jax.__main__ import STAGES
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.sources import SCHEMAS
+from slm_jax.files import to_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.train.phases import Phase
@@ -399,7 +400,7 @@ def test_a_continual_run_goes_on_with_the_run_that_it_names(name, planned):
     done = run.settings.get("init_step", before.steps)
     assert run.settings["init_mode"] == "state" and run.model == before.model
     assert done in before.first_steps, "no checkpoint stays there"
-    was, now = (config.to_json(each.phases) for each in (before, run))
+    was, now = (to_json(each.phases) for each in (before, run))
     refuse_other_rows(was, now, done, "the run before", "choose another")
     assert run.first_steps[-2] == done, "one phase comes after"
     assert run.phases[-1].reset_optimizer == ("annealed" not in name)

@@ -18,7 +18,7 @@ from slm_jax.data.prepare import prepare
 from slm_jax.data.preprocess import tokenize_document
 from slm_jax.data.sources import Source, read_documents
 from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary, VocabularyConfig, train_sentencepiece
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import Selection
 
 BYTES = ByteVocabulary()
@@ -256,4 +256,5 @@ def test_prepare_and_train_on_answers_alone(tmp_path):
     assert "has conversations (template 'tora'), before which no metadata stands" in refused
     phases = [toy.phase(corpus, steps=2, selection=Selection("loss", ratio=0.5))]
     toy.train_here(tmp_path / "run", phases, model=dataclasses.replace(toy.MODEL, max_length=160))
-    assert [row["selected_share"] for row in read_metrics(tmp_path / "run")] == pytest.approx([0.5, 0.5], abs=0.01)
+    rows = RunDirectory(tmp_path / "run").metrics()
+    assert [row["selected_share"] for row in rows] == pytest.approx([0.5, 0.5], abs=0.01)

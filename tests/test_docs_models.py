@@ -16,11 +16,11 @@ from tokenizer_families import save
 
 from slm_jax.__main__ import STAGES
 from slm_jax.data.vocabularies import load_vocabulary
-from slm_jax.metrics import read_metrics
 from slm_jax.models.huggingface import tensors
 from slm_jax.models.huggingface_config import write_config
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.tensor_files import write_tensors
+from slm_jax.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "tutorials" / "models.md").read_text()
@@ -81,7 +81,7 @@ def test_every_command_of_the_page_runs(folder, shell):
     runs = folder / "runs" / "tinyllama"
     evaluated = [json.loads((runs / path).read_text())["results"]["held/loss"]
                  for path in ("base/evaluate/0.json", "selective/evaluate/2.json")]  # fmt: skip
-    trained = [[row["held/loss"] for row in read_metrics(runs / run) if "held/loss" in row]
+    trained = [[row["held/loss"] for row in RunDirectory(runs / run).metrics() if "held/loss" in row]
                for run in ("reference", "causal", "selective")]  # fmt: skip
     assert {first for first, _ in trained} == {evaluated[0]} and trained[2][-1] == evaluated[1]
     assert all(last < evaluated[0] for _, last in trained)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints
-from slm_jax.config import to_json
 from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.harness import Harness
@@ -26,6 +25,7 @@ from slm_jax.evaluate.request_cache import RequestCache
 from slm_jax.evaluate.sampling import Sampling
 from slm_jax.evaluate.suites import SUITES, UNCONDITIONAL, Column, Form, Suite
 from slm_jax.evaluate.task_table import table
+from slm_jax.files import to_json
 from slm_jax.models import forward
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.reference import load_model

@@ -21,8 +21,8 @@ from slm_jax.evaluate.multiple_choice import Estimate, MultipleChoice, Scored, e
 from slm_jax.evaluate.samples import Samples
 from slm_jax.evaluate.sampling import Sampling
 from slm_jax.mesh import MeshConfig
-from slm_jax.metrics import read_metrics
 from slm_jax.models import forward
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.reference import TrainedModel, load_model
 
 QUESTIONS = [
@@ -178,7 +178,7 @@ def test_in_the_loop_they_change_nothing_and_are_what_the_stage_measures(corpus,
     toy.train_here(tmp_path / "without", [toy.phase(corpus, steps=4)])
     assert toy.losses(tmp_path / "with") == toy.losses(tmp_path / "without")
 
-    rows = [row for row in read_metrics(tmp_path / "with") if "mc/accuracy" in row]
+    rows = [row for row in RunDirectory(tmp_path / "with").metrics() if "mc/accuracy" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
     names = {f"mc/{name}{suffix}" for name in ("accuracy", "margin", "gold_loss") for suffix in ("", "_per_character")}
     names |= {"text/longest_loop", *(f"text/distinct_{n}" for n in (1, 2, 3, 4))}

@@ -17,7 +17,7 @@ from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.evaluate.prefix import conditioned, document_prefixes, repack, row_width, segments_of
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.reference import TrainedModel, load_model
 
 PREFIX = "URL: a.org\n\n"
@@ -122,7 +122,7 @@ def test_the_stage_records_what_was_put_before_the_documents(reference, plain, t
 def test_in_the_training_loop_it_is_what_the_stage_measures(corpus, plain, tmp_path):
     held = HeldOut("held", plain.path, prefix=PREFIX)
     toy.train_here(tmp_path / "run", [toy.phase(corpus, steps=2)], evaluators=[held], evaluate_every=2)
-    (row,) = [row for row in read_metrics(tmp_path / "run") if row["step"] == 2 and "held/loss" in row]
+    (row,) = [row for row in RunDirectory(tmp_path / "run").metrics() if row["step"] == 2 and "held/loss" in row]
     with toy.one_device():
         record = evaluate(str(tmp_path / "run"), [held])
     assert row["held/loss"] == record["results"]["held/loss"]

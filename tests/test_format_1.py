@@ -17,7 +17,7 @@ import toy
 
 from slm_jax.analyze.runs import read_run
 from slm_jax.data.corpus import Corpus
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 
 MODEL = """
 model.vocab_size = 260
@@ -165,11 +165,11 @@ def command(folder, shell):
 
 def training(run: Path) -> list[list[float]]:
     names = ("step", "loss", "grad_norm", "tokens_trained")
-    return [[row[name] for name in names] for row in read_metrics(run) if "loss" in row]
+    return [[row[name] for name in names] for row in RunDirectory(run).metrics() if "loss" in row]
 
 
 def held_out(run: Path) -> list[list[float]]:
-    return [[row["step"], row["held/loss"]] for row in read_metrics(run) if "held/loss" in row]
+    return [[row["step"], row["held/loss"]] for row in RunDirectory(run).metrics() if "held/loss" in row]
 
 
 def assert_as_recorded(run: Path, expected: dict) -> None:

@@ -26,7 +26,7 @@ BOTTOM = {
 # What each module directly under the package, or each subpackage, may import besides itself.
 MAY_IMPORT = {
     **{module: BOTTOM for module in BOTTOM},
-    "data": {"errors", "files", "jsonl", "renamed", "config"},
+    "data": {"errors", "files", "renamed", "config"},
     "models": BOTTOM,
     "score": BOTTOM | {"models", "data"},
     "train": BOTTOM | {"models", "data", "score"},

@@ -13,7 +13,7 @@ import toy
 from slm_jax import settings
 from slm_jax.__main__ import STAGES
 from slm_jax.checkpoint import Checkpoints
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_a_full_disk_and_then_more_space(free, corpus, shell, tmp_path):
         assert code == 0 and "done, 6 steps" in output, errors
         toy.train_here(tmp_path / "run", [toy.phase(corpus)])
         assert toy.losses(disk / "run") == toy.losses(tmp_path / "run")
-        assert [row["step"] for row in read_metrics(disk / "run")] == [1, 2, 3, 4, 5, 6]
+        assert [row["step"] for row in RunDirectory(disk / "run").metrics()] == [1, 2, 3, 4, 5, 6]
         checkpoints = Checkpoints(disk / "run")
         assert checkpoints.steps()[-1] == 6
         checkpoints.close()

@@ -11,8 +11,8 @@ import pytest
 from toy import refusal
 
 from slm_jax import mesh as mesh_lib
-from slm_jax.config import to_json
 from slm_jax.data.batches import make_batch
+from slm_jax.files import to_json
 from slm_jax.models import forward
 from slm_jax.models.layers import rotary_angles, rotate, scaled_frequencies
 from slm_jax.models.model_config import FUNCTION_FIELDS, SIZES, ModelConfig, RopeScaling

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import toy
 
-from slm_jax.metrics import read_metrics
-
 REAL = Path(__file__).parents[2] / "shared" / "data"
 RUN = {"target_loss", "target_bits_per_byte", "general_loss", "tokens_seen", "tokens_trained", "steps", "seconds"}
 RUN |= {"training_flops", "scoring_flops"}
@@ -56,7 +54,7 @@ def test_the_demo_from_text_to_report_and_once_more(tmp_path):
     for name in ("selective", "random"):
         share = summary["runs"][name]["tokens_trained"] / summary["runs"][name]["tokens_seen"]
         assert abs(share - 0.6) < 0.01
-    start = [read_metrics(here / name)[0]["target/loss"] for name in summary["runs"]]
+    start = [RunDirectory(here / name).metrics()[0]["target/loss"] for name in summary["runs"]]
     assert len(set(start)) == 1  # and from the same start
     report = (here / "report.html").read_text()
     assert "<html" in report and 'src="http' not in report and "selective" in report

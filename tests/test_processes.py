@@ -23,7 +23,7 @@ from slm_jax.evaluate.generate import generate
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.evaluate.sampling import Sampling
 from slm_jax.mesh import MeshConfig
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.reference import score
 from slm_jax.score.selection import Selection
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -56,7 +56,7 @@ def finish(pair: list[toy.Command]) -> tuple[list[int], str, str]:
 
 
 def last_step(run_dir: Path) -> int:
-    return max((row["step"] for row in read_metrics(run_dir)), default=0)
+    return max((row["step"] for row in RunDirectory(run_dir).metrics()), default=0)
 
 
 def phase(corpus: Corpus, steps: int) -> Phase:
@@ -121,7 +121,7 @@ def test_two_processes_train_as_one_through_a_kill_and_a_termination(corpus, tmp
     assert "train:" not in other  # one process speaks
     assert "from step 4," in output and len(before) > 4
     assert toy.losses(run)[: len(before)] == before
-    rows = read_metrics(run)
+    rows = RunDirectory(run).metrics()
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1))
     assert [row["step"] for row in rows if "held/loss" in row] == [0]
     starts = json.loads((run / "run.json").read_text())["starts"]

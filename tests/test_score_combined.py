@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import params_fingerprint
 from slm_jax.data.corpus import Corpus
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.reference import load_model
 from slm_jax.score.selection import (
     Choice,
@@ -197,7 +197,7 @@ def test_a_run_by_an_intersection(corpus_copy, tmp_path, capsys):
     assert said in plan_summary.table(unions)
     plan_summary.draw(unions, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    for step, row in enumerate(read_metrics(tmp_path / "run")):
+    for step, row in enumerate(RunDirectory(tmp_path / "run").metrics()):
         batch = plan.batch(step)
         valid = batch.loss_mask & (batch.positions > 0)
         likely, certain = (_top(-batch.scores[column], valid, 0.7) for column in both.columns())

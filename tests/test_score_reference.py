@@ -18,8 +18,8 @@ from slm_jax.data.batches import read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreColumn
 from slm_jax.data.store import SHARD_ROWS
-from slm_jax.metrics import read_metrics
 from slm_jax.models import forward
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score import reference as score_lib
 from slm_jax.score.reference import load_model, run_vocabulary, score
 from slm_jax.score.selection import Selection
@@ -178,9 +178,9 @@ def test_a_reference_that_is_the_model_itself_is_refused(scored, reference, tmp_
     message = toy.refusal(toy.train_here, tmp_path / "run", phases, **start)
     assert "scored by the very model this run starts from" in message and "allow_equal_reference" in message
     toy.train_here(tmp_path / "run", phases, **start, allow_equal_reference=True)
-    assert len(read_metrics(tmp_path / "run")) == 2
+    assert len(RunDirectory(tmp_path / "run").metrics()) == 2
     toy.train_here(tmp_path / "third", phases, init_from=str(reference), init_step=3)  # another model of that run
-    assert len(read_metrics(tmp_path / "third")) == 2
+    assert len(RunDirectory(tmp_path / "third").metrics()) == 2
 
 
 def test_a_run_keeps_the_vocabulary_of_its_model(corpus, reference, tmp_path):

@@ -14,7 +14,7 @@ import toy
 
 from slm_jax.checkpoint import restore_params
 from slm_jax.mesh import make_mesh
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.reference import run_vocabulary
 from slm_jax.score.selection import Selection
 from slm_jax.train.average import average
@@ -38,7 +38,7 @@ def assert_equal(found, expected) -> None:
 
 def rows(run_dir: Path) -> list[dict]:
     keep = ("step", "loss", "learning_rate", "tokens_seen", "phase")
-    return [{name: row[name] for name in keep} for row in read_metrics(run_dir) if "loss" in row]
+    return [{name: row[name] for name in keep} for row in RunDirectory(run_dir).metrics() if "loss" in row]
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_the_share_that_is_kept_warms_up(corpus, tmp_path):
             else phase
         )
         toy.train_here(tmp_path / "run", [toy.phase(corpus, steps=1), phase])
-    shares = [row["selected_share"] for row in read_metrics(tmp_path / "run") if "selected_share" in row]
+    shares = [row["selected_share"] for row in RunDirectory(tmp_path / "run").metrics() if "selected_share" in row]
     np.testing.assert_allclose(shares, [0.75, 0.5, 0.25, 0.25], atol=0.01)
 
 

@@ -21,7 +21,7 @@ from slm_jax.data.batches import Batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.mesh import MeshConfig
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.reference import load_model
 from slm_jax.score.selection import Selection
 from slm_jax.score.token_loss import batch_loss, predicted
@@ -64,11 +64,12 @@ def assert_equal(tree, other) -> None:
 
 
 def rows_without_time(run_dir: Path) -> list[dict]:
-    return [{name: x for name, x in row.items() if name != "tokens_per_second"} for row in read_metrics(run_dir)]
+    rows = RunDirectory(run_dir).metrics()
+    return [{name: x for name, x in row.items() if name != "tokens_per_second"} for row in rows]
 
 
 def last_step(run_dir: Path) -> int:
-    return max((row["step"] for row in read_metrics(run_dir)), default=0)
+    return max((row["step"] for row in RunDirectory(run_dir).metrics()), default=0)
 
 
 @pytest.mark.slow
@@ -189,7 +190,7 @@ def test_evaluation_changes_nothing(corpus, tmp_path):
     assert [int(path.stem) for path in traces] == [0, 2, 4, 6]
     tokens = np.load(traces[-1])
     assert tokens.shape == (20, toy.SEQUENCE_LENGTH)
-    evaluated = [row for row in read_metrics(tmp_path / "with") if "held/loss" in row]
+    evaluated = [row for row in RunDirectory(tmp_path / "with").metrics() if "held/loss" in row]
     np.testing.assert_allclose(np.nanmean(tokens), evaluated[-1]["held/loss"], rtol=1e-6)
     assert evaluated[-1]["held/loss"] < evaluated[0]["held/loss"]
 
@@ -208,7 +209,7 @@ def test_two_phases_under_one_schedule(corpus, other, tmp_path):
     the boundary's checkpoint it is the same again."""
     schedule = cosine_schedule(peak=1e-2, warmup=2.0)
     toy.train_here(tmp_path / "run", two_phases(corpus, other), schedule=schedule)
-    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    rows = [row for row in RunDirectory(tmp_path / "run").metrics() if "loss" in row]
     rate = over(schedule, 6)
     np.testing.assert_allclose([row["learning_rate"] for row in rows], [rate(t) for t in range(1, 7)], rtol=1e-6)
     assert [row["phase"] for row in rows] == [0, 0, 0, 1, 1, 1]
@@ -283,7 +284,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_started_anew(corpus, referenc
     for _ in range(2):
         message = toy.refusal(toy.train_here, run, [toy.phase(corpus)], seed=100)
         assert "can be read" in message and "start again" in message
-    assert read_metrics(run) == read_metrics(reference)
+    assert RunDirectory(run).metrics() == RunDirectory(reference).metrics()
 
 
 def test_starting_from_another_run(corpus, reference, tmp_path):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from slm_jax.metrics import MetricsWriter, read_metrics
+from slm_jax.metrics import MetricsWriter
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import Selection
 from slm_jax.train import record as record_lib
 from slm_jax.train.record import Record
@@ -23,6 +24,6 @@ def test_mfu_counts_the_backward_pass_that_is_made(selection, whole_tokens, tmp_
     writer = MetricsWriter(tmp_path, 0)
     Record(writer, ("a",), 0.0, 1, 6.0, 600.0, {}).add(1, 0, selection, SUMS)
     writer.close()
-    (row,) = read_metrics(tmp_path)
+    (row,) = RunDirectory(tmp_path).metrics()
     assert row["mfu"] == pytest.approx(whole_tokens * 6.0 / 4.0 / 600.0)
     assert row["loss"] == 2.0 and row.get("selected_loss", 2.5) == 2.5

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import toy
 
-from slm_jax import checkpoint, config, processes
+from slm_jax import checkpoint, processes
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints
 from slm_jax.data.corpus import Corpus
+from slm_jax.files import to_json
 from slm_jax.mesh import MeshConfig
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.reference import load_model
 from slm_jax.score.selection import Selection
 from slm_jax.train.schedules import constant_schedule, cosine_schedule
@@ -26,7 +27,7 @@ def poisoned(reference: Path, path: Path, token: int) -> str:
     params = load_model(str(reference), mesh_lib.make_mesh(devices=jax.devices()[:1])).params
     params["embed"]["embedding"] = params["embed"]["embedding"].at[token].set(np.nan)
     checkpoints = Checkpoints(path)
-    about = config.to_json(checkpoint.read_about(reference))
+    about = to_json(checkpoint.read_about(reference))
     checkpoints.save(1, {"params": params}, about)
     checkpoints.close()
     return str(path)
@@ -69,7 +70,7 @@ def test_scores_that_are_no_numbers_are_counted_and_limited(corpus_copy, tmp_pat
     add_column(corpus_copy, not_finite=30)
     everything = [toy.phase(corpus_copy, steps=12, selection=Selection(ratio=1.0))]
     toy.train_here(tmp_path / "run", everything, max_nonfinite_scores=0.5)
-    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    rows = [row for row in RunDirectory(tmp_path / "run").metrics() if "loss" in row]
     assert sum(row["nonfinite_scores"] for row in rows) == 30
     assert rows[-1]["tokens_seen"] - rows[-1]["tokens_trained"] == 30
     message = toy.refusal(toy.train_here, tmp_path / "strict", everything, max_nonfinite_scores=0.0)

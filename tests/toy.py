@@ -32,8 +32,8 @@ from slm_jax.data.tokenized_shards import Documents, write_unit
 from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary
 from slm_jax.data.write_corpus import write_rows
 from slm_jax.errors import UserError
-from slm_jax.metrics import read_metrics
 from slm_jax.models.model_config import ModelConfig
+from slm_jax.run_directory import RunDirectory
 from slm_jax.train.loop import train
 from slm_jax.train.phases import Phase
 from slm_jax.train.schedules import constant_schedule
@@ -149,7 +149,7 @@ def train_here(run_dir: Path, phases: Sequence[Phase], **settings: Any) -> dict[
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
     """(step, loss) of every row of a training step."""
-    return [(row["step"], row["loss"]) for row in read_metrics(run_dir) if "loss" in row]
+    return [(row["step"], row["loss"]) for row in RunDirectory(run_dir).metrics() if "loss" in row]
 
 
 def refusal(call: Callable[..., Any], *arguments: Any, **named: Any) -> str:

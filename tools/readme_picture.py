@@ -17,7 +17,7 @@ import numpy as np
 
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.token_text import TokenText
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 
 WIDTH, MARGIN = 900, 24
 CHARACTER, LINE = 8.4, 30  # of the monospaced text, in pixels
@@ -93,7 +93,7 @@ def curves_svg(
     lines = {}
     for arm in ARMS:
         if (folder / arm).is_dir():
-            rows = [row for row in read_metrics(folder / arm) if row.get(metric) is not None]
+            rows = [row for row in RunDirectory(folder / arm).metrics() if row.get(metric) is not None]
             lines[arm] = [(row["step"], row[metric]) for row in rows][1:]  # all start alike
     values = [value for line in lines.values() for _, value in line]
     low, high, last = min(values), max(values), max(step for line in lines.values() for step, _ in line)

@@ -17,6 +17,7 @@ from slm_jax.analyze.runs import Group, Run, group_seeds, read_run, short_names
 from slm_jax.analyze.tables import NOTHING, Cell, Table, kind_of, number
 from slm_jax.errors import UserError
 from slm_jax.evaluate.flops import Flops
+from slm_jax.files import write_text
 
 MAIN_TABLES = 3  # before the figures: what runs were, their losses, what they cost
 
@@ -45,11 +46,11 @@ def analyze_report(runs: Sequence[str] = (), output: str = "report") -> None:
     for table in tables:
         for kind, text in (("md", table.markdown()), ("csv", table.csv())):
             if table.file:
-                config_lib.write_text(Path(output) / "tables" / f"{table.file}.{kind}", text)
+                write_text(Path(output) / "tables" / f"{table.file}.{kind}", text)
     (Path(output) / "figures").mkdir(parents=True, exist_ok=True)
     for figure in drawn:
         (Path(output) / "figures" / f"{figure.file}.png").write_bytes(figure.drawing.png)
-        config_lib.write_text(Path(output) / "figures" / f"{figure.file}.svg", figure.drawing.svg)
+        write_text(Path(output) / "figures" / f"{figure.file}.svg", figure.drawing.svg)
     report = Report(
         title=f"slm_jax: {', '.join(group.name for group in groups)}",
         heading=f"{len(read)} training run{'s' * (len(read) > 1)}",
@@ -59,7 +60,7 @@ def analyze_report(runs: Sequence[str] = (), output: str = "report") -> None:
         figures=[_figure(figure) for figure in drawn],
         facts={group.label: list(_facts(group)) for group in groups},
     )
-    config_lib.write_text(Path(output) / "report.html", report_page(report))
+    write_text(Path(output) / "report.html", report_page(report))
     print(f"report: done; open {output}/report.html")
 
 

@@ -20,6 +20,7 @@ from slm_jax.analyze.page import render
 from slm_jax.analyze.tables import plain
 from slm_jax.analyze.trajectories import CLASSES, HIGH, LOW, NO_CLASS, Lines
 from slm_jax.errors import UserError
+from slm_jax.files import write_json, write_text
 
 COLOURS = ("#d55e00", "#aa4499", "#0072b2", "#009e73")  # of the classes, everywhere
 MARKS = ("hh", "lh", "hl", "ll")  # what the page calls them
@@ -212,7 +213,7 @@ def _write(folder: Path, record: dict[str, Any], tokens: _Tokens, documents: int
     partial.replace(folder / "classes.npy")
     _draw(folder, record)
     _write_text(folder / "text.html", record, tokens, classes, documents)
-    config_lib.write_json(folder / "dynamics.json", record)
+    write_json(folder / "dynamics.json", record)
 
 
 def _draw(folder: Path, record: dict[str, Any]) -> None:
@@ -272,4 +273,4 @@ def _write_text(path: Path, record: dict[str, Any], tokens: _Tokens, classes: np
         ],
         "passages": list(text.passages(rows, rows.table.vocabulary(), chosen, style, PASSAGE_TOKENS)),
     }
-    config_lib.write_text(path, render("dynamics.html.j2", **values))
+    write_text(path, render("dynamics.html.j2", **values))

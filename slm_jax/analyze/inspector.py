@@ -20,6 +20,7 @@ from slm_jax.checkpoint import saved_steps
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
 from slm_jax.evaluate.predictions import predict_rows
+from slm_jax.files import read_json, write_text
 from slm_jax.mesh import MeshConfig
 from slm_jax.score.reference import check_fits, load_model
 from slm_jax.score.selection import COMBINE, CombinedSelection, Selection
@@ -101,7 +102,7 @@ def analyze_inspect(
         measured.setdefault(model, []).append(column)
     shown = _with_selection(measured, block, scores, shown_selection)
     page = inspector_page(Rows.of(table, corpus, wanted, block, shown.reference, shown_selection), shown.models)
-    processes.on_first(lambda: config_lib.write_text(output, page))
+    processes.on_first(lambda: write_text(output, page))
     print(f"inspect: done; open {output} ({len(page) / 1e6:.1f} MB)")
 
 
@@ -118,7 +119,7 @@ def _rows(table: Corpus, first: int, number: int | None, kept: dict[str, dict[in
 def _kept(run: str, name: str, table: Corpus) -> dict[int, np.ndarray]:
     """Step -> [rows, L] of the losses that a run kept of the first rows of this corpus; NaN where none counts."""
     path = Path(run) / "run.json"
-    settings = config_lib.read_json(path)["settings"] if path.exists() else {}
+    settings = read_json(path)["settings"] if path.exists() else {}
     evaluators = {about["name"]: about for about in settings.get("evaluators", ()) if about.get("keep_tokens")}
     if name not in evaluators:
         names = ", ".join(evaluators) or "none"

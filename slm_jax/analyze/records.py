@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slm_jax import config as config_lib
 from slm_jax.errors import UserError
-from slm_jax.metrics import read_metrics
+from slm_jax.files import read_json
+from slm_jax.run_directory import RunDirectory
 
 
 class RunRecord(NamedTuple):
@@ -54,7 +54,7 @@ def read_records(runs: Sequence[str]) -> list[RunRecord]:
     """
     records = []
     for run in runs:
-        rows = read_metrics(run)
+        rows = RunDirectory(run).metrics()
         if not rows:
             raise UserError(f"{run} holds no metrics.jsonl: name the run directory of a train that has begun")
         records.append(RunRecord(Path(run).name, run, read_run(run).get("settings", {}), rows))
@@ -66,7 +66,7 @@ def read_records(runs: Sequence[str]) -> list[RunRecord]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = config_lib.read_json(path)
+        value = read_json(path)
     except ValueError as error:
         raise UserError(f"{path} is damaged (not JSON): restore it, or delete it and make it again") from error
     if not isinstance(value, dict):

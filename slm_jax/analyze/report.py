@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slm_jax import config as config_lib
 from slm_jax.analyze.curves import Line, curve_svg
 from slm_jax.analyze.page import render, script_json, visible
 from slm_jax.analyze.tables import Cell, Table, kind_of, number
+from slm_jax.files import write_text
 
 # Row in the table of runs: (field of the summary, heading, digits, whether the difference to causal is shown).
 COLUMNS = (
@@ -93,7 +93,7 @@ def write_report(
         passages=[_passage(passage) for passage in passages],
         facts={name.capitalize(): list(leaves(summary.get(name) or {})) for name in ("corpus", "reference")},
     )
-    config_lib.write_text(path, report_page(report))
+    write_text(path, report_page(report))
 
 
 def _difference(values: Mapping[str, Any], baseline: Mapping[str, Any], field: str) -> float | None:

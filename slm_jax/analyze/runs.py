@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slm_jax import config as config_lib
 from slm_jax.checkpoint import read_about
 from slm_jax.errors import UserError
 from slm_jax.evaluate.flops import Flops, run_flops
-from slm_jax.metrics import read_metrics
+from slm_jax.files import read_json
+from slm_jax.run_directory import RunDirectory
 
 LAST_SHARE = 10  # training losses are means over the last tenth of the logged steps
 
@@ -77,14 +77,14 @@ def read_run(path: str) -> Run:
     if not file.is_file():
         raise UserError(f"{path} is no train run (no run.json): name directories that `train` has written")
     try:
-        about = config_lib.read_json(file)
+        about = read_json(file)
         settings, identity, starts = about["settings"], about["identity"], about["starts"]
         if "imported" in about:
             raise UserError(f"{path} is an imported model, no train run: name directories that `train` has written")
         planned = sum(phase["steps"] for phase in settings["phases"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}): leave this run out") from error
-    rows = read_metrics(path)
+    rows = RunDirectory(path).metrics()
     summary = _json(Path(path) / "summary.json") or {}
     finished = summary.get("steps", -1) >= planned
     done = planned if finished else max((row["step"] for row in rows), default=0)
@@ -123,7 +123,7 @@ def _evaluated(path: str) -> Iterator[tuple[str, float]]:
 def _json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is none, or one that is damaged."""
     try:
-        value = config_lib.read_json(path)
+        value = read_json(path)
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

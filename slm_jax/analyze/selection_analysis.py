@@ -21,6 +21,7 @@ from slm_jax.analyze.selection_tokens import Choices, of_tokens, read_classes
 from slm_jax.analyze.tables import plain
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
+from slm_jax.files import write_json, write_text
 from slm_jax.score.selection import SCORES, Selection, selection_of
 
 COMPARED = ("excess", "loss", "reference", "random")  # scores
@@ -91,8 +92,8 @@ def analyze_selection(
             record["tokens"] = of_tokens(read, losses, choices, curves, classes, compared, names if references else ())
         found = plain(record)
         figures = draw(folder, found)
-        config_lib.write_text(folder / "summary.md", summary(found, figures))
-        config_lib.write_json(folder / "selection.json", found)
+        write_text(folder / "summary.md", summary(found, figures))
+        write_json(folder / "selection.json", found)
         print(f"analyze selection: {len(records)} runs, {len(figures)} figures; see {folder}/summary.md")
         return found
 

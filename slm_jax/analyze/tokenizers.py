@@ -18,6 +18,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.sources import Source, read_documents
 from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary, load_vocabulary
 from slm_jax.errors import UserError
+from slm_jax.files import write_json, write_text
 from slm_jax.metrics import progress
 
 BYTES = "bytes"  # the vocabulary that needs no file
@@ -205,7 +206,7 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
     headings = ("text", "vocabulary", *MEASURED)
     rows = [[entry[name] for name in headings] for entry in counts]
     table = tables.of_values(headings, rows)
-    config_lib.write_text(folder / "fertility.csv", table.csv())
+    write_text(folder / "fertility.csv", table.csv())
     parts = ["# Vocabularies on the same text\n", "## Tokens\n", table.markdown()]
     _draw(folder, "fertility", counts, list(record["vocabularies"]), "tokens per byte")
     parts += ["![fertility](fertility.png)\n"]
@@ -215,7 +216,7 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
         names = ("vocabulary", "ids", "run", "step", "loss", "covered")
         rows = [[*(about[name] for name in names), *about["by"].values()] for about in measured]
         table = tables.of_values(headings, rows)
-        config_lib.write_text(folder / "bits_per_byte.csv", table.csv())
+        write_text(folder / "bits_per_byte.csv", table.csv())
         entries = [
             {"text": group, "vocabulary": about["vocabulary"] + f" ({Path(about['run']).name})", "value": value}
             for about in measured
@@ -228,8 +229,8 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
             "Loss per token does not compare between vocabularies, bits per byte does. Not covered are the first "
             "tokens of pieces that continue a document in the next row: no model predicts them.\n"
         ]
-    config_lib.write_text(folder / "summary.md", "\n".join(parts))
-    config_lib.write_json(folder / "tokenizers.json", record)
+    write_text(folder / "summary.md", "\n".join(parts))
+    write_json(folder / "tokenizers.json", record)
 
 
 def _draw(

@@ -16,6 +16,7 @@ from slm_jax.compile.memory import Memory
 from slm_jax.compile.programs import StepProgram, bound_run, score_step, train_steps
 from slm_jax.compile.topology import topology_devices
 from slm_jax.errors import UserError
+from slm_jax.files import write_json
 
 PROGRAMS = ("train", "score")
 ASSUMPTIONS = (
@@ -82,7 +83,7 @@ def compile_ahead(
         "assumptions": ASSUMPTIONS,
         "environment": config_lib.environment(),
     }
-    config_lib.write_json(output, plan)
+    write_json(output, plan)
     for step in plans:
         if not step["fits"]:
             raise UserError(f"{step['name']} {step['verdict']} (the plan is {output})")

@@ -18,6 +18,7 @@ from slm_jax.data.huggingface_vocabulary import TOKENIZER_FILE
 from slm_jax.data.tokenizer_files import tokenizer_files
 from slm_jax.data.vocabularies import MODEL_FILE, Vocabulary
 from slm_jax.errors import UserError
+from slm_jax.files import write_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.models.huggingface import Tensor, tensors, to_theirs
@@ -125,7 +126,7 @@ def _finish(partial: Path, target: Path, settings: dict[str, Any], words: Vocabu
         words.unk_id,
     ):  # torch would not train that row of the embedding
         ids["pad_token_id"] = words.pad_id
-    config_lib.write_json(partial / "config.json", settings | ids)
-    config_lib.write_json(partial / "generation_config.json", ids)
+    write_json(partial / "config.json", settings | ids)
+    write_json(partial / "generation_config.json", ids)
     (partial / LOCK).unlink()
     os.rename(partial, target)

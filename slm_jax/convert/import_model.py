@@ -18,6 +18,7 @@ from slm_jax.checkpoint import save_params
 from slm_jax.data.llama2c_vocabulary import read_tokenizer_bin
 from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
 from slm_jax.errors import UserError
+from slm_jax.files import read_json, to_json, write_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.models.llama2c import Llama2cFile
@@ -121,7 +122,7 @@ def _origin(source: str, weights: Weights, words: Vocabulary, model: ModelConfig
     }
     sizes = {"ids": words.size, "embedded": model.vocab_size, "padded": model.padded_vocab_size}
     imported = {"source": str(Path(source).absolute()), "files": files, "vocabulary": sizes}
-    return config_lib.to_json({"identity": identity, "imported": imported, "settings": {"model": model}, "starts": []})
+    return to_json({"identity": identity, "imported": imported, "settings": {"model": model}, "starts": []})
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -134,13 +135,13 @@ def _begin(target: Path, origin: dict[str, Any], words: Vocabulary) -> bool:
     """Whether the import is done already. If not, everything but the checkpoint is written."""
     path = target / "run.json"
     if any(step.name.isdecimal() for step in (target / "checkpoints").glob("*")):
-        before = config_lib.read_json(path) if path.exists() else {}
+        before = read_json(path) if path.exists() else {}
         if all(before.get(name) == origin[name] for name in ("identity", "imported", "settings")):
             return True
         raise UserError(f"{target} holds another model already: choose another import.target, or delete it")
     shutil.rmtree(target / "vocabulary", ignore_errors=True)  # an import that was killed may have had another
     words.save(target / "vocabulary")
-    config_lib.write_json(path, origin | {"starts": [config_lib.environment()]})
+    write_json(path, origin | {"starts": [config_lib.environment()]})
     return False
 
 
@@ -162,4 +163,4 @@ def _import(target: Path, weights: Weights, model: ModelConfig, words: Vocabular
         bar.unit_scale = True
         params = load_params(weights, model, devices, bar.update)
         bar.total = bar.n
-    save_params(target, 0, params, config_lib.to_json(about))
+    save_params(target, 0, params, to_json(about))

@@ -24,7 +24,6 @@ import gin
 import numpy as np
 from tqdm import tqdm
 
-from slm_jax import config as config_lib
 from slm_jax.data.corpus import MANIFEST, Corpus
 from slm_jax.data.hashing import mix, salt
 from slm_jax.data.metadata import Metadata, most_frequent, with_metadata
@@ -42,6 +41,7 @@ from slm_jax.data.vocabularies import (
 )
 from slm_jax.data.write_corpus import write_rows
 from slm_jax.errors import UserError
+from slm_jax.files import read_json
 from slm_jax.renamed import with_new_keys
 
 
@@ -286,7 +286,7 @@ def _begun(work: pathlib.Path, store: Store, settings: dict[str, Any]) -> Iterat
             raise UserError(f"another `prepare` is writing {store.path}: wait for it, or end it") from error
         path, text = work / "settings.json", json.dumps(settings, indent=2, sort_keys=True)
         if path.exists():
-            changed = _changed(config_lib.read_json(path), settings)
+            changed = _changed(read_json(path), settings)
             if changed:
                 raise UserError(
                     f"{store.path} was half prepared with other settings ({changed}): run with those again, "

@@ -10,9 +10,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm_jax import config as config_lib
 from slm_jax.errors import UserError
-from slm_jax.metrics import progress, read_metrics
+from slm_jax.files import read_json
+from slm_jax.metrics import progress
+from slm_jax.run_directory import RunDirectory
 
 COMMAND = (sys.executable, "-m", "slm_jax")
 
@@ -111,7 +112,7 @@ def _show_progress(jobs: Sequence[Job], finished: threading.Event) -> None:
             last_look = finished.is_set()
             totals = {run: _total_steps(run) for run in training}
             known = [total for total in totals.values() if total]
-            done = {run: max((row["step"] for row in read_metrics(run)), default=0) for run in training}
+            done = {run: max((row["step"] for row in RunDirectory(run).metrics()), default=0) for run in training}
             bar.total = round(sum(known) * len(training) / len(known)) if known else None
             bar.set_postfix_str(", ".join(run.name for run in training if 0 < done[run] < (totals[run] or 1)))
             bar.update(sum(done.values()) - bar.n)
@@ -124,4 +125,4 @@ def _total_steps(run_dir: Path) -> int | None:
     path = run_dir / "run.json"
     if not path.exists():
         return None
-    return sum(phase["steps"] for phase in config_lib.read_json(path)["settings"]["phases"])
+    return sum(phase["steps"] for phase in read_json(path)["settings"]["phases"])

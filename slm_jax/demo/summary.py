@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax import config
 from slm_jax.analyze.report import write_report
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.token_text import TokenText
 from slm_jax.evaluate.flops import run_flops
-from slm_jax.metrics import read_metrics
+from slm_jax.files import write_json
+from slm_jax.run_directory import RunDirectory
 
 PASSAGES = 6
 
 
 def write_summary(here: Path, trained: Sequence[str]) -> dict[str, Any]:
     """Writes `summary.json` and `report.html` into `here` from the runs `trained` in it; returns the summary."""
-    rows = {name: read_metrics(here / name) for name in trained if name != "base"}
+    rows = {name: RunDirectory(here / name).metrics() for name in trained if name != "base"}
     compared = [name for name in rows if name != "reference"]
     curves = {name: _curves(rows[name]) for name in compared}
     summary: dict[str, Any] = {"runs": {name: _run(here / name, rows[name]) for name in compared}}
@@ -44,7 +44,7 @@ def write_summary(here: Path, trained: Sequence[str]) -> dict[str, Any]:
         "sources": list(corpus.source_names),
     }
     summary["reference"] = _run(here / "reference", rows["reference"]) if "reference" in rows else None
-    config.write_json(here / "summary.json", summary)
+    write_json(here / "summary.json", summary)
     passages = _passages(here / "selective", corpus) if "selective" in compared else []
     write_report(here / "report.html", summary, curves, passages)
     return summary

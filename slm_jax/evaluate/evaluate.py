@@ -21,6 +21,7 @@ from slm_jax.evaluate.request_cache import RequestCache
 from slm_jax.evaluate.samples import Samples
 from slm_jax.evaluate.task_table import table
 from slm_jax.evaluate.tasks import RECORD, columns_of, prefixes, run_tasks
+from slm_jax.files import write_json, write_json_lines
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.score.reference import TrainedModel, load_model, run_vocabulary
@@ -94,7 +95,7 @@ def evaluate(
         **run_tasks(answers, zoo, columns, behind_bos, harness, folder),
         "environment": config_lib.environment(("lm_eval", "datasets")),
     }
-    processes.on_first(lambda: config_lib.write_json(folder / RECORD, record))
+    processes.on_first(lambda: write_json(folder / RECORD, record))
     print(f"{table(record)}\nevaluate: done, {folder / RECORD}")
     return record
 
@@ -124,9 +125,9 @@ def _run_evaluators(
     }
 
     def write() -> None:
-        config_lib.write_json(output, record)
+        write_json(output, record)
         for name, rows in texts.items():
-            config_lib.write_json_lines(f"{output.removesuffix('.json')}.{name.replace('/', '.')}.jsonl", rows)
+            write_json_lines(f"{output.removesuffix('.json')}.{name.replace('/', '.')}.jsonl", rows)
 
     processes.on_first(write)
     for name, value in results.items():

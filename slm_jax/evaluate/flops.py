@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slm_jax import config as config_lib
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
+from slm_jax.files import read_json
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.selection import looks_ahead, selection_of
 
@@ -107,4 +107,4 @@ def _trained(about: Mapping[str, Any]) -> float | None:
 def _settings(about: Mapping[str, Any]) -> dict[str, Any] | None:
     """The settings of the train run that a reference comes from, where its directory still lies there."""
     path = Path(about.get("run") or "") / "run.json"
-    return config_lib.read_json(path)["settings"] if path.is_file() else None
+    return read_json(path)["settings"] if path.is_file() else None

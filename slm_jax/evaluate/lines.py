@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from slm_jax import processes
-from slm_jax.config import to_json, write_json
 from slm_jax.errors import UserError
+from slm_jax.files import to_json, write_json
 
 
 @contextlib.contextmanager

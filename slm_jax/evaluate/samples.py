@@ -7,7 +7,6 @@ from typing import Any
 import gin
 from jax.sharding import Mesh
 
-from slm_jax import config as config_lib
 from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.continuation import Continuation
@@ -15,6 +14,7 @@ from slm_jax.evaluate.generation import Generator
 from slm_jax.evaluate.perplexity import Measure
 from slm_jax.evaluate.repetition import distinct_ngrams, longest_loop
 from slm_jax.evaluate.sampling import Sampling
+from slm_jax.files import to_json
 from slm_jax.metrics import mean
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
@@ -75,7 +75,7 @@ class Samples:
         return {
             "prompts": len(self.prompts),
             "first_ids": first[:8],
-            "sampling": config_lib.to_json(self.sampling or Sampling()),
+            "sampling": to_json(self.sampling or Sampling()),
         }
 
     def _vocabulary(self, vocabulary_hash: str) -> Vocabulary:

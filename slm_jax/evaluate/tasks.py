@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax import config as config_lib
 from slm_jax import processes
 from slm_jax.errors import UserError
 from slm_jax.evaluate.harness import Harness, Zoo, outermost, scored
@@ -19,6 +18,7 @@ from slm_jax.evaluate.lm_adapter import Answers
 from slm_jax.evaluate.multiple_choice import Scored, measures
 from slm_jax.evaluate.suites import HOSTS, SUITES, UNCONDITIONAL, Column, Form, host_prefix
 from slm_jax.evaluate.task_table import averages
+from slm_jax.files import write_json, write_json_lines
 
 CONDITIONS = ("none", "given", "right", "wrong", "unrelated")
 RECORD = "record.json"
@@ -203,8 +203,8 @@ def unconditional(asked: Mapping[Any, Scored], alone: Mapping[Any, Scored]) -> d
 def _write(folder: Path, name: str, results: dict[str, Any]) -> None:
     """lm_eval's results as it writes them itself: one file of numbers, one of questions and answers."""
     samples = [sample | {"task": task} for task, each in results["samples"].items() for sample in each]
-    config_lib.write_json_lines(folder / f"{name}.samples.jsonl", samples)
-    config_lib.write_json(folder / f"{name}.json", {key: value for key, value in results.items() if key != "samples"})
+    write_json_lines(folder / f"{name}.samples.jsonl", samples)
+    write_json(folder / f"{name}.json", {key: value for key, value in results.items() if key != "samples"})
 
 
 def best_form(forms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from slm_jax.config import write_json
 from slm_jax.errors import UserError
+from slm_jax.files import write_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -11,6 +11,7 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints, read_about, restore_items, restore_params, saved_steps
 from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.errors import UserError
+from slm_jax.files import read_json, to_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.models.forward import Params, param_shapes
 from slm_jax.models.model_config import ModelConfig
@@ -51,7 +52,7 @@ def average(
             raise UserError(f"{output} holds checkpoints already: choose another average.output")
         what = "moving average" if moving else f"mean of steps {', '.join(map(str, steps))}"
         about |= {"average": what, "run": run}
-        checkpoints.save(steps[-1], {"params": params}, config_lib.to_json(about))
+        checkpoints.save(steps[-1], {"params": params}, to_json(about))
     if (Path(run) / "vocabulary").is_dir():  # runs of earlier versions keep none
         load_vocabulary(Path(run) / "vocabulary").save(Path(output) / "vocabulary")
     print(f"average: {what} of {run} -> {output}")
@@ -67,7 +68,7 @@ def _mean(run: str, shapes: Params, steps: Sequence[int]) -> Params:
 
 
 def _moving(run: str, shapes: Params, step: int) -> Params:
-    settings = config_lib.read_json(Path(run) / "run.json")["settings"]
+    settings = read_json(Path(run) / "run.json")["settings"]
     if not settings["optimizer"].get("ema"):
         raise UserError(f"{run} kept no moving average: train with OptimizerConfig.ema, or average its checkpoints")
     return restore_items(run, {"average": shapes}, step)["average"]

@@ -18,6 +18,7 @@ from slm_jax.checkpoint import Checkpoints
 from slm_jax.chips import chip_of
 from slm_jax.data.batches import read_ahead
 from slm_jax.errors import UserError
+from slm_jax.files import to_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import MetricsWriter, progress
 from slm_jax.models.model_config import ModelConfig, model_config
@@ -140,7 +141,7 @@ def train(
             rundir.write_evaluation(run_dir, writer, int(state.step), (run(state.params) for run in measures))
 
         def save(state: TrainState) -> None:
-            full_about = config_lib.to_json(about | {"counters": record.counters()})
+            full_about = to_json(about | {"counters": record.counters()})
             checkpoints.save(int(state.step), state.items(), full_about)
 
         pauses = _pauses(plan, {evaluate: evaluate_every, save: checkpoint_every})

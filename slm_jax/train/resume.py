@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax import config as config_lib
 from slm_jax import processes
 from slm_jax.checkpoint import read_about
 from slm_jax.errors import UserError
-from slm_jax.metrics import read_metrics
+from slm_jax.files import read_json, to_json
 from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig
+from slm_jax.run_directory import RunDirectory
 from slm_jax.train.plan import Plan
 
 
@@ -38,7 +38,7 @@ def first_choice(run_dir: str, init_from: str | None, step: int | None) -> int |
         if init_from is None or step is not None:
             return step
         path = Path(run_dir) / "run.json"
-        known = config_lib.read_json(path)["identity"] if path.exists() else {}
+        known = read_json(path)["identity"] if path.exists() else {}
         if known.get("init_from") == init_from and known.get("init_step") is not None:
             return known["init_step"]
         return int(read_about(init_from)["step"])
@@ -63,7 +63,7 @@ def refuse_another(was: dict[str, Any], now: dict[str, Any], run_dir: str, remed
     Raises:
       UserError: another model, seed, vocabulary, or a corpus or reference that changed; names the first difference.
     """
-    model = config_lib.to_json(ModelConfig.from_json(was["model"]))  # with today's fields, where it is an older run
+    model = to_json(ModelConfig.from_json(was["model"]))  # with today's fields, where it is an older run
     for name, value in now["model"].items():
         if model[name] != value:
             raise UserError(
@@ -130,12 +130,12 @@ def branched_from(run_dir: str, step: int, model: ModelConfig, plan: Plan, seed:
     path = Path(run_dir) / "run.json"
     if not path.exists():
         raise UserError(f"{run_dir} has no run.json, so it is not known what it read: take train.init_mode = 'params'")
-    old = config_lib.read_json(path)
+    old = read_json(path)
     if "phases" not in old["settings"]:
         raise UserError(f"{run_dir} was imported and has parameters only: take train.init_mode = 'params'")
     remedy = "give this one the same up to there, or take train.init_mode = 'params'"
-    refuse_another(old["identity"], config_lib.to_json(identity(model, plan, seed)), run_dir, remedy)
-    refuse_other_rows(old["settings"]["phases"], config_lib.to_json(plan.phases), step, run_dir, remedy)
+    refuse_another(old["identity"], to_json(identity(model, plan, seed)), run_dir, remedy)
+    refuse_other_rows(old["settings"]["phases"], to_json(plan.phases), step, run_dir, remedy)
     if difference := other_rate(run_dir, step, plan):
         raise UserError(
             f"{difference}, which the branch would go on from: repeat train.schedule, with lengths in steps where they "
@@ -149,7 +149,8 @@ def other_rate(run_dir: str, step: int, plan: Plan) -> str:
     if it does not."""
     if not plan.goes_on_from_rate(step):
         return ""
-    had = [row["learning_rate"] for row in read_metrics(run_dir) if row["step"] == step and "learning_rate" in row]
+    rows = [row for row in RunDirectory(run_dir).metrics() if row["step"] == step]
+    had = [row["learning_rate"] for row in rows if "learning_rate" in row]
     now = float(np.asarray(plan.learning_rate(step)))
     if not had or abs(had[-1] - now) <= 1e-4 * max(had[-1], now):
         return ""

@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 from slm_jax import config as config_lib
 from slm_jax import processes
 from slm_jax.errors import UserError
-from slm_jax.metrics import MetricsWriter, read_metrics
+from slm_jax.files import read_json, to_json, write_json, write_json_lines
+from slm_jax.metrics import MetricsWriter
 from slm_jax.models.model_config import ModelConfig
+from slm_jax.run_directory import RunDirectory
 from slm_jax.train import plan_summary, resume
 from slm_jax.train.plan import Plan
 from slm_jax.train.record import Record
@@ -46,10 +48,10 @@ def _claim(
     path = Path(run_dir) / "run.json"
     identity = resume.identity(model, plan, start.seed)
     identity |= {"init_from": start.init_from, "init_step": start.step, "whole_state": start.whole_state}
-    new = config_lib.to_json({"identity": identity, "settings": settings | {"model": model}, "starts": []})
+    new = to_json({"identity": identity, "settings": settings | {"model": model}, "starts": []})
     # A start that was refused before its first checkpoint is no run yet.
     if path.exists() and (done := _last_checkpoint(path.parent)) is not None:
-        old = config_lib.read_json(path)
+        old = read_json(path)
         remedy = "choose another train.run_dir"
         resume.refuse_another(old["identity"], new["identity"], run_dir, remedy)
         resume.refuse_other_rows(old["settings"]["phases"], new["settings"]["phases"], done, run_dir, remedy)
@@ -77,7 +79,7 @@ def _claim(
         "num_processes": processes.count(),
     }
     new["starts"].append(config_lib.environment() | machine)
-    config_lib.write_json(path, new)
+    write_json(path, new)
     (path.parent / "config.gin").write_text(gin.operative_config_str())
     plan.corpus.vocabulary().save(path.parent / "vocabulary")
     return None
@@ -140,7 +142,7 @@ def write_evaluation(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 np.save(path, value)
             elif isinstance(value, list):
-                config_lib.write_json_lines(Path(run_dir) / "samples" / name.split("/")[0] / f"{step}.jsonl", value)
+                write_json_lines(Path(run_dir) / "samples" / name.split("/")[0] / f"{step}.jsonl", value)
             else:
                 row[name] = value
     if row:
@@ -153,14 +155,14 @@ def finish(run_dir: str, model: ModelConfig, plan: Plan, record: Record) -> dict
 
 
 def _finish(run_dir: str, model: ModelConfig, plan: Plan, record: Record) -> dict[str, Any]:
-    last = {name: value for row in read_metrics(run_dir) for name, value in row.items() if value is not None}
+    last = {name: value for row in RunDirectory(run_dir).metrics() for name, value in row.items() if value is not None}
     summary = {
         "steps": plan.total_steps,
         "parameters": model.parameter_count(),
         **record.counters(),
         "last": last,
     }
-    config_lib.write_json(Path(run_dir) / "summary.json", summary)
+    write_json(Path(run_dir) / "summary.json", summary)
     print(
         f"train: done, {plan.total_steps} steps, loss {last.get('loss', float('nan')):.4f}; see {run_dir}/summary.json"
     )

@@ -31,6 +31,7 @@ from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.tool_use import STOP as TOOL_STOP
 from slm_jax.evaluate.math.tool_use import attempts_with_tools, tool_prompt
 from slm_jax.evaluate.sampling import Sampling
+from slm_jax.files import to_json, write_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.score.reference import load_model, run_vocabulary
@@ -234,11 +235,11 @@ def _write_summary(path: Path, about: dict[str, Any], record: dict[str, Any]) ->
     """With the sets that other commands have asked the same model with the same settings."""
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        if {**before, **config_lib.to_json(about)} == before:
+        if {**before, **to_json(about)} == before:
             record = {**record, **{part: {**before[part], **record[part]} for part in ("files", "results")}}
         else:
             move_aside(str(path).removesuffix(".json"), ".json")
-    config_lib.write_json(path, record)
+    write_json(path, record)
 
 
 def _hash(texts: Sequence[Question] | Sequence[Example]) -> str:

@@ -19,8 +19,7 @@ import torch_step
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.vocabularies import ByteVocabulary
-from slm_jax.evaluate.generation import Generator
-from slm_jax.evaluate.sampling import Sampling
+from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.models import forward
 from slm_jax.models.model_config import ModelConfig, model_config
 

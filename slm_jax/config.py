@@ -124,7 +124,7 @@ def as_list(value: Any, kind: type, name: str) -> list[Any]:
       UserError: something else than a sequence of `kind`; most often one `@Phase()` without its brackets.
     """
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, kind) for item in value):
-        raise UserError(f"{name} takes a list: [@{kind.__name__}()]; it was given {value!r}")
+        raise UserError("setting-not-a-list", f"{name} takes a list: [@{kind.__name__}()]; it was given {value!r}")
     return list(value)
 
 
@@ -132,7 +132,7 @@ def at_least(minimum: int, **settings: int) -> None:
     """Refuses whole-number settings that are something else or below `minimum`."""
     for name, value in settings.items():
         if not isinstance(value, int) or value < minimum:
-            raise UserError(f"{name} is {value!r}: it takes a whole number from {minimum} on")
+            raise UserError("setting-out-of-range", f"{name} is {value!r}: it takes a whole number from {minimum} on")
 
 
 def print_unused() -> None:

@@ -68,10 +68,8 @@ def test_a_file_of_prompts_becomes_a_file_of_continuations(reference, prompts, e
     assert about["prefix"] == {"text": "URL: a\n\n", "ids": IDS("URL: a\n\n")}
     assert about["prompts"]["number"] == 5 and about["prompts"]["file"] == prompts
     printed = capsys.readouterr().out
-    assert (
-        f"up to 12 tokens behind each of 5 prompts (9 to 22 tokens, BOS and prefix among them) -> {output}" in printed
-    )
-    assert "a second), wrote" in printed and f"see {output}" in printed
+    assert f"up to 12 tokens after each of 5 prompts (9 to 22 tokens, including BOS and prefix) -> {output}" in printed
+    assert "per second), wrote" in printed and f"see {output}" in printed
     assert sorted(path.name for path in output.parent.iterdir()) == ["out.about.json", "out.jsonl", "out.jsonl.lock"]
 
 
@@ -81,9 +79,9 @@ def test_a_prompt_is_continued_on_the_terminal(reference, expected, tmp_path, ca
         printed = capsys.readouterr().out
         assert (
             "generate: step 6" in printed
-            and "up to 12 tokens behind 17 [1, 88, 85, 79, 61, 35, 100, 13, ...]" in printed
+            and "up to 12 tokens after 17 [1, 88, 85, 79, 61, 35, 100, 13, ...]" in printed
         )
-        assert "\n\n" + stage.shown("URL: a\n\n" + TEXTS[0] + expected[0].text) + "\n\ngenerate: " in printed
+        assert "\n\n" + stage.printable("URL: a\n\n" + TEXTS[0] + expected[0].text) + "\n\ngenerate: " in printed
         assert f"after {len(expected[0].tokens)} tokens; read 17 tokens in " in printed and "compiled in" in printed
     [line] = read(tmp_path / "out.jsonl")
     assert line["text"] == expected[0].text and line["prompt"] == TEXTS[0] and line["place"] == 0
@@ -96,7 +94,7 @@ def test_a_model_begins_by_itself(reference, capsys, tmp_path):
     assert [line["prompt"] for line in lines] == ["", "", ""] and [line["first_ids"] for line in lines] == [[1]] * 3
     assert len({line["text"] for line in lines}) == 3
     printed = capsys.readouterr()
-    assert all(stage.shown(line["text"]) in printed.out + printed.err for line in lines)
+    assert all(stage.printable(line["text"]) in printed.out + printed.err for line in lines)
 
 
 class Killed(BaseException):
@@ -135,41 +133,38 @@ def test_killed_in_the_middle_it_makes_what_is_missing(reference, prompts, tmp_p
     assert (tmp_path / "out.before1.jsonl").read_text() == whole.read_text()
 
 
-def test_what_cannot_be_is_one_line(reference, prompts, tmp_path):
-    def message(run=reference, **settings):
-        return toy.refusal(generate_here, run, **settings)
+def test_what_cannot_be_is_refused(reference, prompts, tmp_path):
+    def text(code, **settings):
+        return toy.refused(code, generate_here, reference, **settings)
 
-    assert (
-        message(prompt="a", prompts=prompts) == "generate.prompt and generate.prompts exclude each other: leave one out"
-    )
-    assert "generate.prompts: no such file: nowhere.jsonl" in message(prompts="nowhere.jsonl")
+    exclusive = text("settings-exclusive", prompt="a", prompts=prompts)
+    assert "generate.prompt and generate.prompts" in exclusive
+    assert "nowhere.jsonl" in toy.refusal(generate_here, reference, prompts="nowhere.jsonl")
     greedy = Sampling(max_new_tokens=12)
-    assert "generate.num_samples 2: at temperature 0 all would be the same" in message(num_samples=2, sampling=greedy)
-    assert "generate.num_samples is 0" in message(num_samples=0)
-    assert "has a backslash and an n where a line should end" in message(prefix="URL: a.org\\n\\n")
-    assert "--prefix=$'URL: en.wikipedia.org\\n\\n'" in message(prefix="URL: a.org\\n\\n")
-    long = message(prompt="x" * 60)
-    assert "prompt 1 of 1 has 61 tokens, with 12 new ones 73; the model reads 64 (model.max_length)" in long
-    assert "no checkpoint of step 4" in message(step=4)
-    assert "out.txt would hold one JSON object a line: give it the ending .jsonl" in message(
-        prompts=prompts, output=str(tmp_path / "out.txt")
-    )
+    assert "generate.num_samples = 2" in text("sampling-greedy", num_samples=2, sampling=greedy)
+    assert "generate.num_samples is 0" in text("setting-out-of-range", num_samples=0)
+    newline = text("prefix-escaped-newline", prefix="URL: a.org\\n\\n")
+    assert "generate.prefix" in newline and "--prefix=$'URL: en.wikipedia.org\\n\\n'" in newline
+    long = text("prompt-too-long", prompt="x" * 60)
+    assert "prompt 1 of 1 has 61 tokens, with 12 new ones 73; the model reads 64" in long
+    assert "no checkpoint of step 4" in toy.refusal(generate_here, reference, step=4)
+    assert "out.txt" in toy.refusal(generate_here, reference, prompts=prompts, output=str(tmp_path / "out.txt"))
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"text": "mine"}\n')
-    assert "mine.jsonl is a file of another kind" in message(prompts=str(mine), output=str(mine))
+    assert "mine.jsonl" in toy.refusal(generate_here, reference, prompts=str(mine), output=str(mine))
     assert mine.read_text() == '{"text": "mine"}\n'
-    for content, line in {
-        '{"question": "a"}': "mine.jsonl:1 has no text in prompt or text, but ['question']",
-        '{"text": 3}': "mine.jsonl:1 has no text in prompt or text",
-        '{"text": "a"}\n{"text"': "mine.jsonl:2 is not JSON",
-        "\n": "mine.jsonl holds no prompt",
-    }.items():
+    for content, code, named in (
+        ('{"question": "a"}', "record-invalid", "mine.jsonl:1 has no text in prompt or text, only ['question']"),
+        ('{"text": 3}', "record-invalid", "mine.jsonl:1"),
+        ('{"text": "a"}\n{"text"', "record-invalid", "mine.jsonl:2"),
+        ("\n", "no-records", "mine.jsonl"),
+    ):
         mine.write_text(content)
-        assert line in message(prompts=str(mine))
+        assert named in text(code, prompts=str(mine))
 
 
 def test_a_terminal_is_not_commanded():
-    assert stage.shown("a\x1b[2Jb\r\x9bé\n\t😀") == "a\\x1b[2Jb\\r\\x9bé\n\t😀"
+    assert stage.printable("a\x1b[2Jb\r\x9bé\n\t😀") == "a\\x1b[2Jb\\r\\x9bé\n\t😀"
 
 
 def test_as_a_command(reference, tmp_path, shell):
@@ -179,4 +174,4 @@ def test_as_a_command(reference, tmp_path, shell):
     assert code == 0, errors
     assert "URL: a\n\nit's 'the'" in output and "cut by the limit after 5 tokens" in output
     code, _, errors = shell(*arguments, "--gin.Sampling.temperature=-1", folder=tmp_path)
-    assert code == 1 and "slm-jax generate: error: Sampling.temperature -1: take 0" in errors
+    assert code == 1 and "slm-jax generate: error: Sampling.temperature is -1" in errors

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_models_families import FAMILIES
-from toy import refusal
+from toy import refusal, refused
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.vocabularies import ByteVocabulary
-from slm_jax.evaluate import decoding
-from slm_jax.evaluate.generation import Generator
-from slm_jax.evaluate.sampling import Sampling
+from slm_jax.evaluate.generation import Generator, Sampling, decode_steps
 from slm_jax.mesh import MeshConfig
 from slm_jax.models import forward
 
@@ -109,7 +107,7 @@ def test_a_mesh_with_all_axes_continues_as_one_device_and_the_cache_stays_where_
     several = generator(batch_size=8, devices=8, axes=MeshConfig(data=2, fsdp=2, model=2))
     for sampling, whole in expected.items():
         assert several.continue_ids(PROMPTS, sampling) == whole
-    programs = [program.as_text() for key, program in several._programs.items() if key[0] is decoding.advance]
+    programs = [program.as_text() for key, program in several._programs.items() if key[0] is decode_steps]
     assert len(programs) == 2
     for text in programs:
         sent = re.findall(r"= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text)
@@ -119,7 +117,7 @@ def test_a_mesh_with_all_axes_continues_as_one_device_and_the_cache_stays_where_
 
 def test_a_token_is_written_in_place(alone, expected):
     """A copy of the cache for each token, or even for each layer, would cost more than all the rest."""
-    programs = [program.as_text() for key, program in alone._programs.items() if key[0] is decoding.advance]
+    programs = [program.as_text() for key, program in alone._programs.items() if key[0] is decode_steps]
     programs = [text for text in programs if "f32[2,4,2," in text]  # other tests may have made some for fewer rows
     assert programs
     for text in programs:  # layers, rows, heads, slots, and features
@@ -197,16 +195,15 @@ def test_texts_stand_behind_bos_and_prefix(alone, expected):
 
 
 def test_prompts_that_cannot_be_continued_are_refused(alone):
-    def message(*prompts, sampling=GREEDY):
-        return refusal(alone.continue_ids, prompts, sampling)
+    def text(code, *prompts):
+        return refused(code, alone.continue_ids, prompts, GREEDY)
 
-    assert message([1], [5] * 45) == (
-        "prompt 2 of 2 has 45 tokens, with 20 new ones 65; the model reads 64 (model.max_length): set "
-        "Sampling.max_new_tokens = 19 or less, or shorten it"
-    )
-    assert message([5] * 64).endswith("the model reads 64 (model.max_length): shorten it")
-    assert message([]) == "prompt 1 of 1 has no token: begin it with BOS"
-    assert "prompt 1 of 1 has the id 62, the model embeds 0 to 61" in message([62])
-    assert "has the id -1" in message([1, -1])
+    long = text("prompt-too-long", [1], [5] * 45)
+    assert "prompt 2 of 2 has 45 tokens" in long and "reads 64" in long and "Sampling.max_new_tokens = 19" in long
+    assert "Sampling.max_new_tokens" not in text("prompt-too-long", [5] * 64)
+    assert "prompt 1 of 1" in text("prompt-empty", [])
+    unknown = text("prompt-unknown-id", [62])
+    assert "prompt 1 of 1" in unknown and "62" in unknown and "0 to 61" in unknown
+    assert "-1" in text("prompt-unknown-id", [1, -1])
     assert alone.continue_ids([], GREEDY) == []
     assert "a batch of 3 rows does not split into 8 shards" in refusal(generator, batch_size=3, devices=8)

@@ -18,11 +18,11 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints
 from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.evaluate.evaluate import evaluate
+from slm_jax.evaluate.generation import Sampling
 from slm_jax.evaluate.harness import Harness
 from slm_jax.evaluate.likelihood import Likelihoods
 from slm_jax.evaluate.lm_adapter import Answers, rolling_windows
 from slm_jax.evaluate.request_cache import RequestCache
-from slm_jax.evaluate.sampling import Sampling
 from slm_jax.evaluate.suites import SUITES, UNCONDITIONAL, Column, Form, Suite
 from slm_jax.evaluate.task_table import table
 from slm_jax.files import to_json

@@ -13,8 +13,7 @@ import pytest
 import toy
 
 from slm_jax.errors import UserError
-from slm_jax.evaluate.continuation import Continuation
-from slm_jax.evaluate.generation import Generator
+from slm_jax.evaluate.generation import Continuation, Generator, Sampling
 from slm_jax.evaluate.math import evaluate_math as stage
 from slm_jax.evaluate.math import sandbox as sandbox_lib
 from slm_jax.evaluate.math.chain_of_thought import Judge
@@ -25,7 +24,6 @@ from slm_jax.evaluate.math.questions import Question
 from slm_jax.evaluate.math.results import wilson
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.symbolic import Symbolic
-from slm_jax.evaluate.sampling import Sampling
 
 # Ten sums; the scripted model below knows the first six.
 SUMS = [{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in range(10)]

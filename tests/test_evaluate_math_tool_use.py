@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from slm_jax.evaluate.continuation import Continuation
+from slm_jax.evaluate.generation import Continuation, Sampling
 from slm_jax.evaluate.math import sandbox as sandbox_lib
 from slm_jax.evaluate.math.answers import extract
 from slm_jax.evaluate.math.chain_of_thought import Attempt
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.tool_use import RESULT_CHARACTERS, STOP, attempts_with_tools, program, tool_prompt
-from slm_jax.evaluate.sampling import Sampling
 
 FIRST = "Let us count.\n```python\nprint(6 * 7)\n```\n"
 

@@ -16,10 +16,10 @@ import toy
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
 from slm_jax.evaluate.evaluate import evaluate
+from slm_jax.evaluate.generation import Sampling
 from slm_jax.evaluate.likelihood import Likelihood, Likelihoods, Pair, encode_pair, head_ids, widths
 from slm_jax.evaluate.multiple_choice import Estimate, MultipleChoice, Scored, estimate, measures, read_questions
 from slm_jax.evaluate.samples import Samples
-from slm_jax.evaluate.sampling import Sampling
 from slm_jax.mesh import MeshConfig
 from slm_jax.models import forward
 from slm_jax.run_directory import RunDirectory
@@ -167,7 +167,7 @@ def test_mistakes(questions, corpus, tmp_path):
     assert "the model was trained with" in message(vocabulary=str(tmp_path / "other"))
     (tmp_path / "none.jsonl").write_text("\n")
     assert "holds no question" in message(questions=str(tmp_path / "none.jsonl"))
-    assert "takes a list of texts" in toy.refusal(Samples, "s", "v", prompts="hens")
+    assert "'hens'" in toy.refused("setting-not-a-list", Samples, "s", "v", prompts="hens")
 
 
 def test_in_the_loop_they_change_nothing_and_are_what_the_stage_measures(corpus, questions, tmp_path):

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import refusal
+from toy import refused
 
 from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
-from slm_jax.evaluate.continuation import Writing
-from slm_jax.evaluate.sampling import Sampling, choose, row_keys
+from slm_jax.evaluate.generation import GrowingText, Sampling, row_keys, sample_tokens
 
 COUNT = 4000
 LOGITS = jnp.log(jnp.array([0.4, 0.05, 0.3, 0.05, 0.2]))
@@ -21,7 +20,7 @@ def frequencies(temperature=1.0, top_k=None, top_p=None):
     """Of each token in many draws from LOGITS."""
     keys = row_keys(jnp.uint32(5), jnp.arange(COUNT), jnp.int32(0))
     nucleus = None if top_p is None else jnp.float32(top_p)
-    drawn = choose(jnp.tile(LOGITS, (COUNT, 1)), keys, jnp.float32(temperature), top_k, nucleus)
+    drawn = sample_tokens(jnp.tile(LOGITS, (COUNT, 1)), keys, jnp.float32(temperature), top_k, nucleus)
     return np.bincount(np.asarray(drawn), minlength=5) / COUNT
 
 
@@ -55,7 +54,7 @@ def test_of_equally_likely_tokens_the_first_is_the_most_likely():
     keys = row_keys(jnp.uint32(0), jnp.zeros(1, jnp.int32), jnp.int32(0))
     for temperature, top_k, top_p in ((None, None, None), (1.0, 1, None), (1.0, None, 1e-6)):
         given = [None if x is None else jnp.float32(x) for x in (temperature, top_p)]
-        assert choose(logits, keys, given[0], top_k, given[1]).tolist() == [1]
+        assert sample_tokens(logits, keys, given[0], top_k, given[1]).tolist() == [1]
 
 
 def test_keys_differ_between_seeds_places_and_tokens_and_not_with_the_batch():
@@ -68,31 +67,33 @@ def test_keys_differ_between_seeds_places_and_tokens_and_not_with_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("given", "line"),
+    ("given", "code"),
     [
-        ({"max_new_tokens": 0}, "Sampling.max_new_tokens is 0: it takes a whole number from 1 on"),
-        ({"temperature": -1}, "Sampling.temperature -1: take 0 (the most likely token) or a number above"),
-        ({"temperature": float("nan")}, "Sampling.temperature nan: take 0"),
-        ({"temperature": 1.0, "top_k": 0}, "Sampling.top_k is 0: it takes a whole number from 1 on"),
-        ({"temperature": 1.0, "top_p": 1.5}, "Sampling.top_p 1.5 is outside (0, 1]"),
-        ({"top_p": 0.9}, "Sampling.top_p 0.9 means nothing at temperature 0"),
-        ({"top_k": 5}, "Sampling.top_k 5 means nothing at temperature 0"),
-        ({"stop": "end"}, "Sampling.stop takes a list of texts, none of them empty; it was given 'end'"),
-        ({"stop": [""]}, "Sampling.stop takes a list of texts, none of them empty"),
-        ({"seed": -1}, "Sampling.seed is -1: it takes a whole number from 0 on"),
-        ({"seed": 2**32}, "Sampling.seed 4294967296 is too large"),
+        ({"max_new_tokens": 0}, "setting-out-of-range"),
+        ({"temperature": -1}, "setting-out-of-range"),
+        ({"temperature": float("nan")}, "setting-out-of-range"),
+        ({"top_k": 0, "temperature": 1.0}, "setting-out-of-range"),
+        ({"top_p": 1.5, "temperature": 1.0}, "setting-out-of-range"),
+        ({"top_p": 0.9}, "sampling-greedy"),
+        ({"top_k": 5}, "sampling-greedy"),
+        ({"stop": "end"}, "sampling-invalid-stop"),
+        ({"stop": [""]}, "sampling-invalid-stop"),
+        ({"seed": -1}, "setting-out-of-range"),
+        ({"seed": 2**32}, "setting-out-of-range"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(given, line):
-    assert line in refusal(Sampling, **given)
+def test_settings_that_cannot_be_are_refused(given, code):
+    name, value = next(iter(given.items()))
+    text = refused(code, Sampling, **given)
+    assert f"Sampling.{name}" in text and str(value) in text
 
 
 def write(tokens, stop=(), prompt=(1,), at_a_time=1, vocabulary=BYTES):
-    """The continuation, and all that `settled` said on the way."""
-    writing, said = Writing(vocabulary, list(prompt), stop), []
+    """The continuation, and all that `stable_prefix` said on the way."""
+    writing, said = GrowingText(vocabulary, list(prompt), stop), []
     for begin in range(0, len(tokens), at_a_time):
         writing.add(tokens[begin : begin + at_a_time])
-        said.append(writing.settled())
+        said.append(writing.stable_prefix())
     return writing.finish(), said
 
 

@@ -9,9 +9,9 @@ import toy
 
 from slm_jax.data.conversations import TEMPLATES, Turn, written
 from slm_jax.evaluate.evaluate import evaluate
+from slm_jax.evaluate.generation import Sampling
 from slm_jax.evaluate.harness import Harness, Zoo, chat_text, sampling_of, scored
 from slm_jax.evaluate.multiple_choice import Scored
-from slm_jax.evaluate.sampling import Sampling
 from slm_jax.evaluate.suites import HOSTS, MECO_FORMS, SUITES, Column, Form, host_prefix
 from slm_jax.evaluate.task_table import averages, table
 from slm_jax.evaluate.tasks import best_form, columns_of, prefixes, unconditional
@@ -133,7 +133,9 @@ def test_columns_and_conditions():
     assert list(prefixes(columns, "none,given", "Hello ", harness)) == ["none", "given"]
     assert "'best' is unknown: known are none, given" in toy.refusal(prefixes, columns, "best", None, harness)
     assert "belong together" in toy.refusal(prefixes, columns, "none", "Hello", harness)
-    assert "a shell needs --prefix=$'URL: en" in toy.refusal(prefixes, columns, None, r"URL: a.org\n\n", harness)
+    assert "evaluate.prefix" in toy.refused(
+        "prefix-escaped-newline", prefixes, columns, None, r"URL: a.org\n\n", harness
+    )
     assert "belong together" in toy.refusal(prefixes, columns, "given", None, harness)
     line = toy.refusal(prefixes, columns, "right", None, Harness())
     assert "no host is known for task mine: set Harness.hosts = {'mine': 'www.example.org'}" in line

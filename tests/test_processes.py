@@ -20,8 +20,8 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.scores import ScoreColumn
 from slm_jax.evaluate.generate import generate
+from slm_jax.evaluate.generation import Sampling
 from slm_jax.evaluate.perplexity import HeldOut
-from slm_jax.evaluate.sampling import Sampling
 from slm_jax.mesh import MeshConfig
 from slm_jax.run_directory import RunDirectory
 from slm_jax.score.reference import score

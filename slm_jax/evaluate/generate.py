@@ -1,4 +1,4 @@
-"""Stage `generate`: what a model writes behind a prompt, on the terminal or line by line in a file."""
+"""Stage `generate`: continues prompts with a model, on the terminal or line by line in a file."""
 
 import hashlib
 import json
@@ -13,18 +13,17 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax.data import readers
 from slm_jax.errors import UserError
-from slm_jax.evaluate.continuation import Continuation
-from slm_jax.evaluate.generation import Generator, Speed
+from slm_jax.evaluate.generation import Continuation, GenerationStats, Generator, Sampling
 from slm_jax.evaluate.lines import open_lines
-from slm_jax.evaluate.sampling import Sampling
+from slm_jax.evaluate.prefix import refuse_escaped_newline
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.score.reference import load_model, run_vocabulary
 
 FIELDS = ("prompt", "text")  # of a record: the first that it has is the prompt
-FIRST_IDS = 8  # recorded of each prompt: whether BOS and the prefix stand there decides what is written
-ENDINGS = {"eos": "ended by EOS", "stop": "ended by a stop", "length": "cut by the limit"}
-BATCHES = 4  # so many are written to the file together
+FIRST_IDS = 8  # ids of each prompt to record: they show whether BOS and the prefix are there
+ENDINGS = {"eos": "ended by EOS", "stop": "ended by a stop string", "length": "cut by the limit"}
+BATCHES = 4  # batches whose continuations are written to the file together
 
 
 @gin.configurable
@@ -63,15 +62,12 @@ def generate(
     config_lib.at_least(1, **{"generate.num_samples": num_samples})
     if num_samples > 1 and sampling.temperature == 0:
         raise UserError(
-            f"generate.num_samples {num_samples}: at temperature 0 all would be the same: set Sampling.temperature "
-            "above 0"
+            "sampling-greedy",
+            f"generate.num_samples = {num_samples} continuations are all the same at temperature 0: set "
+            "Sampling.temperature above 0",
         )
-    if "\\n" in prefix:
-        raise UserError(
-            f"generate.prefix {prefix!r} has a backslash and an n where a line should end: a shell needs "
-            "--prefix=$'URL: en.wikipedia.org\\n\\n' for it"
-        )
-    texts = [text for text in _texts(prompt, prompts) for _ in range(num_samples)]
+    refuse_escaped_newline("generate.prefix", prefix)
+    texts = [text for text in _read_prompts(prompt, prompts) for _ in range(num_samples)]
     devices = mesh_lib.make_mesh(mesh)
     config_lib.print_unused()
     model = load_model(run, devices, step)
@@ -80,42 +76,97 @@ def generate(
     ids = [generator.encode(text, prefix) for text in texts]
     for number, prompt_ids in enumerate(ids):
         generator.check(prompt_ids, sampling, f"prompt {number + 1} of {len(ids)}")
+    sha256 = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     about = {
         "run": run,
         "step": model.step,
         "fingerprint": model.fingerprint,
         "prefix": {"text": prefix, "ids": generator.encode(prefix)[1:]},
-        "prompts": {"file": prompts, "number": len(texts), "sha256": _hash(texts)},
+        "prompts": {"file": prompts, "number": len(texts), "sha256": sha256},
         "num_samples": num_samples,
         "sampling": sampling,
     }
     if prompts is None and num_samples == 1:
-        _one(generator, texts[0], ids[0], about, output)
+        _to_terminal(generator, texts[0], ids[0], about, output)
     else:
-        _several(generator, texts, ids, about, output or f"{run}/generate/{model.step}.jsonl")
+        _to_file(generator, texts, ids, about, output or f"{run}/generate/{model.step}.jsonl")
 
 
-def _texts(prompt: str | None, prompts: str | None) -> list[str]:
+def _read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
     if prompts is None:
         return [prompt or ""]
     if prompt is not None:
-        raise UserError("generate.prompt and generate.prompts exclude each other: leave one out")
+        raise UserError("settings-exclusive", "generate.prompt and generate.prompts exclude each other: remove one")
     texts = []
     for path in readers.resolve([prompts], "generate.prompts"):
         for record in readers.records(path, FIELDS):
             if record.fields is None:
-                raise UserError(f"{record.place} is {record.problem}: each line holds an object with a prompt")
+                remedy = "write one object with a prompt per line"
+                raise UserError("record-invalid", f"{record.place} is {record.problem}: {remedy}")
             text = next((record.fields[name] for name in FIELDS if name in record.fields), None)
             if not isinstance(text, str):
-                raise UserError(f"{record.place} has no text in {' or '.join(FIELDS)}, but {sorted(record.fields)}")
+                raise UserError(
+                    "record-invalid",
+                    f"{record.place} has no text in {' or '.join(FIELDS)}, only {sorted(record.fields)}: write one "
+                    "object with a prompt per line",
+                )
             texts.append(text)
     if not texts:
-        raise UserError(f"generate.prompts {prompts} holds no prompt: write one JSON object a line")
+        raise UserError("no-records", f"generate.prompts: {prompts} has no prompts: write one JSON object per line")
     return texts
 
 
-def _hash(texts: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+def _to_terminal(
+    generator: Generator, text: str, ids: Sequence[int], about: dict[str, Any], output: str | None
+) -> None:
+    """Streams one continuation; `output` keeps it as well."""
+    first = ", ".join(map(str, ids[:FIRST_IDS])) + (", ..." if len(ids) > FIRST_IDS else "")
+    print(
+        f"generate: step {about['step']} of {about['run']}, up to {about['sampling'].max_new_tokens} tokens after "
+        f"{len(ids)} [{first}]\n"
+    )
+    print(printable(about["prefix"]["text"] + text), end="", flush=True)
+    made = None
+    for piece in generator.stream(ids, about["sampling"]):
+        if isinstance(piece, str):
+            print(printable(piece), end="", flush=True)
+        else:
+            made = piece
+    assert made is not None
+    print(f"\n\ngenerate: {ENDINGS[made.ended]} after {len(made.tokens)} tokens; {_timing(generator.stats)}")
+    if output is not None:
+        with open_lines(output, about, 1) as file:
+            if not file.done:
+                file.append([_line(0, text, ids, about, made)])
+        print(f"generate: see {output}")
+
+
+def _to_file(
+    generator: Generator, texts: Sequence[str], ids: Sequence[Sequence[int]], about: dict[str, Any], output: str
+) -> None:
+    """Writes continuations as JSON lines, a few batches at a time; shows those that came from no file."""
+    total, lengths, sampling = len(ids), list(map(len, ids)), about["sampling"]
+    print(
+        f"generate: step {about['step']} of {about['run']}, up to {sampling.max_new_tokens} tokens after each of "
+        f"{total} prompts ({min(lengths)} to {max(lengths)} tokens, including BOS and prefix) -> {output}"
+    )
+    ended = Counter()
+    with open_lines(output, about, total) as file, progress(total, file.done, "generate", "prompt") as bar:
+        while file.done < total:
+            places = range(file.done, min(file.done + BATCHES * generator.batch_size, total))
+            made = generator.continue_ids([ids[place] for place in places], sampling, first_place=places.start)
+            found = [_line(p, texts[p], ids[p], about, one) for p, one in zip(places, made, strict=True)]
+            file.append(found)
+            ended.update(one.ended for one in made)
+            bar.update(len(found))
+            for line in found if about["prompts"]["file"] is None else ():
+                text = printable(line["prompt"] + line["text"])
+                bar.write(f"\n[{line['place'] + 1}: {ENDINGS[line['ended']]}] {text}")
+    if not ended:
+        print(f"generate: {output} is already complete")
+        return
+    counts = ", ".join(f"{ended[name]} {words}" for name, words in ENDINGS.items() if ended[name])
+    print(f"generate: {counts}; {_timing(generator.stats)}\ngenerate: see {output}")
 
 
 def _line(place: int, text: str, ids: Sequence[int], about: dict[str, Any], made: Continuation) -> dict[str, Any]:
@@ -132,67 +183,14 @@ def _line(place: int, text: str, ids: Sequence[int], about: dict[str, Any], made
     }
 
 
-def _one(generator: Generator, text: str, ids: Sequence[int], about: dict[str, Any], output: str | None) -> None:
-    """Streams to the terminal."""
-    first = ", ".join(map(str, ids[:FIRST_IDS])) + (", ..." if len(ids) > FIRST_IDS else "")
-    print(
-        f"generate: step {about['step']} of {about['run']}, up to {about['sampling'].max_new_tokens} tokens behind "
-        f"{len(ids)} [{first}]\n"
-    )
-    print(shown(about["prefix"]["text"] + text), end="", flush=True)
-    made = None
-    for piece in generator.stream(ids, about["sampling"]):
-        if isinstance(piece, str):
-            print(shown(piece), end="", flush=True)
-        else:
-            made = piece
-    assert made is not None
-    print(f"\n\ngenerate: {ENDINGS[made.ended]} after {len(made.tokens)} tokens; {_measured(generator.speed)}")
-    if output is not None:
-        with open_lines(output, about, 1) as file:
-            if not file.done:
-                file.append([_line(0, text, ids, about, made)])
-        print(f"generate: see {output}")
-
-
-def _several(
-    generator: Generator, texts: Sequence[str], ids: Sequence[Sequence[int]], about: dict[str, Any], output: str
-) -> None:
-    """Writes a file, a few batches at a time."""
-    total, lengths, sampling = len(ids), list(map(len, ids)), about["sampling"]
-    print(
-        f"generate: step {about['step']} of {about['run']}, up to {sampling.max_new_tokens} tokens behind each of "
-        f"{total} prompts ({min(lengths)} to {max(lengths)} tokens, BOS and prefix among them) -> {output}"
-    )
-    ended = Counter()
-    with open_lines(output, about, total) as file, progress(total, file.done, "generate", "prompt") as bar:
-        while file.done < total:
-            places = range(file.done, min(file.done + BATCHES * generator.batch_size, total))
-            made = generator.continue_ids([ids[place] for place in places], sampling, first_place=places.start)
-            found = [_line(p, texts[p], ids[p], about, one) for p, one in zip(places, made, strict=True)]
-            file.append(found)
-            ended.update(one.ended for one in made)
-            bar.update(len(found))
-            if about["prompts"]["file"] is None:
-                for line in found:
-                    bar.write(
-                        f"\n[{line['place'] + 1}: {ENDINGS[line['ended']]}] {shown(line['prompt'] + line['text'])}"
-                    )
-    if not ended:
-        print(f"generate: {output} is complete already")
-        return
-    counts = ", ".join(f"{ended[name]} {words}" for name, words in ENDINGS.items() if ended[name])
-    print(f"generate: {counts}; {_measured(generator.speed)}\ngenerate: see {output}")
-
-
-def _measured(speed: Speed) -> str:
+def _timing(stats: GenerationStats) -> str:
     def rate(tokens: int, seconds: float) -> str:
-        return f"{tokens} tokens in {seconds:.2f} s" + (f" ({tokens / seconds:,.0f} a second)" if tokens else "")
+        return f"{tokens} tokens in {seconds:.2f} s" + (f" ({tokens / seconds:,.0f} per second)" if tokens else "")
 
-    read, made = rate(speed.prompt_tokens, speed.reading), rate(speed.new_tokens, speed.making)
-    return f"read {read}, wrote {made}, compiled in {speed.compiling:.1f} s"
+    read, made = rate(stats.prompt_tokens, stats.prefill_seconds), rate(stats.new_tokens, stats.decode_seconds)
+    return f"read {read}, wrote {made}, compiled in {stats.compile_seconds:.1f} s"
 
 
-def shown(text: str) -> str:
-    """For a terminal: control characters, which could command it, as their names."""
+def printable(text: str) -> str:
+    """Replaces control characters, which could command a terminal, by their escapes."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text)

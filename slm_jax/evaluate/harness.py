@@ -20,9 +20,9 @@ from slm_jax import config as config_lib
 from slm_jax.data import readers
 from slm_jax.data.conversations import TEMPLATES, Template
 from slm_jax.errors import UserError
+from slm_jax.evaluate.generation import Sampling
 from slm_jax.evaluate.lm_adapter import Answers
 from slm_jax.evaluate.multiple_choice import Scored
-from slm_jax.evaluate.sampling import Sampling
 from slm_jax.evaluate.suites import Form
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")

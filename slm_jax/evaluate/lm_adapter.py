@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 
 from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.errors import UserError
-from slm_jax.evaluate.generation import Generator
+from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.evaluate.likelihood import Likelihood, Likelihoods, Pair, encode_pair, head_ids
 from slm_jax.evaluate.request_cache import RequestCache, request_key
-from slm_jax.evaluate.sampling import Sampling
 from slm_jax.files import to_json
 from slm_jax.metrics import progress
 from slm_jax.score.reference import TrainedModel

@@ -178,3 +178,13 @@ def _of_others(shown: Sequence[str | None]) -> list[str | None]:
     for document, donor in zip(order.tolist(), donors.tolist(), strict=True):
         result[document] = shown[donor]
     return result
+
+
+def refuse_escaped_newline(setting: str, prefix: str) -> None:
+    """Refuses a prefix with a literal backslash and n, which a shell passes on where a line break was meant."""
+    if "\\n" in prefix:
+        raise UserError(
+            "prefix-escaped-newline",
+            f"{setting} {prefix!r} has a backslash and an n instead of a line break: in a shell write "
+            "--prefix=$'URL: en.wikipedia.org\\n\\n'",
+        )

@@ -1,19 +1,16 @@
-"""A few continuations as the model is trained, and how much they repeat themselves: an evaluator for the loop."""
+"""Evaluator `Samples`: continuations while a model trains, and how much they repeat themselves."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import gin
 from jax.sharding import Mesh
 
 from slm_jax.data.vocabularies import Vocabulary
 from slm_jax.errors import UserError
-from slm_jax.evaluate.continuation import Continuation
-from slm_jax.evaluate.generation import Generator
+from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.evaluate.perplexity import Measure
-from slm_jax.evaluate.repetition import distinct_ngrams, longest_loop
-from slm_jax.evaluate.sampling import Sampling
 from slm_jax.files import to_json
 from slm_jax.metrics import mean
 from slm_jax.models.forward import Params
@@ -46,21 +43,30 @@ class Samples:
 
     def __post_init__(self) -> None:
         if not self.prompts or isinstance(self.prompts, str):
-            raise UserError(f"Samples {self.name}: prompts takes a list of texts; it was given {self.prompts!r}")
+            raise UserError(
+                "setting-not-a-list", f"Samples {self.name}: prompts is {self.prompts!r}: set a list of texts"
+            )
 
     def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
-        """Opens the vocabulary; the result, called on parameters, yields (name, value)."""
+        """Opens the vocabulary; the returned function of parameters yields (name, value)."""
         vocabulary, sampling = self._vocabulary(vocabulary_hash), self.sampling or Sampling()
-        generator: list[Generator] = []  # made with the first parameters; the others use its programs
+        generator: Generator | None = None  # made with the first parameters; later ones use its compiled programs
 
         def run(params: Params) -> Iterator[tuple[str, Any]]:
-            if generator:
-                generator[0].load(params)
+            nonlocal generator
+            if generator is None:
+                generator = Generator(params, model, vocabulary, mesh, self.batch_size)
             else:
-                generator.append(Generator(params, model, vocabulary, mesh, self.batch_size))
-            texts = generator[0].complete(self.prompts, sampling, self.prefix)
-            generator[0].unload()
-            rows = [self._row(*each, vocabulary) for each in zip(self.prompts, texts, strict=True)]
+                generator.load(params)
+            continuations = generator.complete(self.prompts, sampling, self.prefix)
+            generator.unload()
+            rows = []
+            for prompt, made in zip(self.prompts, continuations, strict=True):
+                tokens = [token for token in made.tokens if token != vocabulary.eos_id]
+                loop = longest_loop(tokens)
+                row = {"prefix": self.prefix, "prompt": prompt, "text": made.text, "ended": made.ended}
+                row |= {"tokens": len(tokens), "longest_loop": loop.length, "loop_period": loop.period}
+                rows.append(row | {f"distinct_{n}": distinct_ngrams(tokens, n) for n in NGRAMS})
             for name in ("longest_loop", *(f"distinct_{n}" for n in NGRAMS)):
                 values = [row[name] for row in rows if row[name] is not None]
                 yield f"{self.name}/{name}", mean(sum(values), len(values))
@@ -69,7 +75,7 @@ class Samples:
         return run
 
     def about(self, model: ModelConfig, vocabulary_hash: str) -> dict[str, Any]:
-        """What was continued, down to the first ids."""
+        """What was continued: the number of prompts, the first ids and the sampling."""
         vocabulary = self._vocabulary(vocabulary_hash)
         first = [vocabulary.bos_id, *vocabulary.encode(self.prefix), *vocabulary.encode(self.prompts[0])]
         return {
@@ -81,17 +87,32 @@ class Samples:
     def _vocabulary(self, vocabulary_hash: str) -> Vocabulary:
         return fitting_vocabulary(self.vocabulary, vocabulary_hash, f"Samples {self.name}")
 
-    def _row(self, prompt: str, continuation: Continuation, vocabulary: Vocabulary) -> dict[str, Any]:
-        """One text and its measures, of its tokens without EOS."""
-        tokens = [token for token in continuation.tokens if token != vocabulary.eos_id]
-        loop = longest_loop(tokens)
-        return {
-            "prefix": self.prefix,
-            "prompt": prompt,
-            "text": continuation.text,
-            "ended": continuation.ended,
-            "tokens": len(tokens),
-            "longest_loop": loop.length,
-            "loop_period": loop.period,
-            **{f"distinct_{n}": distinct_ngrams(tokens, n) for n in NGRAMS},
-        }
+
+def distinct_ngrams(tokens: Sequence[Hashable], n: int) -> float | None:
+    """Distinct n-grams per n-gram (arXiv 1510.03055): 1 where none occurs twice; None for a text shorter than n."""
+    ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else None
+
+
+class Loop(NamedTuple):
+    """A stretch that repeats one unit: tokens in all, and tokens of the unit; (0, 0) where nothing repeats."""
+
+    length: int
+    period: int
+
+
+def longest_loop(tokens: Sequence[Hashable]) -> Loop:
+    """The longest stretch that repeats a unit of `period` tokens, at least twice; its last unit may be cut.
+
+    `a b c b c b` has a loop of 5 tokens with the period 2. Of equally long loops the one with the shortest period
+    counts.
+    """
+    best = Loop(0, 0)
+    for period in range(1, len(tokens) // 2 + 1):
+        run = longest = 0  # tokens in a row that equal the one a period before
+        for before, now in zip(tokens, tokens[period:], strict=False):
+            run = run + 1 if before == now else 0
+            longest = max(longest, run)
+        if longest >= period and longest + period > best.length:
+            best = Loop(longest + period, period)
+    return best

@@ -16,6 +16,7 @@ from slm_jax.errors import UserError
 from slm_jax.evaluate.harness import Harness, Zoo, outermost, scored
 from slm_jax.evaluate.lm_adapter import Answers
 from slm_jax.evaluate.multiple_choice import Scored, measures
+from slm_jax.evaluate.prefix import refuse_escaped_newline
 from slm_jax.evaluate.suites import HOSTS, SUITES, UNCONDITIONAL, Column, Form, host_prefix
 from slm_jax.evaluate.task_table import averages
 from slm_jax.files import write_json, write_json_lines
@@ -69,11 +70,7 @@ def prefixes(
     for name in names:
         if name not in CONDITIONS:
             raise UserError(f"evaluate.conditions: {name!r} is unknown: known are {', '.join(CONDITIONS)}")
-    if "\\n" in (given or ""):
-        raise UserError(
-            f"evaluate.prefix {given!r} has a backslash and an n where a line should end: a shell needs "
-            "--prefix=$'URL: en.wikipedia.org\\n\\n' for it"
-        )
+    refuse_escaped_newline("evaluate.prefix", given or "")
     if ("given" in names) != (given is not None):
         raise UserError("evaluate.prefix and the condition 'given' belong together: name both, or none of them")
     tasks = list(dict.fromkeys(form.task for column in columns for form in column.forms))

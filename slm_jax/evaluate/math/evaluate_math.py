@@ -18,7 +18,7 @@ from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.data import readers
 from slm_jax.errors import UserError
-from slm_jax.evaluate.generation import Generator
+from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.evaluate.lines import move_aside, open_lines
 from slm_jax.evaluate.math import prompts as prompts_lib
 from slm_jax.evaluate.math.chain_of_thought import Attempt, Judge, ask, judged
@@ -30,7 +30,6 @@ from slm_jax.evaluate.math.results import Row, summarise
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.tool_use import STOP as TOOL_STOP
 from slm_jax.evaluate.math.tool_use import attempts_with_tools, tool_prompt
-from slm_jax.evaluate.sampling import Sampling
 from slm_jax.files import to_json, write_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress

@@ -15,15 +15,15 @@ and so on, to an answer in \\boxed{}
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from slm_jax.evaluate.generation import Complete
+from slm_jax.evaluate.generation import Continuation, Sampling
 from slm_jax.evaluate.math.chain_of_thought import Attempt
 from slm_jax.evaluate.math.prompts import Prompt
 from slm_jax.evaluate.math.sandbox import Ran
-from slm_jax.evaluate.sampling import Sampling
 
 STOP = ("</s>", "\n\n---", "```output")
 RESULT_CHARACTERS = 1000  # of what a program wrote, shown to the model
 
+Complete = Callable[[Sequence[str], Sampling], list[Continuation]]
 RunAll = Callable[[Sequence[str]], list[Ran]]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slm_jax.evaluate.repetition import Loop, distinct_ngrams, longest_loop
+from slm_jax.evaluate.samples import Loop, distinct_ngrams, longest_loop
 
 
 @pytest.mark.parametrize(

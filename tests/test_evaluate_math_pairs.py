@@ -1,6 +1,7 @@
 """The table of answer pairs: each is judged as it should be, both ways round, and every percent question is one."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,23 @@ def test_equality_is_symmetric(grader):
 )
 def test_questions_that_ask_for_percent(question, percent):
     assert asks_percent(question) is percent
+
+
+@pytest.mark.slow
+def test_every_difference_from_math_verify_is_explained():
+    """A note where math-verify's verdict on the same texts is another one, and only there."""
+    math_verify = pytest.importorskip("math_verify")
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    formula = [math_verify.LatexExtractionConfig()]
+
+    def read(text: str) -> Any:
+        return math_verify.parse(f"${text}$", formula, parsing_timeout=0)  # type: ignore
+
+    def says(pair: dict[str, Any]) -> bool:
+        whole_output = pair["kind"] == "extraction"
+        answer = math_verify.parse(pair["answer"], parsing_timeout=0) if whole_output else read(pair["answer"])  # type: ignore
+        return math_verify.verify(read(pair["gold"]), answer, timeout_seconds=0)
+
+    unexplained = [pair for pair in PAIRS if (says(pair) is not pair["equal"]) is not bool(pair["note"])]
+    assert not unexplained
+    assert all("math-verify" in pair["note"] for pair in PAIRS if pair["note"])

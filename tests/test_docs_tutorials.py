@@ -13,7 +13,7 @@ import toy
 
 from slm_jax import config
 from slm_jax.__main__ import STAGES
-from slm_jax.metrics import read_metrics
+from slm_jax.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {"own_data": None, "continual": "shift", "metadata": "urls"}  # page -> folder of configs/runs that it follows
@@ -93,7 +93,8 @@ def test_every_command_of_a_page_runs(folder, shell, request):
         assert code == 0, f"{' '.join(command)}\n{output}\n{errors}"
         trained += [argument for argument in command if argument.startswith("--run_dir=")]
     for run_dir in trained:
-        assert [row for row in read_metrics(folder / run_dir.removeprefix("--run_dir=")) if "loss" in row]
+        rows = RunDirectory(folder / run_dir.removeprefix("--run_dir=")).metrics()
+        assert any("loss" in row for row in rows)
 
 
 @pytest.mark.parametrize("page", ["continual", "metadata"])

@@ -37,10 +37,11 @@ class Token(NamedTuple):
 def noisy_document(run: Path) -> list[Token]:
     """The document of the traced rows that is noisiest without being mostly noise, with what the run's last evaluation
     keeps of it."""
-    phase = json.loads((run / "run.json").read_text())["settings"]["phases"][0]
+    run_directory = RunDirectory(run)
+    phase = run_directory.settings()["phases"][0]
     corpus, selection = Corpus.open(phase["mixture"][0]["corpus"]), phase["selection"]
-    trace = max((run / "token_losses" / "trace").glob("*.npy"), key=lambda path: int(path.stem))
-    loss = np.load(trace, allow_pickle=False)  # [rows, L]
+    *_, last = run_directory.token_losses_files("trace").values()
+    loss = np.load(last, allow_pickle=False)  # [rows, L]
     rows = np.arange(len(loss))
     column = f"scores/{selection['reference']}/loss"
     columns = corpus.read(rows, ["tokens", "segment_ids", "source_ids", column])

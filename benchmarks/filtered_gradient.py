@@ -18,7 +18,7 @@ from slm_jax.data.batches import read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.mesh import make_mesh, path_name
 from slm_jax.models import forward
-from slm_jax.score.reference import load_model
+from slm_jax.models.trained_model import load_model
 from slm_jax.score.selection import Selection, row_capacity
 from slm_jax.train import gradients
 from slm_jax.train.objective import trained_tokens

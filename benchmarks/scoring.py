@@ -19,7 +19,7 @@ from slm_jax.data.batches import Batch, make_batch
 from slm_jax.models import forward
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig, model_config
-from slm_jax.score.reference import score_batch
+from slm_jax.score.score_corpus import score_batch
 
 
 def hidden_pass(params: Params, batch: Batch, model: ModelConfig) -> jax.Array:

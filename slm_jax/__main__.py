@@ -20,7 +20,7 @@ from slm_jax.errors import UserError
 STAGES = {
     "prepare": "slm_jax.data.prepare",
     "train": "slm_jax.train.loop",
-    "score": "slm_jax.score.reference",
+    "score": "slm_jax.score.score_corpus",
     "evaluate": "slm_jax.evaluate.evaluate",
     "evaluate math": "slm_jax.evaluate.math.evaluate_math",
     "generate": "slm_jax.evaluate.generate",

@@ -151,6 +151,15 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def sharded_shapes(tree: Any, mesh: Mesh) -> Any:
+    """ShapeDtypeStructs of a tree with the shardings of the table: what to allocate, or to restore into."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        tree_shardings(tree, mesh),
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over data and fsdp, everything else whole."""
     return NamedSharding(mesh, BATCH)

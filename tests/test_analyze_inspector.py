@@ -16,7 +16,7 @@ from slm_jax.analyze.inspector import analyze_inspect
 from slm_jax.data.batches import make_batch
 from slm_jax.evaluate.predictions import predict_rows
 from slm_jax.models import forward
-from slm_jax.score.reference import load_model
+from slm_jax.models.trained_model import load_model
 from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.score.token_loss import predicted
 

@@ -16,7 +16,7 @@ from slm_jax.analyze.selection_runs import of_runs, running_mean
 from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.run_directory import RunDirectory
-from slm_jax.score.reference import score
+from slm_jax.score.score_corpus import score
 from slm_jax.score.selection import Selection
 
 SOURCES = ("farm", "farm/noise", "other")

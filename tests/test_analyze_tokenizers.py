@@ -17,7 +17,7 @@ from slm_jax.data.metadata import Metadata
 from slm_jax.data.sources import Source
 from slm_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, train_sentencepiece
 from slm_jax.evaluate.perplexity import HeldOut
-from slm_jax.score.reference import load_model
+from slm_jax.models.trained_model import load_model
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 TEXTS = [

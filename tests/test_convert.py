@@ -24,7 +24,7 @@ from slm_jax.models import weights
 from slm_jax.models.forward import param_shapes
 from slm_jax.models.model_config import SIZES, ModelConfig, model_config
 from slm_jax.models.tensor_files import INDEX, SINGLE, open_tensors, read_tensor, write_tensors
-from slm_jax.score.reference import TrainedModel, load_model, run_vocabulary
+from slm_jax.models.trained_model import TrainedModel, load_model, run_vocabulary
 
 AXES = MeshConfig(data=2, fsdp=2, model=2)
 

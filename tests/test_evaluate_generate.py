@@ -12,7 +12,7 @@ from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.evaluate import generate as stage
 from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.evaluate.lines import Lines
-from slm_jax.score.reference import load_model
+from slm_jax.models.trained_model import load_model
 
 SAMPLING = Sampling(max_new_tokens=12, temperature=1.0, seed=3)
 TEXTS = ["the farm", "hens and pigs", "", "corn", "12 ducks"]

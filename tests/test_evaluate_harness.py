@@ -28,7 +28,7 @@ from slm_jax.evaluate.task_table import table
 from slm_jax.files import to_json
 from slm_jax.models import forward
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.score.reference import load_model
+from slm_jax.models.trained_model import load_model
 
 pytest.importorskip("lm_eval")
 REAL = Path(__file__).parents[2] / "shared" / "data"

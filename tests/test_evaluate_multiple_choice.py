@@ -22,8 +22,8 @@ from slm_jax.evaluate.multiple_choice import Estimate, MultipleChoice, Scored, e
 from slm_jax.evaluate.samples import Samples
 from slm_jax.mesh import MeshConfig
 from slm_jax.models import forward
+from slm_jax.models.trained_model import TrainedModel, load_model
 from slm_jax.run_directory import RunDirectory
-from slm_jax.score.reference import TrainedModel, load_model
 
 QUESTIONS = [
     {"question": "Who swims?", "choices": ["hens", "ducks", "pigs that eat"], "answer": "ducks"},

@@ -17,8 +17,8 @@ from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.evaluate.prefix import conditioned, document_prefixes, repack, row_width, segments_of
+from slm_jax.models.trained_model import TrainedModel, load_model
 from slm_jax.run_directory import RunDirectory
-from slm_jax.score.reference import TrainedModel, load_model
 
 PREFIX = "URL: a.org\n\n"
 HOSTS = ["a.org"] * 7 + ["b.net"] * 2 + ["c.de"]

@@ -27,11 +27,11 @@ BOTTOM = {
 MAY_IMPORT = {
     **{module: BOTTOM for module in BOTTOM},
     "data": {"errors", "files", "renamed", "config"},
-    "models": BOTTOM,
+    "models": BOTTOM | {"data"},
     "score": BOTTOM | {"models", "data"},
     "train": BOTTOM | {"models", "data", "score"},
     "evaluate": BOTTOM | {"models", "data", "score"},
-    "analyze": BOTTOM | {"data", "score", "evaluate"},
+    "analyze": BOTTOM | {"models", "data", "score", "evaluate"},
     "convert": BOTTOM | {"models", "data", "score"},
     "demo": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze"},
     "compile": BOTTOM | {"models", "data", "score", "train"},

@@ -16,7 +16,7 @@ from slm_jax.data.llama2c_vocabulary import read_tokenizer_bin
 from slm_jax.data.vocabularies import SentencePieceVocabulary
 from slm_jax.models import forward
 from slm_jax.models.llama2c import MAGIC
-from slm_jax.score.reference import load_model, run_vocabulary
+from slm_jax.models.trained_model import load_model, run_vocabulary
 
 DIM, MLP, LAYERS, HEADS, KV_HEADS, VOCAB, ROW = 16, 24, 2, 4, 2, 400, 12
 WIDTH = DIM // HEADS

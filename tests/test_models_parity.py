@@ -21,7 +21,7 @@ from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.models import forward
 from slm_jax.models.huggingface import tensors, to_ours
 from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig, RopeScaling
-from slm_jax.score.reference import load_model
+from slm_jax.models.trained_model import load_model
 from slm_jax.score.token_loss import batch_loss
 
 torch = pytest.importorskip("torch")

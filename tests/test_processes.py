@@ -24,7 +24,7 @@ from slm_jax.evaluate.generation import Sampling
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.mesh import MeshConfig
 from slm_jax.run_directory import RunDirectory
-from slm_jax.score.reference import score
+from slm_jax.score.score_corpus import score
 from slm_jax.score.selection import Selection
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.phases import Phase

@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import params_fingerprint
 from slm_jax.data.corpus import Corpus
+from slm_jax.models.trained_model import load_model
 from slm_jax.run_directory import RunDirectory
-from slm_jax.score.reference import load_model
 from slm_jax.score.selection import (
     Choice,
     CombinedSelection,

@@ -16,7 +16,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary, train_sentencepiece
 from slm_jax.score.cross_tokenizer import windows
-from slm_jax.score.reference import score
+from slm_jax.score.score_corpus import score
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl.gz"
 LENGTH = 96  # what the reference reads
@@ -127,10 +127,10 @@ def test_the_prefix_is_read_or_not(texts, vocabularies, trained, tmp_path):
 def test_what_it_says_no_to(texts, vocabularies, trained, tmp_path):
     run, own = trained
     corpus = corpus_of(tmp_path / "corpus", texts[:4], vocabularies["large"])
-    refused = toy.refusal(score, str(corpus.path), str(run), batch_size=8)
-    assert "was trained with vocabulary" in refused and "with score.cross_tokenizer = True" in refused
+    line = toy.refused("vocabulary-mismatch", score, str(corpus.path), str(run), batch_size=8)
+    assert "score.cross_tokenizer = True" in line
     both = {"statistics": ("loss", "entropy"), "cross_tokenizer": True, "batch_size": 8}
-    assert "an entropy is of the reference's own tokens" in toy.refusal(score, str(corpus.path), str(run), **both)
+    assert "entropy" in toy.refused("score-statistics", score, str(corpus.path), str(run), **both)
     assert not (Path(corpus.path) / "scores").exists()
     with toy.one_device():  # one vocabulary after all: scored as ever
         score(str(own.path), str(run), name="again", cross_tokenizer=True)

@@ -17,7 +17,7 @@ from slm_jax.data.packing import positions_from_segments
 from slm_jax.data.readers import BadRecord
 from slm_jax.data.vocabularies import train_sentencepiece
 from slm_jax.score.external_logprobs import answer_of
-from slm_jax.score.reference import score
+from slm_jax.score.score_corpus import score
 
 TEXTS = [
     " ".join(np.random.default_rng(i).choice(toy.WORDS, 3 + i % 9)) + (" é漢😀" if i % 5 == 0 else "")
@@ -289,7 +289,8 @@ def test_what_it_says_no_to(bytes_corpus, tmp_path):
     assert "no such file: nowhere.jsonl" in toy.refusal(at, bytes_corpus, external_logprobs="nowhere.jsonl")
     refused = toy.refusal(at, bytes_corpus, external_logprobs=empty)
     assert "1 records cannot be used" in refused and "40 documents are not there" in refused
-    assert "has losses alone" in toy.refusal(at, bytes_corpus, external_logprobs=empty, statistics=("loss", "entropy"))
-    assert "it was given 'run' and" in toy.refusal(at, bytes_corpus, reference="run", external_logprobs=empty)
-    assert "carries no metadata" in toy.refusal(at, bytes_corpus, external_logprobs=empty, strip_metadata=True)
+    both = {"external_logprobs": empty, "statistics": ("loss", "entropy")}
+    assert "external_logprobs" in toy.refused("score-statistics", at, bytes_corpus, **both)
+    assert "'run'" in toy.refused("score-source", at, bytes_corpus, reference="run", external_logprobs=empty)
+    toy.refused("score-no-metadata", at, bytes_corpus, external_logprobs=empty, strip_metadata=True)
     assert not (Path(bytes_corpus.path) / "scores" / "reference").exists()

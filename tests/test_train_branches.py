@@ -14,8 +14,8 @@ import toy
 
 from slm_jax.checkpoint import restore_params
 from slm_jax.mesh import make_mesh
+from slm_jax.models.trained_model import run_vocabulary
 from slm_jax.run_directory import RunDirectory
-from slm_jax.score.reference import run_vocabulary
 from slm_jax.score.selection import Selection
 from slm_jax.train.average import average
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer

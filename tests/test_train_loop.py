@@ -21,8 +21,8 @@ from slm_jax.data.batches import Batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.mesh import MeshConfig
+from slm_jax.models.trained_model import load_model
 from slm_jax.run_directory import RunDirectory
-from slm_jax.score.reference import load_model
 from slm_jax.score.selection import Selection
 from slm_jax.score.token_loss import batch_loss, predicted
 from slm_jax.train.loop import train

@@ -16,8 +16,8 @@ from slm_jax.checkpoint import Checkpoints
 from slm_jax.data.corpus import Corpus
 from slm_jax.files import to_json
 from slm_jax.mesh import MeshConfig
+from slm_jax.models.trained_model import load_model
 from slm_jax.run_directory import RunDirectory
-from slm_jax.score.reference import load_model
 from slm_jax.score.selection import Selection
 from slm_jax.train.schedules import constant_schedule, cosine_schedule
 

@@ -20,7 +20,8 @@ from slm_jax.analyze.records import read_run
 from slm_jax.checkpoint import read_about, saved_steps
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
-from slm_jax.score.reference import load_model, score
+from slm_jax.models.trained_model import load_model
+from slm_jax.score.score_corpus import score
 from slm_jax.score.token_loss import predicted
 
 

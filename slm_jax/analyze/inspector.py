@@ -22,7 +22,7 @@ from slm_jax.errors import UserError
 from slm_jax.evaluate.predictions import predict_rows
 from slm_jax.files import read_json, write_text
 from slm_jax.mesh import MeshConfig
-from slm_jax.score.reference import check_fits, load_model
+from slm_jax.models.trained_model import check_fits, load_model
 from slm_jax.score.selection import COMBINE, CombinedSelection, Selection
 from slm_jax.score.token_loss import predicted
 

@@ -20,7 +20,7 @@ from slm_jax.data.batches import Batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig, model_config
-from slm_jax.score.reference import score_batch
+from slm_jax.score.score_corpus import score_batch
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.phases import Phase, keep_ratio, learning_rate
 from slm_jax.train.state import state_shapes

@@ -24,7 +24,7 @@ from slm_jax.metrics import progress
 from slm_jax.models.huggingface import Tensor, tensors, to_theirs
 from slm_jax.models.huggingface_config import write_config
 from slm_jax.models.tensor_files import DTYPES, NAMES, write_tensors
-from slm_jax.score.reference import TrainedModel, load_model, run_vocabulary
+from slm_jax.models.trained_model import TrainedModel, load_model, run_vocabulary
 
 LOCK = "lock"
 

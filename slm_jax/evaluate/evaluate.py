@@ -24,7 +24,7 @@ from slm_jax.evaluate.tasks import RECORD, columns_of, prefixes, run_tasks
 from slm_jax.files import write_json, write_json_lines
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
-from slm_jax.score.reference import TrainedModel, load_model, run_vocabulary
+from slm_jax.models.trained_model import TrainedModel, load_model, run_vocabulary
 
 EVALUATORS = (HeldOut, MultipleChoice, Samples)
 REQUESTS = "requests.jsonl"

@@ -18,7 +18,7 @@ from slm_jax.evaluate.lines import open_lines
 from slm_jax.evaluate.prefix import refuse_escaped_newline
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
-from slm_jax.score.reference import load_model, run_vocabulary
+from slm_jax.models.trained_model import load_model, run_vocabulary
 
 FIELDS = ("prompt", "text")  # of a record: the first that it has is the prompt
 FIRST_IDS = 8  # ids of each prompt to record: they show whether BOS and the prefix are there

@@ -19,7 +19,7 @@ from slm_jax.evaluate.likelihood import Likelihood, Likelihoods, Pair, encode_pa
 from slm_jax.evaluate.request_cache import RequestCache, request_key
 from slm_jax.files import to_json
 from slm_jax.metrics import progress
-from slm_jax.score.reference import TrainedModel
+from slm_jax.models.trained_model import TrainedModel
 
 FIRST_IDS = 16  # ids of the first request that a record shows: enough to see BOS, once, and the prefix
 KEPT_AFTER = 8  # batches of generation whose texts are kept together

@@ -20,7 +20,7 @@ from slm_jax.evaluate.likelihood import Likelihoods, Pair, encode_pair, head_ids
 from slm_jax.evaluate.perplexity import Measure
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.score.reference import fitting_vocabulary
+from slm_jax.models.trained_model import fitting_vocabulary
 
 
 class Scored(NamedTuple):

@@ -21,7 +21,7 @@ from slm_jax.evaluate.prefix import Repacked, conditioned
 from slm_jax.metrics import mean
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.score.reference import check_fits
+from slm_jax.models.trained_model import check_fits
 from slm_jax.score.token_loss import batch_loss, predicted
 
 # Called on parameters, yields (name, value): a number; an array, which the loop stores as a file; or a list of JSON

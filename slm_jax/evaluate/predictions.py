@@ -15,7 +15,7 @@ from slm_jax.metrics import progress
 from slm_jax.models import forward
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.score.reference import TrainedModel
+from slm_jax.models.trained_model import TrainedModel
 from slm_jax.score.token_loss import CHUNK_LOGITS, token_loss
 
 

@@ -15,7 +15,7 @@ from slm_jax.files import to_json
 from slm_jax.metrics import mean
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.score.reference import fitting_vocabulary
+from slm_jax.models.trained_model import fitting_vocabulary
 
 NGRAMS = (1, 2, 3, 4)
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
@@ -43,9 +44,10 @@ def init_params(config: ModelConfig, key: PRNGKeyArray | Int[Array, "2"]) -> Par
     return params
 
 
-def param_shapes(config: ModelConfig) -> Params:
-    """The tree of `init_params` as ShapeDtypeStructs; allocates nothing."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+def param_shapes(config: ModelConfig, devices: Mesh | None = None) -> Params:
+    """The tree of `init_params` as ShapeDtypeStructs, with their shardings where a mesh is given; allocates nothing."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return shapes if devices is None else mesh.sharded_shapes(shapes, devices)
 
 
 def _module(build: Callable[[nnx.Rngs], Module], params: Params) -> Module:

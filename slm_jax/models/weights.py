@@ -98,10 +98,9 @@ def load_params(weights: Weights, model: ModelConfig, mesh: Mesh, done: Callable
     Raises:
       UserError: the mesh does not divide a shape.
     """
-    shapes = param_shapes(model)
 
-    def load(key_path: tuple[Any, ...], leaf: Any, sharding: NamedSharding) -> jax.Array:
-        path, dtype = path_name(key_path), weights.dtype(path_name(key_path))
+    def load(key_path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        path, dtype, sharding = path_name(key_path), weights.dtype(path_name(key_path)), leaf.sharding
 
         def read(layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
             array = weights.read(path, layer).astype(dtype, copy=False)
@@ -119,7 +118,7 @@ def load_params(weights: Weights, model: ModelConfig, mesh: Mesh, done: Callable
             stacked.block_until_ready()  # or the next layers would wait in host memory
         return stacked
 
-    return jax.tree_util.tree_map_with_path(load, shapes, mesh_lib.tree_shardings(shapes, mesh))
+    return jax.tree_util.tree_map_with_path(load, param_shapes(model, mesh))
 
 
 def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

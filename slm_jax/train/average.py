@@ -40,12 +40,7 @@ def average(
         raise UserError(f"the moving average is that of one step: average.steps has {len(steps)}")
     config_lib.print_unused()
     about = read_about(run, steps[-1])
-    shapes = param_shapes(ModelConfig.from_json(about["model"]))
-    shapes = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        mesh_lib.tree_shardings(shapes, devices),
-    )
+    shapes = param_shapes(ModelConfig.from_json(about["model"]), devices)
     params = _moving(run, shapes, steps[0]) if moving else _mean(run, shapes, steps)
     with Checkpoints(output) as checkpoints:
         if checkpoints.steps():

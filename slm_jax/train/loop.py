@@ -22,7 +22,7 @@ from slm_jax.files import to_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import MetricsWriter, progress
 from slm_jax.models.model_config import ModelConfig, model_config
-from slm_jax.score.reference import check_rows
+from slm_jax.models.trained_model import check_rows
 from slm_jax.train import plan_summary, rundir
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.phases import Phase, keep_ratio

@@ -11,7 +11,7 @@ from slm_jax.checkpoint import Checkpoints, params_fingerprint, read_about, rest
 from slm_jax.errors import UserError
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig
-from slm_jax.score.reference import load_model
+from slm_jax.models.trained_model import load_model
 from slm_jax.train.plan import Plan
 from slm_jax.train.resume import Start, branched_from
 from slm_jax.train.state import TrainState, init_state, state_shapes

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from slm_jax.mesh import tree_shardings
+from slm_jax.mesh import sharded_shapes
 from slm_jax.models import forward
 from slm_jax.models.model_config import ModelConfig
 
@@ -47,11 +47,7 @@ def state_shapes(
 ) -> TrainState:
     """ShapeDtypeStructs with their shardings: what to allocate and what to restore into."""
     shapes = jax.eval_shape(lambda: new_state(forward.init_params(model, jax.random.key(0)), optimizer, ema))
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        tree_shardings(shapes, mesh),
-    )
+    return sharded_shapes(shapes, mesh)
 
 
 def init_state(

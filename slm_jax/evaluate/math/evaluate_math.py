@@ -33,7 +33,7 @@ from slm_jax.evaluate.math.tool_use import attempts_with_tools, tool_prompt
 from slm_jax.files import to_json, write_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
-from slm_jax.score.reference import load_model, run_vocabulary
+from slm_jax.models.trained_model import load_model, run_vocabulary
 
 BATCHES = 4  # of the generator, in what is asked together: it sorts prompts by length
 FIRST_IDS = 16  # recorded of the first prompt: whether BOS stands there decides what is answered

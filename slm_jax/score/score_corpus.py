@@ -1,7 +1,6 @@
-"""Stage `score`: a frozen reference over the rows of a corpus -> a column."""
+"""Stage `score`: the losses of a frozen reference model on every token of a corpus, as a column of the corpus."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,120 +8,43 @@ from typing import Any, NamedTuple
 import gin
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
-from slm_jax.checkpoint import params_fingerprint, read_about, restore_params
 from slm_jax.data.batches import Batch, make_batch, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreColumn, check_column
-from slm_jax.data.vocabularies import DESCRIPTION_FILE, Vocabulary, load_vocabulary
 from slm_jax.errors import UserError
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.models import forward
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
+from slm_jax.models.trained_model import check_fits, load_model, run_vocabulary
 from slm_jax.score.cross_tokenizer import CrossTokenizerScorer
 from slm_jax.score.external_logprobs import LogProbs
 from slm_jax.score.strip_metadata import put_back, remove_prefix
 from slm_jax.score.token_loss import batch_loss, token_loss_and_entropy
 
 STATISTICS = ("loss", "entropy")
-Ranges = Sequence[tuple[int, int]]  # of rows
-Chunks = Generator[dict[str, np.ndarray], None, None]  # the statistics of each range of rows
+Ranges = Sequence[tuple[int, int]]  # of rows: first, and the one after the last
+Chunks = Generator[dict[str, np.ndarray], None, None]  # statistic -> values [rows, L] of one range of rows
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    """A checkpoint in memory: parameters sharded over the mesh, and what they are."""
+class ColumnSource(NamedTuple):
+    """Where the values of a column come from.
 
-    params: Params
-    config: ModelConfig
-    vocabulary_hash: str
-    step: int
-    fingerprint: str
-
-
-def load_model(run: str, mesh: Mesh, step: int | None = None) -> TrainedModel:
-    """The checkpoint of a train run (its last one, or that of `step`) on the given mesh."""
-    about = read_about(run, step)
-    config = ModelConfig.from_json(about["model"])
-    shapes = forward.param_shapes(config)
-    shapes = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        mesh_lib.tree_shardings(shapes, mesh),
-    )
-    params = restore_params(run, shapes, about["step"])
-    return TrainedModel(params, config, about["vocabulary_hash"], about["step"], params_fingerprint(params))
-
-
-def run_vocabulary(run: str, vocabulary_hash: str) -> Vocabulary:
-    """The vocabulary that a model directory (a train run, an imported model) keeps beside its checkpoints.
-
-    Raises:
-      UserError: it keeps none, as runs of earlier versions, or one that is not its model's.
+    about: for the column's manifest. description: for the user. chunks: ranges of rows -> the values of each range.
     """
-    where = Path(run) / "vocabulary"
-    if not (where / DESCRIPTION_FILE).exists():
-        raise UserError(
-            f"{run} keeps no vocabulary: copy the folder `vocabulary` of the corpus it was trained on there"
-        )
-    vocabulary = load_vocabulary(where)
-    if vocabulary.content_hash != vocabulary_hash:
-        raise UserError(
-            f"{where} has the hash {vocabulary.content_hash[:12]}, the model of {run} was trained with "
-            f"{vocabulary_hash[:12]}: copy its corpus' folder `vocabulary` there"
-        )
-    return vocabulary
 
-
-def fitting_vocabulary(path: str, vocabulary_hash: str, what: str) -> Vocabulary:
-    """The vocabulary at `path` (a corpus, a model directory, a saved one), for `what` measures a model.
-
-    Raises:
-      UserError: it is not the one that the model was trained with.
-    """
-    vocabulary = load_vocabulary(path)
-    if vocabulary.content_hash != vocabulary_hash:
-        raise UserError(
-            f"{what}: vocabulary {path} has the hash {vocabulary.content_hash[:12]}, the model was trained with "
-            f"{vocabulary_hash[:12]}: name a corpus that it was trained on"
-        )
-    return vocabulary
-
-
-def check_fits(model: ModelConfig, vocabulary_hash: str, corpus: Corpus, what: str, or_else: str = "") -> None:
-    """Refuses a corpus of another vocabulary or with rows longer than the model's; `or_else`: one more remedy."""
-    if vocabulary_hash != corpus.vocabulary_hash:
-        raise UserError(
-            f"{what} was trained with vocabulary {vocabulary_hash[:12]}, corpus {corpus.path} has "
-            f"{corpus.vocabulary_hash[:12]}: prepare the corpus with the model's vocabulary (VocabularyConfig.path)"
-            f"{or_else}"
-        )
-    check_rows(model, corpus, what)
-
-
-def check_rows(model: ModelConfig, corpus: Corpus, what: str) -> None:
-    """Refuses rows longer than the model's and ids beyond its embedding."""
-    if corpus.sequence_length > model.max_length:
-        raise UserError(
-            f"rows of corpus {corpus.path} have {corpus.sequence_length} tokens, {what} reads "
-            f"{model.max_length}: prepare "
-            "it with a smaller sequence_length or raise model.max_length"
-        )
-    if model.vocab_size is not None and corpus.vocab_size > model.vocab_size:
-        raise UserError(
-            f"corpus {corpus.path} has {corpus.vocab_size} ids, {what} embeds {model.vocab_size}: set "
-            f"model.vocab_size = {corpus.vocab_size}"
-        )
+    about: dict[str, Any]
+    description: str
+    chunks: Callable[[Ranges], Chunks]
 
 
 def score_batch(params: Params, model: ModelConfig, batch: Batch, statistics: Sequence[str]) -> dict[str, jax.Array]:
-    """The named statistics of each token, float32 [B, L]: 0 where a token has no predecessor in its segment."""
+    """The named statistics of each token, float32 [B, L]; 0 where a token has no predecessor in its segment."""
     if "entropy" not in statistics:
         return {"loss": batch_loss(params, model, batch)}
     hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids)
@@ -172,64 +94,59 @@ def score(
         records the files and their hash.
       max_unaligned: maximum fraction of tokens without a loss in `external_logprobs`.
     """
+    # What is asked for.
     if (reference is None) == (external_logprobs is None):
         raise UserError(
-            f"score takes reference, a run, or external_logprobs, log-probs; it was given {reference!r} and "
-            f"{external_logprobs!r}"
+            "score-source",
+            f"score takes either reference (a run) or external_logprobs (files), not {reference!r} and "
+            f"{external_logprobs!r}",
         )
-    unknown = sorted(set(statistics) - set(STATISTICS))
-    if unknown or "loss" not in statistics:
-        raise UserError(f"score.statistics {tuple(statistics)}: takes 'loss' and, beside it, 'entropy'")
+    if set(statistics) - set(STATISTICS) or "loss" not in statistics:
+        raise UserError("score-statistics", f"score.statistics {tuple(statistics)}: take 'loss', or 'loss', 'entropy'")
+    if external_logprobs is not None and tuple(statistics) != ("loss",):
+        raise UserError("score-statistics", "score.external_logprobs has losses only: set score.statistics = ('loss',)")
     table = Corpus.open(corpus)
     if strip_metadata and table.metadata is None:
-        raise UserError(f"score.strip_metadata: corpus {corpus} carries no metadata to be removed: leave it out")
+        raise UserError(
+            "score-no-metadata",
+            f"score.strip_metadata: corpus {corpus} has no metadata to strip: leave the setting out",
+        )
     if reference is None:
         assert external_logprobs is not None
-        origin = _file(table, external_logprobs, statistics, strip_metadata, max_unaligned)
+        source = _from_files(table, external_logprobs, strip_metadata, max_unaligned)
     else:
-        origin = _model(table, reference, step, statistics, batch_size, mesh, strip_metadata, cross_tokenizer)
+        source = _from_model(table, reference, step, statistics, batch_size, mesh, strip_metadata, cross_tokenizer)
     if table.metadata is not None:
-        origin.about["prefix"] = "removed" if strip_metadata else "seen"
+        source.about["prefix"] = "removed" if strip_metadata else "seen"
     check_column(name, dtype)
+
+    # The rows that are missing, chunk by chunk; the first process alone writes.
     where = Path(corpus) / "scores" / name
     with contextlib.ExitStack() as stack:
         if "://" not in corpus:
-            busy = f"another process is scoring {where}: wait for it, or choose another score.name"
+            busy = f"another process is scoring {where}: wait for it to finish, or choose another score.name"
             stack.enter_context(processes.lock(where / "lock", busy))
 
         def open_column() -> ScoreColumn:
-            return table.create_score(name, tuple(statistics), dtype, reference=origin.about)
+            return table.create_score(name, tuple(statistics), dtype, reference=source.about)
 
         pending = processes.on_first(lambda: open_column().pending())
         if not pending:
             print(f"score: column {where} is complete already")
             return
         rows_left = sum(stop - start for start, stop in pending)
-        print(f"score: {rows_left} of {table.num_rows} rows of {corpus} {origin.said} -> {where}")
-        _write(open_column(), pending, stack.enter_context(contextlib.closing(origin.chunks(pending))))
+        print(f"score: {rows_left} of {table.num_rows} rows of {corpus} {source.description} -> {where}")
+        column, chunks = open_column(), stack.enter_context(contextlib.closing(source.chunks(pending)))
+        with progress(rows_left, 0, "score", "row") as bar:
+            for (start, stop), values in zip(pending, chunks, strict=True):
+                if processes.first():
+                    column.write(start, values)
+                bar.update(stop - start)
     print(f"score: done, {where}")
 
 
-class Origin(NamedTuple):
-    """Where a column comes from, as its manifest records it and in words; and what ranges of rows of it hold."""
-
-    about: dict[str, Any]
-    said: str
-    chunks: Callable[[Ranges], Chunks]
-
-
-def _write(column: ScoreColumn, pending: Ranges, chunks: Chunks) -> None:
-    with progress(sum(stop - start for start, stop in pending), 0, "score", "row") as bar:
-        for (start, stop), values in zip(pending, chunks, strict=True):
-            if processes.first():
-                column.write(start, values)
-            bar.update(stop - start)
-
-
-def _file(table: Corpus, files: str, statistics: Sequence[str], strip_metadata: bool, max_unaligned: float) -> Origin:
-    """The first process alone reads."""
-    if tuple(statistics) != ("loss",):
-        raise UserError("score.external_logprobs has losses alone: leave the entropy out")
+def _from_files(table: Corpus, files: str, strip_metadata: bool, max_unaligned: float) -> ColumnSource:
+    """Log-probs from files, which the first process alone reads; the others yield nothing for it to write."""
     config_lib.print_unused()
     found: list[LogProbs] = []
 
@@ -237,16 +154,13 @@ def _file(table: Corpus, files: str, statistics: Sequence[str], strip_metadata: 
         found.append(LogProbs(files, table, strip_metadata, max_unaligned))
         return found[0].about
 
-    about = processes.on_first(read)
-    return Origin(about, f"from {files}", lambda pending: found[0].chunks(pending) if found else _nothing(pending))
+    def chunks(pending: Ranges) -> Chunks:
+        yield from found[0].chunks(pending) if found else ({} for _ in pending)
+
+    return ColumnSource(processes.on_first(read), f"from {files}", chunks)
 
 
-def _nothing(pending: Ranges) -> Chunks:
-    for _ in pending:
-        yield {}
-
-
-def _model(
+def _from_model(
     table: Corpus,
     reference: str,
     step: int | None,
@@ -255,7 +169,8 @@ def _model(
     mesh: MeshConfig | None,
     strip_metadata: bool,
     cross_tokenizer: bool,
-) -> Origin:
+) -> ColumnSource:
+    """The statistics of a reference, which reads rows of the corpus, or their text in its own tokens."""
     devices = mesh_lib.make_mesh(mesh)
     mesh_lib.check_batch(devices, batch_size, "score")
     config_lib.print_unused()
@@ -270,7 +185,11 @@ def _model(
     mapped = None
     if cross_tokenizer and model.vocabulary_hash != table.vocabulary_hash:
         if tuple(statistics) != ("loss",):
-            raise UserError("score.cross_tokenizer maps losses: an entropy is of the reference's own tokens")
+            raise UserError(
+                "score-statistics",
+                "score.cross_tokenizer maps losses only, an entropy is one of the reference's own tokens: take "
+                "score.statistics = ('loss',)",
+            )
         theirs = run_vocabulary(reference, model.vocabulary_hash)
         mapped = CrossTokenizerScorer(table.vocabulary(), theirs, model.config, table.sequence_length, strip_metadata)
         about["mapped"] = "from another vocabulary"
@@ -301,4 +220,4 @@ def _model(
             for start, stop in pending:
                 yield on_mesh(lambda rows, start=start: read(start + rows), stop - start)
 
-    return Origin(about, f"by {reference} (step {model.step})", chunks)
+    return ColumnSource(about, f"by {reference} (step {model.step})", chunks)

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import toy
 
+from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import read_about
 from slm_jax.data.batches import read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreColumn
 from slm_jax.data.store import SHARD_ROWS
 from slm_jax.models import forward
+from slm_jax.models.trained_model import load_model, run_vocabulary
 from slm_jax.run_directory import RunDirectory
-from slm_jax.score import reference as score_lib
-from slm_jax.score.reference import load_model, run_vocabulary, score
+from slm_jax.score.score_corpus import score
 from slm_jax.score.selection import Selection
 from slm_jax.score.token_loss import predicted
 
@@ -50,7 +51,7 @@ def test_the_column_is_the_softmax_of_the_references_logits(scored, reference):
     rows = np.arange(scored.num_rows)
     batch = read_batch([scored], np.zeros(len(rows), np.int64), rows)
     with toy.one_device():
-        model = load_model(str(reference), score_lib.mesh_lib.make_mesh())
+        model = load_model(str(reference), mesh_lib.make_mesh())
     hidden = forward.hidden_states(
         model.params, model.config, *(jnp.asarray(x) for x in (batch.tokens, batch.positions, batch.segment_ids))
     )
@@ -88,7 +89,7 @@ def test_a_column_names_its_reference_and_its_step(scored, reference):
     about = scored.score("reference").reference
     assert about["run"] == str(reference) and about["step"] == 6
     with toy.one_device():
-        model = load_model(str(reference), score_lib.mesh_lib.make_mesh(), 3)
+        model = load_model(str(reference), mesh_lib.make_mesh(), 3)
     assert model.step == 3 and model.fingerprint != about["fingerprint"]
 
 
@@ -138,19 +139,19 @@ def change_manifest(corpus: Corpus, **vocabulary) -> Corpus:
 
 
 def test_what_does_not_fit_is_refused(corpus_copy, reference, tmp_path):
-    def message(corpus: Corpus = corpus_copy, run: Path = reference, **settings) -> str:
-        return toy.refusal(score_here, corpus, run, **settings)
+    def refused(code: str, corpus: Corpus = corpus_copy, **settings) -> str:
+        return toy.refused(code, score_here, corpus, reference, **settings)
 
     long = toy.write_corpus(tmp_path / "long", rows=4, sequence_length=2 * toy.MODEL.max_length)
-    assert "have 128 tokens, reference" in message(long) and "reads 64" in message(long)
-    assert "no checkpoint of step 4: it has 3, 6" in message(step=4)
-    assert "holds no checkpoints" in message(run=tmp_path)
-    assert "takes 'loss' and, beside it, 'entropy'" in message(statistics=("entropy",))
-    assert "takes 'loss'" in message(statistics=("loss", "surprise"))
-    assert "dtype 'int8' is not one of" in message(dtype="int8")
+    assert "128 tokens" in (line := refused("rows-too-long", long)) and str(reference) in line and "64" in line
+    assert "no checkpoint of step 4: it has 3, 6" in toy.refusal(score_here, corpus_copy, reference, step=4)
+    assert "holds no checkpoints" in toy.refusal(score_here, corpus_copy, tmp_path)
+    assert "entropy" in refused("score-statistics", statistics=("entropy",))
+    assert "surprise" in refused("score-statistics", statistics=("loss", "surprise"))
+    assert "dtype 'int8' is not one of" in toy.refusal(score_here, corpus_copy, reference, dtype="int8")
     assert not (Path(corpus_copy.path) / "scores").exists()
     foreign = change_manifest(corpus_copy, content_hash="0123456789abcdef")
-    assert "was trained with vocabulary" in message(foreign) and "0123456789ab" in message(foreign)
+    assert "0123456789ab" in refused("vocabulary-mismatch", foreign)
     assert not (Path(corpus_copy.path) / "scores").exists()
 
 
@@ -186,5 +187,6 @@ def test_a_reference_that_is_the_model_itself_is_refused(scored, reference, tmp_
 def test_a_run_keeps_the_vocabulary_of_its_model(corpus, reference, tmp_path):
     about = read_about(reference)
     assert run_vocabulary(str(reference), about["vocabulary_hash"]).content_hash == corpus.vocabulary_hash
-    assert "trained with ffff" in toy.refusal(run_vocabulary, str(reference), "ffff")
-    assert "keeps no vocabulary" in toy.refusal(run_vocabulary, str(tmp_path), about["vocabulary_hash"])
+    assert "ffff" in toy.refused("vocabulary-mismatch", run_vocabulary, str(reference), "ffff")
+    line = toy.refused("model-without-vocabulary", run_vocabulary, str(tmp_path), about["vocabulary_hash"])
+    assert str(tmp_path) in line

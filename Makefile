@@ -23,7 +23,7 @@ lint: $(VENV)/.installed
 
 # The site, into build/site: a dead link, a missing page or a docstring that names an unknown argument is an error.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open build/site/index.html"
 
 $(VENV)/.docs: $(VENV)/.installed requirements-docs.txt

@@ -38,7 +38,7 @@ def test_it_is_stored_as_readers_want_it(path):
     nbformat.validate(notebook)
     kinds = [cell.cell_type for cell in notebook.cells]
     assert kinds[:2] == ["markdown", "code"] and "%pip install" in notebook.cells[1].source
-    assert kinds[-1] == "markdown" and "What to change next" in notebook.cells[-1].source
+    assert kinds[-1] == "markdown" and "What to try next" in notebook.cells[-1].source
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None

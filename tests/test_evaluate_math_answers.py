@@ -110,9 +110,9 @@ def test_normalising_twice_changes_nothing_more():
         assert normalise(once, thousands=False) == once
 
 
-# A solution that calls something else "the answer", and two whose box is empty.
+# A solution that calls a calculation "the final answer", and two whose box is empty.
 EXCEPTIONS = {
-    "gsm8k_train": {5415: "3", 7157: "120"},
+    "gsm8k_train": {7157: "120"},
     "gsm8k_test": {},
     "math_train": {5529: "", 5531: ""},
     "math_test": {},

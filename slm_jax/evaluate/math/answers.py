@@ -18,9 +18,11 @@ _CHOICE = re.compile(r"(?i:answer|choice) is:?\s*\$?\(?([A-Eb-e]|a(?!\s+[a-z]))\
 # What may follow an answer in its sentence. The second kind only follows a number: "true for all x" is one answer.
 _REASON = r"[,;]?\s+\(?(?:because|since|which|thus|hence|therefore|but|so)\b|\s+[–—]\s"
 _REMARK = (
-    r"[,;]?\s+\(?(?:as|where|when|if|for|given|by|after|altogether|in (?:total|all|the end))\b"
-    r"|,\s+(?!(?:and|or|pi|inf|infinity|sqrt|sin|cos|tan|log|ln)\b)[a-z]{2,}\b(?!\s*[=<>])|\s+\((?=[a-zA-Z]{2,})"
+    r"[,;]?\s+\(?(?:as|where|when|if|for|given|by|after|on|altogether|in (?:total|all|the end))\b"
+    r"|[,;]\s+(?!(?:and|or|pi|inf|infinity|sqrt|sin|cos|tan|log|ln)\b)[a-z]{2,}\b(?!\s*[=<>])"
+    r"|\s+and\s+(?:the|that|this|it|we|he|she|they|there)\b|:\s+(?=[^:]*[a-z]{2})|\s+\((?=[a-zA-Z]{2,}|[^()]*=)"
 )
+_LEAD = re.compile(r"(?:(?:approximately|about|roughly|therefore|thus|indeed|simply|exactly|just|equal to)\s+)+")
 
 _FORMULA_SIGNS = (
     {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "•": r"\cdot ", "÷": "/", "±": r"\pm "}
@@ -28,6 +30,7 @@ _FORMULA_SIGNS = (
     | {"√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
     | {"∅": r"\emptyset ", "⌀": r"\emptyset ", "ℝ": r"\mathbb{R}", "°": r"^\circ ", "º": r"^\circ ", "⁄": "/"}
     | {"′": "'", "’": "'", "\u200b": "", "\0": "", "\1": "", "\2": ""}
+    | {"“": "", "”": "", '"': "", "∠": r"\angle "}
 )
 _SIGNS = str.maketrans(_FORMULA_SIGNS)
 _UNICODE_ROOT = re.compile(r"([√∛∜]) ?(?:(\d+(?:\.\d+)?|[a-zA-Zπ])|\(([^()]*)\))")
@@ -47,22 +50,29 @@ _POWER = re.compile(r"\s*\^\s*(?:\d|\{\s*\d\s*\})")
 _DEGREES = re.compile(r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degrees?(?![a-zA-Z])")
 _TRIGONOMETRIC = re.compile(r"(?<![a-zA-Z])\\?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _MATRIX = re.compile(r"\\(begin|end)\s*\{(?:[bB]matrix|matrix|smallmatrix|array)\}(?:\s*\{[clr| ]*\})?")
+_SYSTEM = re.compile(r"\\begin\s*\{cases\}([^&]*?)\\end\s*\{cases\}")  # with & it is a function by cases
 _SAME = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\leq": r"\le", r"\geq": r"\ge"}
 _SAME |= {r"\leqslant": r"\le", r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\lbrace": r"\{", r"\rbrace": r"\}"}
 _SAME |= {r"\infin": r"\infty", r"\colon": ":", r"\lbrack": "[", r"\rbrack": "]", r"\neq": r"\ne", r"\ast": r"\cdot"}
 _SAME |= {r"\varnothing": r"\emptyset", r"\bar": r"\overline", r"\lor": " or ", r"\vee": " or ", r"\land": " and "}
 _SAME |= {r"\wedge": " and ", r"\ldots": "...", r"\dots": "...", r"\tbinom": r"\binom", r"\dbinom": r"\binom"}
+_SAME |= {r"\langle": "(", r"\rangle": ")"}
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-NAME = r"(?:\\[a-zA-Z]+|[a-zA-Z](?:_\{?\w\}?|\([a-zA-Z]\))?|[A-Za-z]{2,}|\([a-zA-Z](?:, *[a-zA-Z])+\))"
+NAME = (
+    r"(?:m?\\angle *[A-Z]{1,3}|\\[a-zA-Z]+|[a-zA-Z](?:_\{?\w\}?|\([a-zA-Z]\))?|[A-Za-z]{2,}"
+    r"|\([a-zA-Z](?:, *[a-zA-Z])+\))"
+)
 _NAMED = re.compile(rf"\s*({NAME})\s*(?:=|\\in(?![a-zA-Z]))(?=[^=]*$)")
+_INTRODUCTION = re.compile(r"^\s*(?:either |both |(?:[A-Za-z]{2,} +)+(?:is|are|equals) +(?=\S))")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,^_{/])(?<!\d )(\d{1,3}(?: \d{3})+)(?! ?[\d/])")
+_REALS_BUT_ONE = re.compile(r"\\mathbb\{R\}(?:\\setminus|\\backslash|-)\\\{([^{},]*)\\\}")
 _MIXED = re.compile(r"(?<![\d./])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d./])")
 _TIME = re.compile(r"(?<=\d) *([ap])\.? ?m(?:\.|(?![a-zA-Z]))", re.IGNORECASE)
 _BASE = re.compile(r"(?:(?<=[0-9A-Z])|\(([0-9A-Z]+)\)) *_ *\{? *\(?(?:base *)?([0-9]+|[a-z]+)\)? *\}?$")
 _BASE_IN_WORDS = re.compile(r"(?<=[0-9A-Z]) *\(?(?:in )?base[ -]*([0-9]+|[a-z]+)\)?$")
 _REPEATED = re.compile(r"(?<=\.)(\d*?)(\d+?)\2{2,}\.\.\.$")
-_CURRENCY = re.compile(r"^(?:\\approx(?![a-zA-Z])|[€£¥]|(?:USD|EUR|Rs\.?) ?(?=\d)) *")
+_CURRENCY = re.compile(r"^(?:\\approx(?![a-zA-Z])|[€£¥]|(?:USD?|EUR|Rs\.?) ?(?=\d)) *")
 _UNIT = re.compile(r"(?<=[\d)} ])([a-zA-Z][a-zA-Z./ ]+)(?:\^ *\{?\d\}?)?$")
 _NO_UNITS = frozenset("pi and or sqrt sin cos tan cot sec csc log ln exp inf infinity mod am pm a.m p.m".split())
 _SHORT_UNITS = frozenset("cm mm km kg mg ml ft lb lbs mi oz yd hr hrs min sec mph kmh cl dl dm gm rs sq cu".split())
@@ -142,9 +152,9 @@ def closing(text: str, start: int) -> int | None:
 def _clause(text: str) -> str:
     """The answer that "the answer is" announces, without Markdown, the next sentence and remarks on it."""
     # The first line, or the line after "is:"; a matrix and a displayed formula continue over lines.
-    opened = re.match(r"[\s:]*([*_`]*)[\s:]*", text)
+    opened = re.match(r'[\s:]*([*_`"“]*)[\s:]*', text)
     assert opened
-    text = re.sub(r"^(\$\$|\\\[)\s*", r"\1", text[opened.end() :])
+    text = _LEAD.sub("", re.sub(r"^(\$\$|\\\[)\s*", r"\1", text[opened.end() :]), count=1)
     if "\\begin" not in text:
         text = text.partition("\n")[0]
     text = re.split(r"(?<=[^.\s])\.[*_`]*\s+(?=[A-Z])|(?<=\d)\.\s", text, maxsplit=1)[0]
@@ -177,9 +187,25 @@ def normalise(answer: str, thousands: bool = True, names: bool = False) -> str:
         return ""
     if re.fullmatch(r"-?\d+", answer):
         return answer
-    # Signs and spacing. 10,\!000 and 1{,}000 are one number wherever they occur, 1,000 only outside of brackets.
-    text = _from_unicode(answer).strip().replace("\\\\", _ROW_END).replace("\\$", "")
-    text = re.sub(r"(?<=\d)(?:\{,\}|\s*,\s*\\!\s*)(?=\d{3})", "", text).replace("{,}", ",")
+    text = _formula(answer, thousands)
+    # What the answer is called, and the values themselves.
+    name = _NAMED.match(text)
+    values = _SPACED_THOUSANDS.sub(lambda found: found[0].replace(" ", ""), text[name.end() if name else 0 :].strip())
+    values = values.split(",") if not re.search(r"[(\[{]", values) else [values]
+    text = ",".join(_value(value.strip()) for value in values)
+    text = re.sub(r"^\\mathbb\{?R\}?$|^allreal(?:s|numbers)$", r"(-\\infty,\\infty)", text)
+    text = _REALS_BUT_ONE.sub(r"(-\\infty,\1)\\cup(\1,\\infty)", text)
+    while text.startswith("{") and closing(text, 0) == len(text) - 1:
+        text = text[1:-1]
+    text = f"{re.sub(' ', '', name[1])}={text}" if name and names and text else text
+    return text.replace(_ROW_END, "\\\\")
+
+
+def _formula(text: str, thousands: bool) -> str:
+    """LaTeX with one spelling for each sign, without layout, units in \\text, percent and degree signs."""
+    # 10,\!000 and 1{,}000 are one number wherever they occur, 1,000 only outside of brackets.
+    text = _from_unicode(text).strip().replace("\\\\", _ROW_END).replace("\\$", "")
+    text = re.sub(r"(?<=\d)(?:\{,\}|\s*,\s*\\!\s*)(?=\d{3})|(?<=\d), +(?=000(?!\d))", "", text).replace("{,}", ",")
     text = _SPACING.sub(lambda found: "" if found[0].startswith("\\!") else " ", text)
     text = re.sub(r"\\?%|(?<=\w) per ?cent\b", "", text)
     if (thousands or re.search(r",\s", text)) and not re.search(r"[(\[]|\\\{", text):
@@ -188,21 +214,13 @@ def normalise(answer: str, thousands: bool = True, names: bool = False) -> str:
         text = re.sub(rf"(\d+(?:\.\d+)?) *(?:{_DEGREES.pattern})", r"(\\frac{\1\\pi}{180})", text)
     # Words and commands.
     text = _TIME.sub(lambda found: f"{found[1].lower()}m", _without_text(_DEGREES.sub("", text)))
+    text = re.sub(r"(?<=\d) *o'?clock\b", ":00", text)
+    text = _SYSTEM.sub(lambda found: found[1].replace(_ROW_END, ","), text)
     text = _MATRIX.sub(lambda found: f"\\{found[1]}{{pmatrix}}", text)
     text = _COMMAND.sub(lambda found: _SAME.get(found[0], found[0]), text).strip().rstrip(",;")
     text = _REPEATED.sub(r"\1\\overline{\2}", text).rstrip(".,;")
     text = re.sub(r"(?<=\S)\s*\\approx(?![a-zA-Z]).*", "", text, flags=re.DOTALL)
-    text = re.sub(r"\s*,?\s+(?:and|or)\s+|\s*;\s*", ",", re.sub(r"^(?:either|both) ", "", text))
-    # What the answer is called, and the values themselves.
-    name = _NAMED.match(text)
-    values = _SPACED_THOUSANDS.sub(lambda found: found[0].replace(" ", ""), text[name.end() if name else 0 :].strip())
-    values = values.split(",") if not re.search(r"[(\[{]", values) else [values]
-    text = ",".join(_value(value.strip()) for value in values)
-    text = re.sub(r"^\\mathbb\{?R\}?$|^allreal(?:s|numbers)$", r"(-\\infty,\\infty)", text)
-    while text.startswith("{") and closing(text, 0) == len(text) - 1:
-        text = text[1:-1]
-    text = f"{re.sub(' ', '', name[1])}={text}" if name and names and text else text
-    return text.replace(_ROW_END, "\\\\")
+    return re.sub(r"\s*,?\s+(?:and|or)\s+|\s*;\s*", ",", _INTRODUCTION.sub("", text))
 
 
 def _value(text: str) -> str:
@@ -231,7 +249,7 @@ def _value(text: str) -> str:
 def _from_unicode(text: str) -> str:
     """LaTeX for signs outside of ASCII: ½, x², √13, θ, ≤."""
     if text.isascii():
-        return text
+        return text.replace('"', "")
     text = "".join(
         "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("⁄"))
         if unicodedata.decomposition(sign).startswith("<fraction>") and len(unicodedata.normalize("NFKC", sign)) > 2
@@ -293,7 +311,7 @@ def _from_plain(text: str) -> str:
         text = text.replace(sign, command)
     text = re.sub(r"(?<![a-zA-Z\\])sqrt *\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\*\* *(?:(\d+)|\(([^()]*)\))", lambda found: f"^{{{found[1] or found[2]}}}", text)
-    text = re.sub(r" *\* *", r"\\cdot ", text)
+    text = re.sub(r" *\* *|(?<=\d) ?x ?(?=10 ?\^)", r"\\cdot ", text)
     text = re.sub(r"(?<![a-zA-Z\\])(pi|sin|cos|tan|cot|sec|csc|log|ln)(?![a-zA-Z])", r"\\\1 ", text)
     return re.sub(r"(?<![a-zA-Z\\])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty ", text)
 

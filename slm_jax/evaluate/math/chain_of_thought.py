@@ -1,4 +1,4 @@
-"""Questions to prompts, to outputs, to answers, to verdicts."""
+"""Asks a model questions, finds the answers in its outputs and judges them."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -13,26 +13,26 @@ from slm_jax.evaluate.math.results import Row
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """text: what the model wrote, and what programs answered it. ended: as `Continuation.ended`, or 'context' where the
-    model could read no more. programs: how each of its programs ended (`sandbox.Ran`); None without tools."""
+    """text: the model's output, with its programs' outputs. ended: as `Continuation.ended`, or 'context' if the model's
+    maximum length was reached. programs: how each of its programs ended (`sandbox.Ran`); None without tools."""
 
     text: str
     ended: str
     programs: tuple[str, ...] | None = None
 
 
-Attempts = Callable[[Sequence[str], int], list[Attempt]]  # of prompts; the seed is all that chance depends on
+Attempts = Callable[[Sequence[str], int], list[Attempt]]  # prompts and seed -> an attempt a prompt
 
 
 class Judge:
-    """Finds the answer in an output, and the verdict about it."""
+    """Extracts the answer from an output and judges it."""
 
     def __init__(self, grader: Grader):
         self._grader = grader
 
     @property
     def not_compared(self) -> int:
-        """Comparisons so far that used up their time or memory, and counted as not equal."""
+        """Comparisons so far that exceeded their time or memory and counted as not equal."""
         return self._grader.not_compared
 
     def answer(self, question: Question, output: str) -> str:
@@ -44,23 +44,24 @@ class Judge:
         return self._grader.grade(answer, question.gold, question.percent)
 
     def majority(self, question: Question, answers: Sequence[str]) -> str:
-        """The answer that most of the answers are equal to, the earliest of several; '' where there is none."""
+        """The most frequent answer, counting equal ones together; the earliest of several; '' if there is none."""
+
+        def same(answer: str, other: str) -> bool:
+            alike = answer == other
+            return alike or (not question.choice and self._grader.grade(answer, other, question.percent).correct)
+
         groups: list[list[str]] = []
         for answer in filter(normalise, answers):
-            same = (group for group in groups if answer == group[0] or self._same(question, answer, group[0]))
-            group = next(same, None)
+            group = next((group for group in groups if same(answer, group[0])), None)
             if group is None:
                 groups.append([answer])
             else:
                 group.append(answer)
         return max(groups, key=len, default=[""])[0]
 
-    def _same(self, question: Question, answer: str, other: str) -> bool:
-        return not question.choice and self._grader.grade(answer, other, question.percent).correct
-
 
 def judged(question: Question, prompt: Prompt | None, attempts: Sequence[Attempt], judge: Judge) -> Row:
-    """The row of a question: all that its verdict came from."""
+    """A question's row of the results: verdicts, and everything that they depend on."""
     samples: list[dict[str, Any]] = []
     before = judge.not_compared
     for attempt in attempts:
@@ -95,14 +96,17 @@ def ask(
     """Asks questions batch by batch.
 
     Args:
-        questions: of the set.
-        prompt_of: a question's prompt; None where it is too long for the model, which then is not asked.
+        questions: the whole set.
+        prompt_of: a question's prompt; None if it is too long for the model, which is then not asked.
         attempts: answers prompts.
-        samples: attempts at each question.
-        batch: questions that are asked together.
-        done: questions that have been asked before. A batch of which some were asked is asked again, as chance gives
-            an answer by its place in the batch, and those are left out of what is yielded.
-        seed: of all; each batch has one of its own, which depends on nothing but this and its place.
+        samples: number of attempts at each question.
+        batch: number of questions asked together.
+        done: number of questions asked before. A batch that was asked in part is asked again as a whole, since sampling
+            depends on the position in the batch, and only its new questions are yielded.
+        seed: each batch derives its seed from this one and its position.
+
+    Yields:
+        Of each batch the new questions, with prompt and attempts.
     """
     begin = done // batch * batch if done < len(questions) else done
     for first in range(begin, len(questions), batch):

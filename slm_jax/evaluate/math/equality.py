@@ -110,7 +110,7 @@ class Grader:
         if any(is_word(text, rules.words) or _NUMERAL.fullmatch(text) for text in (one, other)):
             return one.lower() == other.lower()
         kinds = (
-            *(self._conditions, self._assignments, self._lists, self._unions),
+            *(self._conditions, self._assignments, self._unions, self._lists),
             *(self._equations, self._inequalities, self._brackets, self._matrices),
         )
         for kind in kinds:
@@ -152,7 +152,10 @@ class Grader:
 
     def _unions(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
         both = [parts(text, r"\cup") for text in (one, other)]
-        return self._unordered(both, rules, depth) if max(map(len, both)) > 1 else None
+        if max(map(len, both)) == 1:
+            return None
+        both = [pieces if len(pieces) > 1 else parts(pieces[0], ",") for pieces in both]  # [1,2] or [3,4]
+        return self._unordered(both, rules, depth)
 
     def _equations(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
         """Two equations are equal if their differences lhs - rhs are, up to the sign; of several variables, up to a
@@ -352,43 +355,40 @@ def relations(text: str) -> tuple[list[str], list[str]]:
 
 
 def condition(text: str) -> tuple[str, str] | None:
-    """A variable and the interval, or the union of intervals, that inequalities leave to it; None for anything else.
+    """A variable and the interval, or union of intervals, that inequalities leave to it; None for anything else.
 
-    x>=6 is ('x', '[6,\\infty)').
+    x>=6 is ('x', '[6,\\infty)'); x<2,x>3 is a union, and x>2,x<3 an interval.
     """
     builder = _BUILDER.fullmatch(text)
-    names: set[str] = set()
-    intervals: list[tuple[str, str, str, str]] = []  # bracket, low, high, bracket
-    for part in parts(builder[1] if builder else text, ","):
-        sides, signs = relations(part)
-        low, high = r"-\infty", r"\infty"
-        if len(signs) == 2 and r"\ne" not in signs:
-            (low, name, high), ends = sides, signs
-        elif len(signs) == 1 and _is_name(sides[0]) != _is_name(sides[1]):
-            left = _is_name(sides[0])
-            name, bound = sides if left else sides[::-1]
-            if signs[0] == r"\ne":
-                intervals += [("(", low, bound, ")"), ("(", bound, high, ")")]
-                names.add(name)
-                continue
-            low, high = (low, bound) if left else (bound, high)
-            ends = [signs[0], signs[0]]
-        else:
-            return None
-        if any(_variables(bound) for bound in (low, high)):
-            return None
-        names.add(name)
-        closed = [sign == r"\le" and "infty" not in bound for sign, bound in zip(ends, (low, high), strict=True)]
-        intervals.append(("[" if closed[0] else "(", low, high, "]" if closed[1] else ")"))
-    if len(names) != 1 or not intervals:
+    pieces = parts(builder[1] if builder else text, ",")
+    found = [allowed for allowed in map(_intervals, pieces) if allowed]
+    if len(found) != len(pieces) or len({name for name, _ in found}) != 1:
         return None
-    # Two conditions are a union, x<2 or x>3, unless they overlap: x>2 and x<3.
-    if len(intervals) == 2:
+    intervals = [interval for _, allowed in found for interval in allowed]
+    if len(intervals) == 2:  # conditions that overlap hold together: x>2 and x<3
         below, above = sorted(intervals, key=lambda interval: "infty" in interval[2])
-        ends_at, starts_at = number(below[2]), number(above[1])
-        if "infty" in below[1] and "infty" in above[2] and ends_at and starts_at and starts_at.value < ends_at.value:
-            intervals = [(above[0], above[1], below[2], below[3])]
-    return names.pop(), r"\cup".join(f"{left}{low},{high}{right}" for left, low, high, right in intervals)
+        end, start = number(below[2]), number(above[1])
+        if "infty" in below[1] and "infty" in above[2] and end and start and start.value < end.value:
+            intervals = [(*above[:2], *below[2:])]
+    return found[0][0], r"\cup".join(f"{left}{low},{high}{right}" for left, low, high, right in intervals)
+
+
+def _intervals(text: str) -> tuple[str, list[tuple[str, str, str, str]]] | None:
+    """The variable of one inequality and the interval (bracket, ends, bracket) that it allows, or two for x != 3."""
+    sides, signs = relations(text)
+    if len(signs) == 1 and _is_name(sides[0]) != _is_name(sides[1]):  # x<3 is -oo<x<3
+        if _is_name(sides[0]):
+            sides, signs = [r"-\infty", *sides], ["<", *signs]
+        else:
+            sides, signs = [*sides, r"\infty"], [*signs, "<"]
+    if len(sides) != 3 or not re.search("[a-zA-Z]", sides[1]) or _variables(sides[0] + sides[2]):
+        return None
+    low, name, high = sides
+    if r"\ne" in signs:
+        bound = low if signs[0] == r"\ne" else high
+        return name, [("(", r"-\infty", bound, ")"), ("(", bound, r"\infty", ")")]
+    closed = [sign == r"\le" and "infty" not in bound for sign, bound in zip(signs, (low, high), strict=True)]
+    return name, [("[" if closed[0] else "(", low, high, "]" if closed[1] else ")")]
 
 
 def assignments(text: str) -> dict[str, str] | None:

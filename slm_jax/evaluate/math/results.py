@@ -1,17 +1,17 @@
-"""What the answers to a set sum up to."""
+"""Summarises the judged answers to a question set."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-NORMAL_95 = 1.959964  # quantile of the normal distribution that 95 % lie within, on both sides
+NORMAL_95 = 1.959964  # standard deviations around the mean that hold 95 % of a normal distribution
 
 Row = dict[str, Any]
 
 
 def wilson(right: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of Wilson (1927) for a share, of `right` out of `count`."""
+    """Wilson's 95 % interval (1927) for a proportion of `right` out of `count`."""
     if not count:
         return 0.0, 1.0
     share, z2 = right / count, NORMAL_95**2
@@ -23,9 +23,9 @@ def wilson(right: float, count: int) -> tuple[float, float]:
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Accuracies in [0, 1] with their intervals, and how the outputs ended.
 
-    `accuracy` is the mean over questions of the share of its samples that are right (pass@1); `published` the same by
-    the rules of published numbers (`equality.Verdict`); `majority` that of the most frequent answer of each question;
-    `not_compared` counts comparisons that were given up.
+    `accuracy` is pass@1: the fraction of a question's samples that are correct, averaged over questions. `published` is
+    the same by the rules of published numbers (`equality.Verdict`), `majority` that of each question's most frequent
+    answer. `not_compared` counts comparisons that exceeded their time or memory.
     """
 
     def accuracy(rights: Sequence[float]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands(page: str) -> list[list[str]]:
     """Words of the `slm-jax` commands in the page's blocks."""
-    lines = [line for block in blocks(page, "") for line in block.splitlines()]
+    lines = [line for block in blocks(page, "") for line in block.replace("\\\n", "").splitlines()]
     assert lines and all(line.startswith("slm-jax ") for line in lines), lines
     return [shlex.split(line)[1:] for line in lines]
 

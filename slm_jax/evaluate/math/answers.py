@@ -38,7 +38,7 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _GREEK = re.compile("[α-ρσ-ωΓΔΘΛΞΠΣΦΨΩ]")
 
-_ROW_END = "\x00"  # stands for \\, the end of a matrix row, while single backslashes are looked at
+_ROW_END = "\x00"  # replaces \\, the end of a matrix row, while single backslashes are processed
 _SPACING = re.compile(
     r"\\!\s*|\\[,;:> ()\[\]]|\\q?quad(?![a-zA-Z])|~|\$"
     r"|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])"
@@ -158,7 +158,7 @@ def _clause(text: str) -> str:
     if "\\begin" not in text:
         text = text.partition("\n")[0]
     text = re.split(r"(?<=[^.\s])\.[*_`]*\s+(?=[A-Z])|(?<=\d)\.\s", text, maxsplit=1)[0]
-    # Emphasis ends before a space or a stop: 2**3 is none.
+    # Emphasis ends before a space or a stop; ** in 2**3 is a power.
     marks = "|".join(map(re.escape, {"**", "__", "`", opened[1] or "**"}))
     text = re.sub(rf"(?<=\S)(?:{marks})(?=[\s.,;:!?)]|$)", "", text)
     for found in re.finditer(f"({_REASON})|{_REMARK}", text):

@@ -41,8 +41,8 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 
 class Verdict(NamedTuple):
-    """correct: by the rules of docs/math_evaluation.md. published: by the rules behind published numbers, where whole
-    numbers and fractions, too, may be off by a ten thousandth, and every number by a factor of 100."""
+    """correct: by the rules of docs/math_evaluation.md. published: by the rules of published numbers, which also accept
+    whole numbers and fractions that are off by a ten thousandth, and every number that is off by a factor of 100."""
 
     correct: bool
     published: bool
@@ -50,7 +50,7 @@ class Verdict(NamedTuple):
 
 class Rules(NamedTuple):
     """exact: whole numbers and fractions must be equal, and only numbers with a decimal point may be near.
-    factors: the answer may be so many times the gold answer. words: letters spell words, in any case, and no product.
+    factors: the answer may be the gold answer times any of these. words: letters are words in any case, no product.
     """
 
     exact: bool = True
@@ -325,7 +325,7 @@ def members(text: str) -> list[str]:
 
 
 def enclosed(text: str) -> list[str]:
-    """The parts of what stands in one pair of parentheses or brackets; one or none where nothing does."""
+    """The parts within one pair of parentheses or brackets; [] if the text is not in one."""
     if len(text) < 3 or text[0] not in "([" or text[-1] not in ")]" or not balanced(text[1:-1]):
         return []
     return parts(text[1:-1], ",")
@@ -442,7 +442,7 @@ def _readable(text: str) -> bool:
 
 
 def _variables(text: str) -> frozenset[str]:
-    """Letters that stand for themselves, without i and e."""
+    """The letters outside of commands, without i and e."""
     return _LETTERS & set(re.sub(r"\\[a-zA-Z]+", "", text))
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 MEMORY_BYTES = 2 << 30
 DIGITS = 30  # of values that are compared
-PATIENCE = 10  # a process that waits for the machine is given so many times its CPU time
+PATIENCE = 10  # wall-clock limit as a multiple of the CPU limit, for a busy machine
 TOLERANCE = 1e-4
 
 # near: within a relative TOLERANCE. proportional: one is a constant multiple of the other, but for zero.
@@ -153,7 +153,7 @@ def _comparison() -> Callable[[str, str, How], bool]:
         values = [sympy.N(expression.subs(somewhere), DIGITS) for expression in both]
         if any(value.is_number and not value.is_finite for value in values):
             return False
-        random.seed(0)  # `equals` tries values of its own
+        random.seed(0)  # `equals` tries random values
         if how == "proportional":  # f = c g if and only if f(x) g(p) = g(x) f(p) for one p where neither is zero
             at = [expression.subs(somewhere) for expression in both]
             return (

@@ -7,6 +7,7 @@ Both are gradients of the loss of the same selected tokens. Prints one line per 
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,9 +20,8 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.mesh import make_mesh, path_name
 from slm_jax.models import forward
 from slm_jax.models.trained_model import load_model
-from slm_jax.score.selection import Selection, row_capacity
-from slm_jax.train import gradients
-from slm_jax.train.objective import trained_tokens
+from slm_jax.score.selection import Selection, filtered_capacity
+from slm_jax.train.step import micro_batch_gradient
 
 
 def main() -> None:
@@ -50,13 +50,11 @@ def main() -> None:
 
 def compare(params, model, selection, batch) -> dict:
     """Cosine of the two gradients, over all parameters and of each, and the ratio of their norms."""
-
-    def choose(losses):
-        return trained_tokens(selection, losses, batch, jax.random.key(0))
-
-    capacity = row_capacity(selection, batch.tokens.shape)
-    exact, _ = jax.jit(lambda p: gradients.exact(p, model, batch, choose))(params)
-    filtered, _ = jax.jit(lambda p: gradients.filtered(p, model, batch, choose, capacity))(params)
+    capacity, key = filtered_capacity(selection, batch.tokens.shape), jax.random.key(0)
+    exact, filtered = (
+        jax.jit(lambda p, s=s: micro_batch_gradient(p, model, s, capacity, batch, None, key)[0])(params)
+        for s in (dataclasses.replace(selection, gradient="exact"), selection)
+    )
     products = jax.tree.map(lambda a, b: np.array([jnp.vdot(a, b), jnp.vdot(a, a), jnp.vdot(b, b)]), filtered, exact)
     each = {path_name(path): found for path, found in jax.tree_util.tree_leaves_with_path(products)}
     dot, own, true = sum(each.values())

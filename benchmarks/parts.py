@@ -19,11 +19,10 @@ import step
 from slm_jax.data.batches import Batch
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig, model_config
-from slm_jax.score.selection import Selection, row_capacity
+from slm_jax.score.selection import Selection, filtered_capacity
 from slm_jax.score.token_loss import batch_loss
-from slm_jax.train import gradients
-from slm_jax.train.objective import trained_tokens
 from slm_jax.train.state import TrainState
+from slm_jax.train.step import micro_batch_gradient
 
 RATIO = 0.6
 
@@ -31,10 +30,8 @@ RATIO = 0.6
 def gradient(params: Params, batch: Batch, model: ModelConfig, kind: str) -> Params:
     """The gradient that a step of this kind takes, without optimizer and metrics."""
     selection = None if kind == "causal" else Selection(score="excess", ratio=RATIO, gradient=kind)
-    function = {"causal": gradients.causal, "exact": gradients.exact, "filtered": gradients.filtered}[kind]
-    if selection and kind == "filtered":
-        function = partial(function, capacity=row_capacity(selection, batch.tokens.shape))
-    return function(params, model, batch, lambda loss: trained_tokens(selection, loss, batch, jax.random.key(0)))[0]
+    capacity = filtered_capacity(selection, batch.tokens.shape) if selection else 0
+    return micro_batch_gradient(params, model, selection, capacity, batch, None, jax.random.key(0))[0]
 
 
 def compare(model: ModelConfig, rows: int, length: int, rounds: measure.Rounds) -> list[measure.Row]:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pyarrow
 import pytest
+import toy
 
 from slm_jax.data.corpus import COLUMNS, Corpus, CorpusWriter
 from slm_jax.data.store import SHARD_ROWS, Store, disk_full_is_an_answer
@@ -70,7 +71,7 @@ def test_rows_outside_are_refused(corpus, row):
 
 
 def test_unknown_column(corpus):
-    assert "no column 'token'" in refusal(corpus.read, np.array([0]), ["token"])
+    assert "'token'" in toy.refused("corpus-no-column", corpus.read, np.array([0]), ["token"])
 
 
 def test_fingerprint_is_of_the_content(corpus, tmp_path):
@@ -87,36 +88,37 @@ def test_verify_notices_one_changed_value(corpus, column):
     Store(corpus.path).open_array(f"columns/{column}")[7:8].write(
         np.where(value == 0, 1, 0).astype(value.dtype)
     ).result()
-    assert "was changed after it was made" in refusal(corpus.verify)
+    assert corpus.path in toy.refused("corpus-damaged", corpus.verify)
 
 
 def test_expect_names_both_and_the_remedy(corpus):
     corpus.expect(corpus.fingerprint, "the run")
-    message = refusal(corpus.expect, "0123456789abcdef", "the run runs/a")
+    message = toy.refused("corpus-mismatch", corpus.expect, "0123456789abcdef", "the run runs/a")
     assert "the run runs/a" in message and "0123456789ab" in message and corpus.fingerprint[:12] in message
 
 
 def test_a_corpus_that_cannot_be_opened(corpus, tmp_path):
     path = tmp_path / "corpus"
-    assert "no corpus at" in refusal(Corpus.open, tmp_path / "nothing")
-    assert "is not a corpus" in refusal(Corpus.open, path / "vocabulary")
+    assert str(tmp_path / "nothing") in toy.refused("corpus-not-found", Corpus.open, tmp_path / "nothing")
+    assert "manifest.json" in toy.refused("corpus-not-one", Corpus.open, path / "vocabulary")
     assert "only local paths" in refusal(Corpus.open, "ftp://host/corpus")
     manifest = path / "manifest.json"
     good = manifest.read_text()
-    for text, message in [
-        (good[:-20], "is damaged (not JSON)"),
-        ("[]", "not an object"),
-        (good.replace('"num_rows"', '"rows"'), "is damaged (KeyError('num_rows'))"),
-        (json.dumps(json.loads(good) | {"format_version": 99}), "has format version 99"),
-        (json.dumps(json.loads(good) | {"num_rows": 5}), "the manifest says 5 x 8"),
-    ]:
+    for text, message in [(good[:-20], "is damaged (not JSON)"), ("[]", "not an object")]:
         manifest.write_text(text)
         assert message in refusal(Corpus.open, path)
+    for code, text, named in [
+        ("corpus-damaged", good.replace('"num_rows"', '"rows"'), "KeyError('num_rows')"),
+        ("corpus-format", json.dumps(json.loads(good) | {"format_version": 99}), "format version 99"),
+        ("corpus-damaged", json.dumps(json.loads(good) | {"num_rows": 5}), "5 x 8"),
+    ]:
+        manifest.write_text(text)
+        assert named in toy.refused(code, Corpus.open, path)
     manifest.write_text(good)
     shutil.rmtree(path / "columns" / "loss_mask")
-    assert "has lost its column 'loss_mask'" in refusal(Corpus.open, path)
+    assert "'loss_mask'" in toy.refused("corpus-damaged", Corpus.open, path)
     manifest.unlink()
-    assert "only half prepared" in refusal(Corpus.open, path)
+    assert str(path) in toy.refused("corpus-unfinished", Corpus.open, path)
 
 
 def test_a_score_is_written_in_ranges_and_read_beside_the_columns(corpus):

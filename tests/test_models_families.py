@@ -16,8 +16,8 @@ from slm_jax.files import to_json
 from slm_jax.models import forward
 from slm_jax.models.layers import rotary_angles, rotate, scaled_frequencies
 from slm_jax.models.model_config import FUNCTION_FIELDS, SIZES, ModelConfig, RopeScaling
-from slm_jax.score.token_loss import predicted
-from slm_jax.train import gradients
+from slm_jax.score.token_loss import batch_loss, predicted
+from slm_jax.train.filtered_gradient import filtered_vjp
 from slm_jax.train.optimizer import decay_mask
 
 LLAMA = ModelConfig(
@@ -116,9 +116,9 @@ def test_with_every_token_chosen_filtered_is_exact():
     batch = jax.tree.map(jnp.asarray, batch)
     params = forward.init_params(model, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
-    choose = lambda _: (predicted(batch.segment_ids), {})  # noqa: E731
-    found = jax.jit(lambda params: gradients.filtered(params, model, batch, choose, segments.size)[0])(params)
-    exact = jax.jit(lambda params: gradients.exact(params, model, batch, choose)[0])(params)
+    weights = predicted(batch.segment_ids).astype(jnp.float32)
+    found = jax.jit(lambda params: filtered_vjp(params, model, batch, segments.size)[1](weights)[0])(params)
+    exact = jax.jit(lambda params: jax.vjp(lambda p: batch_loss(p, model, batch), params)[1](weights)[0])(params)
     for path, expected in _paths(exact).items():
         scale = float(jnp.abs(expected).max())
         assert scale > 1e-3, f"{path} has no gradient"

@@ -17,20 +17,21 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.models.trained_model import load_model
 from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import (
-    Choice,
     CombinedSelection,
     Selection,
-    choose,
-    looks_ahead,
-    row_capacity,
+    SelectionMask,
+    competes_across_micro_batches,
+    filtered_capacity,
+    select_tokens,
     within_capacity,
 )
+from slm_jax.train import plan_summary
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
 from slm_jax.train.schedules import Schedule, SchedulePart
 from slm_jax.train.start import refuse_equal_reference
 
-jit_choose = jax.jit(choose, static_argnums=0)
+jit_select_tokens = jax.jit(select_tokens, static_argnums=0)
 KEY = jax.random.key(0)
 LIKELY = Selection(score="reference", reference="self", ratio=0.7)
 CERTAIN = Selection(score="entropy", reference="self", ratio=0.5)
@@ -47,7 +48,9 @@ def test_several_references_speak_as_one(combine, score, statistic):
     read[1, 2, 7] = np.nan
     selection = Selection(score=score, reference=["a", "b", "c"], combine=combine, ratio=0.4)
     assert selection.columns() == tuple(f"scores/{name}/{statistic}" for name in "abc")
-    chosen, usable, scores = jit_choose(selection, loss, dict(zip(selection.columns(), read, strict=True)), valid, KEY)
+    chosen, usable, scores = jit_select_tokens(
+        selection, loss, dict(zip(selection.columns(), read, strict=True)), valid, KEY
+    )
     together = NUMPY[combine](read, axis=0)
     expected = loss - together if score == "excess" else -together
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
@@ -57,7 +60,7 @@ def test_several_references_speak_as_one(combine, score, statistic):
 
 def test_one_reference_is_the_same_as_a_list_of_it():
     loss, column = jnp.array([[3.0, 1, 2]]), {"scores/a/loss": jnp.array([[1.0, 2, 0.3]])}
-    scores = [jit_choose(Selection(reference=name), loss, column, loss > 0, KEY).scores for name in ("a", ["a"])]
+    scores = [jit_select_tokens(Selection(reference=name), loss, column, loss > 0, KEY).scores for name in ("a", ["a"])]
     np.testing.assert_array_equal(*scores)
 
 
@@ -77,7 +80,9 @@ def _top(scores: np.ndarray, valid: np.ndarray, ratio: float) -> set[int]:
 def test_sets_of_the_usable_tokens(read, valid, keeps):
     """Whatever the ties, masks and tokens without a score: the two sets, each of its own share, met or joined."""
     columns = {"scores/self/loss": read[0], "scores/self/entropy": read[1]}
-    chosen, usable, _ = jit_choose(CombinedSelection([LIKELY, CERTAIN], keeps), jnp.zeros((4, 16)), columns, valid, KEY)
+    chosen, usable, _ = jit_select_tokens(
+        CombinedSelection([LIKELY, CERTAIN], keeps), jnp.zeros((4, 16)), columns, valid, KEY
+    )
     finite = valid & np.isfinite(read).all(axis=0)
     np.testing.assert_array_equal(usable, finite)
     likely, certain = _top(-read[0], finite, 0.7), _top(-read[1], finite, 0.5)
@@ -100,14 +105,18 @@ def test_eight_devices_choose_as_one(keeps):
     valid = np.random.default_rng(1).random(loss.shape) < 0.9
     for devices in (1, 8):
         with jax.set_mesh(mesh_lib.make_mesh(devices=jax.devices()[:devices])):
-            found.append(jit_choose(CombinedSelection([LIKELY, CERTAIN], keeps), loss, columns, valid, KEY).chosen)
+            found.append(
+                jit_select_tokens(CombinedSelection([LIKELY, CERTAIN], keeps), loss, columns, valid, KEY).selected
+            )
     np.testing.assert_array_equal(*found)
 
 
 def test_each_random_part_draws_for_itself():
     """Two random halves have a quarter in common, not a half."""
     halves = [Selection("random", 0.5), Selection("random", 0.5)]
-    chosen = jit_choose(CombinedSelection(halves), jnp.zeros((4, 256)), {}, jnp.ones((4, 256), bool), KEY).chosen
+    chosen = jit_select_tokens(
+        CombinedSelection(halves), jnp.zeros((4, 256)), {}, jnp.ones((4, 256), bool), KEY
+    ).selected
     assert 200 < int(chosen.sum()) < 312
 
 
@@ -117,22 +126,22 @@ def test_the_room_of_a_filtered_backward():
         Selection("reference", 0.3, reference="self", gradient="filtered"),
         Selection("entropy", 0.2, reference="self", gradient="filtered"),
     ]
-    assert [row_capacity(part, (16, 64)) for part in parts] == [309, 206]
-    assert row_capacity(CombinedSelection(parts), (16, 64)) == 206
-    assert row_capacity(CombinedSelection(parts, "union"), (16, 64)) == 309 + 206
-    assert row_capacity(CombinedSelection([*parts, *parts], "union"), (16, 64)) == 16 * 64
+    assert [filtered_capacity(part, (16, 64)) for part in parts] == [309, 206]
+    assert filtered_capacity(CombinedSelection(parts), (16, 64)) == 206
+    assert filtered_capacity(CombinedSelection(parts, "union"), (16, 64)) == 309 + 206
+    assert filtered_capacity(CombinedSelection([*parts, *parts], "union"), (16, 64)) == 16 * 64
     loss, columns = _columns()
     valid = np.ones(loss.shape, bool)
     for keeps in ("intersection", "union"):
-        whole = jit_choose(CombinedSelection(parts, keeps), loss, columns, valid, KEY)
-        kept = within_capacity(CombinedSelection(parts, keeps), whole.scores, whole.chosen)
-        np.testing.assert_array_equal(kept, whole.chosen)
+        whole = jit_select_tokens(CombinedSelection(parts, keeps), loss, columns, valid, KEY)
+        kept = within_capacity(CombinedSelection(parts, keeps), whole.scores, whole.selected)
+        np.testing.assert_array_equal(kept, whole.selected)
     small = [Selection("reference", 0.3, reference="self", gradient="filtered", capacity=0.1)] * 2
-    assert row_capacity(CombinedSelection(small, "union"), (16, 64)) == 103
-    kept = within_capacity(CombinedSelection(small, "union"), whole.scores, whole.chosen)
+    assert filtered_capacity(CombinedSelection(small, "union"), (16, 64)) == 103
+    kept = within_capacity(CombinedSelection(small, "union"), whole.scores, whole.selected)
     assert kept.sum() == 103
     low = -columns["scores/self/loss"]
-    assert low[np.asarray(whole.chosen & ~kept)].max() <= low[np.asarray(kept)].min()
+    assert low[np.asarray(whole.selected & ~kept)].max() <= low[np.asarray(kept)].min()
 
 
 @pytest.mark.parametrize(
@@ -140,36 +149,41 @@ def test_the_room_of_a_filtered_backward():
 )
 def test_who_competes_across_micro_batches(scope, ahead):
     part = Selection(scope=scope)
-    assert looks_ahead(part) == looks_ahead(CombinedSelection([part, part])) == ahead
+    assert (
+        competes_across_micro_batches(part) == competes_across_micro_batches(CombinedSelection([part, part])) == ahead
+    )
     threshold = Selection(scope=scope, threshold=0.0)
-    assert not looks_ahead(CombinedSelection([threshold, threshold]))
-    assert looks_ahead(CombinedSelection([threshold, part])) == ahead
+    assert not competes_across_micro_batches(CombinedSelection([threshold, threshold]))
+    assert competes_across_micro_batches(CombinedSelection([threshold, part])) == ahead
 
 
 @pytest.mark.parametrize(
-    "message, make",
+    "code, named, make",
     [
-        ("one name at least, and each of them once", lambda: Selection(reference=["a", "a"])),
-        ("Selection.reference []", lambda: Selection(reference=[])),
-        ("Selection.combine 'median' is unknown: known are mean, min, max", lambda: Selection(combine="median")),
-        ("CombinedSelection.parts has 1 Selection", lambda: CombinedSelection([Selection()])),
+        ("selection-references", "['a', 'a']", lambda: Selection(reference=["a", "a"])),
+        ("selection-references", "Selection.reference []", lambda: Selection(reference=[])),
+        ("selection-unknown-combine", "mean, min, max", lambda: Selection(combine="median")),
+        ("selection-parts", "CombinedSelection.parts has 1", lambda: CombinedSelection([Selection()])),
+        ("selection-unknown-keeps", "intersection, union", lambda: CombinedSelection([LIKELY, CERTAIN], "xor")),
         (
-            "CombinedSelection.keeps 'xor' is unknown: known are intersection, union",
-            lambda: CombinedSelection([LIKELY, CERTAIN], "xor"),
-        ),
-        (
-            "CombinedSelection.parts differ in scope (batch, sequence): set Selection.scope for all",
+            "selection-parts-differ",
+            "differ in scope (batch, sequence)",
             lambda: CombinedSelection([Selection(), Selection(scope="sequence")]),
         ),
-        ("differ in gradient (exact, filtered)", lambda: CombinedSelection([LIKELY, Selection(gradient="filtered")])),
         (
-            "Phase.keep_ratio is the share that one Selection keeps",
+            "selection-parts-differ",
+            "differ in gradient (exact, filtered)",
+            lambda: CombinedSelection([LIKELY, Selection(gradient="filtered")]),
+        ),
+        (
+            "unspecified",
+            "Phase.keep_ratio",
             lambda: Phase(3, selection=CombinedSelection([LIKELY, CERTAIN]), keep_ratio=Schedule([SchedulePart(0.5)])),
         ),
     ],
 )
-def test_wrong_settings_are_refused(message, make):
-    assert message in toy.refusal(make)
+def test_wrong_settings_are_refused(code, named, make):
+    assert named in toy.refused(code, make)
 
 
 def _with_column(corpus: Corpus, name: str, seed: int, fingerprint: str, statistics=("loss",)) -> None:
@@ -235,4 +249,4 @@ def test_a_choice_is_hashable_and_compares(corpus):
         len({CombinedSelection([LIKELY, CERTAIN]), CombinedSelection([LIKELY, CERTAIN]), Selection(reference=["a"])})
         == 2
     )
-    assert Choice._fields == ("chosen", "usable", "scores")
+    assert SelectionMask._fields == ("selected", "usable", "scores")

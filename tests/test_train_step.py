@@ -14,10 +14,9 @@ from slm_jax.mesh import MeshConfig
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.selection import Selection
 from slm_jax.score.token_loss import batch_loss, predicted
-from slm_jax.train.objective import trained_tokens
 from slm_jax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer
 from slm_jax.train.state import init_state, state_shapes
-from slm_jax.train.step import compile_step, make_step
+from slm_jax.train.step import compile_step, make_step, token_weights
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=48)
 COLUMN = "scores/reference/loss"
@@ -177,7 +176,7 @@ def test_sums_by_source_of_millions_of_tokens():
     rng = np.random.default_rng(0)
     loss, ids = rng.exponential(2.5, shape).astype(np.float32), (rng.random(shape) < 0.1).astype(np.uint8)
     batch = make_batch(np.ones(shape, np.int32), np.ones(shape, np.int32), np.ones(shape, bool), ids)
-    sums = jax.jit(lambda loss, batch: trained_tokens(None, loss, batch, jax.random.key(0))[1])(loss, batch)
+    sums = jax.jit(lambda loss, batch: token_weights(None, loss, batch, jax.random.key(0))[1])(loss, batch)
     for source in (0, 1):
         exact = loss[:, 1:][ids[:, 1:] == source].astype(np.float64).sum()
         np.testing.assert_allclose(sums["source_loss"][source], exact, rtol=1e-5)

@@ -16,13 +16,12 @@ from slm_jax.models import forward, transformer
 from slm_jax.models.attention import attention
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.position_subset import Rows
-from slm_jax.score.selection import Selection, row_capacity
+from slm_jax.score.selection import Selection, filtered_capacity
 from slm_jax.score.token_loss import batch_loss, predicted, predictors
-from slm_jax.train import gradients
-from slm_jax.train.objective import trained_tokens
+from slm_jax.train.filtered_gradient import filtered_vjp
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.state import state_shapes
-from slm_jax.train.step import compile_step, make_step
+from slm_jax.train.step import compile_step, make_step, micro_batch_gradient, token_weights
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=48)
 # Rows of 40 and their products are lengths that no parameter has: whatever array has them holds tokens.
@@ -43,19 +42,19 @@ def _batch(seed=0, rows=ROWS):
 
 
 def _chooser(selection, batch):
-    return lambda losses: trained_tokens(selection, losses, batch, jax.random.key(0))
+    return lambda losses: token_weights(selection, losses, batch, jax.random.key(0))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4))
 def _filtered(params, model, batch, chosen, capacity=ROWS * LENGTH):
-    return gradients.filtered(params, model, batch, lambda _: (chosen, {}), capacity)[0]
+    return filtered_vjp(params, model, batch, capacity)[1](chosen.astype(jnp.float32))[0]
 
 
 def _make_exact():
-    return jax.jit(
-        lambda params, model, batch, chosen: gradients.exact(params, model, batch, lambda _: (chosen, {}))[0],
-        static_argnums=1,
-    )
+    def exact(params, model, batch, chosen):
+        return jax.vjp(lambda params: batch_loss(params, model, batch), params)[1](chosen.astype(jnp.float32))[0]
+
+    return jax.jit(exact, static_argnums=1)
 
 
 _exact = _make_exact()
@@ -113,7 +112,7 @@ def test_long_rows_leave_out_queries_only_where_they_may(late):
 def test_causal_is_exact():
     """Loss and gradient in one pass over the head, against two; a prompt's tokens are neither trained nor counted."""
     params, batch = forward.init_params(MODEL, jax.random.key(0)), _batch()
-    found, sums = jax.jit(lambda p: gradients.causal(p, MODEL, batch, _chooser(None, batch)))(params)
+    found, sums = jax.jit(lambda p: micro_batch_gradient(p, MODEL, None, 0, batch, None, jax.random.key(0)))(params)
     valid = batch.loss_mask & predicted(batch.segment_ids)
     _close(found, _exact(params, MODEL, batch, valid))
     losses = jnp.where(valid, batch_loss(params, MODEL, batch), 0.0)
@@ -189,10 +188,12 @@ def test_beyond_the_capacity_the_lowest_scores_are_dropped_and_counted():
     params = forward.init_params(MODEL, jax.random.key(0))
     losses = jax.random.uniform(jax.random.key(1), batch.tokens.shape)
     chosen, sums = _chooser(full, batch)(losses)
+    chosen = chosen > 0
     assert sums["dropped_tokens"] == 0, "on one device there is room for the whole share"
     small = dataclasses.replace(full, capacity=0.2)
     kept, small_sums = _chooser(small, batch)(losses)
-    assert small_sums["trained_tokens"] == jnp.sum(kept) == row_capacity(small, batch.tokens.shape) == 64
+    kept = kept > 0
+    assert small_sums["trained_tokens"] == jnp.sum(kept) == filtered_capacity(small, batch.tokens.shape) == 64
     assert small_sums["dropped_tokens"] == sums["trained_tokens"] - 64
     excess = losses - batch.scores[COLUMN]
     assert excess[np.asarray(chosen & ~kept)].max() <= excess[np.asarray(kept)].min()

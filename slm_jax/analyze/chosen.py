@@ -20,7 +20,7 @@ def _choose(
     valid: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    return selection_lib.choose(selection, loss, columns, valid, key).chosen
+    return selection_lib.select_tokens(selection, loss, columns, valid, key).selected
 
 
 def choose(

@@ -1,4 +1,4 @@
-"""The Batch contract, and reading ahead."""
+"""The Batch that every stage reads, and reading ahead."""
 
 import queue
 import threading
@@ -13,16 +13,26 @@ from slm_jax.data.packing import positions_from_segments
 
 
 class Batch(NamedTuple):
-    """Rows of packed documents. Three arrays for three things: attention reads `segment_ids` (0 is padding), rotary
-    reads `positions`, the loss reads `loss_mask`. `scores` holds the score columns by name, e.g.
-    "scores/reference/loss". Arrays are numpy on the host, jax on devices."""
+    """Rows of packed documents: numpy arrays on the host, jax arrays on devices.
 
-    tokens: Any  # int32 [B, L]
-    segment_ids: Any  # int32 [B, L]
-    positions: Any  # int32 [B, L]
-    loss_mask: Any  # bool [B, L]
-    source_ids: Any  # int32 [B, L]
-    scores: dict[str, Any]  # float32 [B, L] each
+    Three arrays for three purposes: attention reads `segment_ids`, rotary embeddings read `positions`, the loss reads
+    `loss_mask`. None of them can stand in for another.
+
+    Attributes:
+      tokens: ids, int32.
+      segment_ids: which document of the row a token belongs to, from 1 on; 0 is padding. int32.
+      positions: within the segment, from 0 on. int32.
+      loss_mask: whether the token's loss counts.
+      source_ids: index into the run's list of sources, int32.
+      scores: score columns by name, for example "scores/reference/loss"; float32, at the token that they are about.
+    """
+
+    tokens: Int[Any, "B L"]
+    segment_ids: Int[Any, "B L"]
+    positions: Int[Any, "B L"]
+    loss_mask: Bool[Any, "B L"]
+    source_ids: Int[Any, "B L"]
+    scores: dict[str, Float[Any, "B L"]]
 
 
 COLUMNS = ("tokens", "segment_ids", "loss_mask", "source_ids")
@@ -35,7 +45,7 @@ def make_batch(
     source_ids: Integer[np.ndarray, "B L"] | None = None,
     scores: dict[str, Float[np.ndarray, "B L"]] | None = None,
 ) -> Batch:
-    """A Batch from bare arrays: dtypes set, positions derived; by default the loss counts everywhere but in padding."""
+    """A Batch from bare arrays: sets dtypes, derives positions; by default every token but padding has a loss."""
     return Batch(
         tokens=tokens.astype(np.int32),
         segment_ids=segment_ids.astype(np.int32),
@@ -53,11 +63,16 @@ def read_batch(
     score_columns: Sequence[str] = (),
     source_maps: Sequence[Int[np.ndarray, " _"]] | None = None,
 ) -> Batch:
-    """Reads row `rows[i]` of `corpora[which[i]]` for each i.
+    """Reads row `rows[i]` of `corpora[which[i]]` for each i: B rows of several corpora, in the order asked for.
 
-    `source_maps[d][local id]` numbers the sources of several corpora as one list.
+    Args:
+      corpora: of one sequence length L.
+      which, rows: which corpus, and which of its rows.
+      score_columns: columns to read as scores, for example "scores/reference/loss".
+      source_maps: for each corpus, its own source ids -> ids in the list of all sources.
     """
     names = (*COLUMNS, *score_columns)
+    # One read per corpus; its rows are then put in their places of the batch.
     merged: dict[str, np.ndarray] = {}
     for i, corpus in enumerate(corpora):
         mine = np.flatnonzero(which == i)
@@ -69,7 +84,7 @@ def read_batch(
         for name in names:
             if name not in merged:
                 merged[name] = np.empty((len(which), corpus.sequence_length), read[name].dtype)
-            if merged[name].dtype != read[name].dtype:
+            if merged[name].dtype != read[name].dtype:  # uint16 tokens beside uint32, float16 scores beside float32
                 merged[name] = merged[name].astype(np.promote_types(merged[name].dtype, read[name].dtype))
             merged[name][mine] = read[name]
     scores = {name: merged[name] for name in score_columns}
@@ -77,9 +92,9 @@ def read_batch(
 
 
 def read_ahead(make: Callable[[int], Any], first: int, last: int, depth: int = 2) -> Generator[Any, None, None]:
-    """Yields make(first), ..., make(last - 1), each made in a background thread up to `depth` ahead.
+    """Yields make(first), ..., make(last - 1), computed in a background thread up to `depth` items ahead.
 
-    An exception in `make` is raised to the reader; closing the iterator stops the thread.
+    An exception in `make` is raised at the reader. Closing the iterator stops the thread.
     """
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()

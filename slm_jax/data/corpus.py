@@ -2,8 +2,8 @@
 
 manifest.json       format version, fingerprint, counts, settings; written last, so its presence means complete
 columns/NAME        zarr3 arrays [num_rows, sequence_length]: tokens, segment_ids, loss_mask, source_ids
-documents.parquet   id, source, url, row, start, length, bytes: where each document begins; metadata, if it carries any
-vocabulary/         the vocabulary
+documents.parquet   one row per document: id, source, url, row, start, length, bytes (and metadata, if it has any)
+vocabulary/         the vocabulary that the tokens belong to
 scores/NAME/        score columns, see scores.py
 """
 
@@ -36,16 +36,16 @@ Rows = Integer[np.ndarray, "B"]
 
 
 class Corpus:
-    """A complete corpus, opened for reading. Make one with `slm_jax.data.prepare.prepare`, open it with `Corpus.open`.
+    """A complete corpus, opened for reading. `slm_jax.data.prepare.prepare` makes one, `Corpus.open` opens it.
 
     Attributes:
-        path: where it lies.
+        path: its directory or URL.
         manifest: everything recorded when it was made.
-        fingerprint: of the content, as 64 hexadecimal digits; equal content gives equal fingerprints.
+        fingerprint: of the content, 64 hexadecimal digits; equal content gives equal fingerprints.
         num_rows, sequence_length: shape of every column.
-        vocabulary_hash, vocab_size: of the vocabulary its tokens belong to.
-        source_names: what a value of `source_ids` means.
-        metadata: settings of the `Metadata` that its documents carry, None for plain documents.
+        vocabulary_hash, vocab_size: of the vocabulary that its tokens belong to.
+        source_names: the source of each value of `source_ids`.
+        metadata: settings of the `Metadata` that its documents carry; None for plain documents.
     """
 
     def __init__(self, store: Store, manifest: dict[str, Any]):
@@ -67,29 +67,41 @@ class Corpus:
         """Opens the corpus at a local path, gs:// or s3:// URL.
 
         Raises:
-            UserError: nothing there, not finished, damaged, or of another format version.
+            UserError: no corpus there, or one that is unfinished, damaged or of another format version.
         """
         store = Store(path)
         manifest = with_new_keys(store.read_json(MANIFEST))
         if manifest is None:
-            raise UserError(_why_no_manifest(store))
+            if not store.keys():
+                raise UserError(
+                    "corpus-not-found",
+                    f"no corpus at {store.path}: check the path, or make one with the stage `prepare`",
+                )
+            if store.keys("work/") or store.keys("columns/"):
+                raise UserError(
+                    "corpus-unfinished",
+                    f"corpus {store.path} is only half prepared: run the same `prepare` again to continue",
+                )
+            raise UserError("corpus-not-one", f"{store.path} is not a corpus (it has no {MANIFEST}): check the path")
         if manifest.get("format_version") != FORMAT_VERSION:
-            version = manifest.get("format_version")
             raise UserError(
-                f"corpus {store.path} has format version {version}, this version of slm_jax reads {FORMAT_VERSION}: "
-                "prepare it again"
+                "corpus-format",
+                f"corpus {store.path} has format version {manifest.get('format_version')}, this version of slm_jax "
+                f"reads {FORMAT_VERSION}: prepare it again",
             )
         try:
             return cls(store, manifest)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{store.path}/{MANIFEST} is damaged ({error!r}): prepare the corpus again") from error
+            raise UserError(
+                "corpus-damaged", f"{store.path}/{MANIFEST} is damaged ({error!r}): prepare the corpus again"
+            ) from error
 
     def read(self, rows: Rows, columns: Sequence[str] = COLUMNS) -> dict[str, np.ndarray]:
         """Reads rows, in the order asked for.
 
         Args:
             rows: row numbers in [0, num_rows).
-            columns: names of columns, or 'scores/NAME/STATISTIC' for a score that is finished.
+            columns: names of columns, or 'scores/NAME/STATISTIC' for a finished score column.
 
         Returns:
             One [B, L] array per column.
@@ -98,7 +110,7 @@ class Corpus:
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_rows):
             wrong = int(rows.min() if rows.min() < 0 else rows.max())
             raise IndexError(f"row {wrong} is outside the corpus {self.path} of {self.num_rows} rows")
-        # All columns are asked for before the first is waited for.
+        # Start all reads before waiting for the first.
         futures = {name: self._column(name)[rows].read() for name in columns}
         return {name: np.asarray(future.result()) for name, future in futures.items()}
 
@@ -106,17 +118,17 @@ class Corpus:
         return load_vocabulary(self.path)
 
     def documents(self) -> pyarrow.Table:
-        """One row per document, in the order of the rows: id, source, url, row and start of its first token, length
-        in tokens, bytes of its text; `metadata` as the document shows it, where the corpus carries any."""
+        """One row per document, in corpus order: id, source, url, row and start of its first token, length in tokens,
+        bytes of its text, and `metadata` as the document shows it, if the corpus carries any."""
         content = self._store.read(DOCUMENTS)
         if content is None:
-            raise UserError(f"corpus {self.path} has lost its {DOCUMENTS}: prepare it again")
+            raise UserError("corpus-damaged", f"corpus {self.path} has lost its {DOCUMENTS}: prepare it again")
         return pyarrow.parquet.read_table(io.BytesIO(content))
 
     def read_documents(
         self, documents: pyarrow.Table, columns: Sequence[str] = ("tokens",)
     ) -> list[dict[str, np.ndarray]]:
-        """Reads documents, each whole, be it cut over rows or not.
+        """Reads whole documents, including those that packing cut over several rows.
 
         Args:
             documents: some rows of `documents()`.
@@ -125,6 +137,7 @@ class Corpus:
         Returns:
             For each document one array [length] per column.
         """
+        # A cut document continues at the start of the next row, so in the flattened table it is one span.
         begin = documents["row"].to_numpy() * self.sequence_length + documents["start"].to_numpy()
         end = begin + documents["length"].to_numpy()
         first, last = begin // self.sequence_length, (end - 1) // self.sequence_length
@@ -132,8 +145,8 @@ class Corpus:
         read = {name: x.reshape(-1) for name, x in self.read(rows.astype(np.int64), columns).items()}
         at = np.searchsorted(rows, first) * self.sequence_length + begin % self.sequence_length
         return [
-            {name: x[place : place + size] for name, x in read.items()}
-            for place, size in zip(at, end - begin, strict=True)
+            {name: x[start : start + size] for name, x in read.items()}
+            for start, size in zip(at, end - begin, strict=True)
         ]
 
     def score_names(self) -> list[str]:
@@ -151,13 +164,13 @@ class Corpus:
     def create_score(
         self, name: str, statistics: Sequence[str] = ("loss",), dtype: str = "float32", *, reference: Mapping[str, Any]
     ) -> ScoreColumn:
-        """Creates a score column, or reopens one that was begun with the same arguments.
+        """Creates a score column, or reopens one that was started with the same arguments.
 
         Args:
-            name: of the column; letters, digits, '.', '_' and '-'.
-            statistics: names of the arrays [num_rows, sequence_length] in it.
+            name: letters, digits, '.', '_' and '-'.
+            statistics: names of its arrays, each [num_rows, sequence_length].
             dtype: float32 or float16.
-            reference: JSON object that identifies the model, its fingerprint included.
+            reference: JSON object that identifies the model, including its fingerprint.
 
         Raises:
             UserError: a column of this name was made with other arguments.
@@ -169,12 +182,13 @@ class Corpus:
         """Raises UserError unless `what` (a run, a column) was made from exactly this content."""
         if fingerprint != self.fingerprint:
             raise UserError(
+                "corpus-mismatch",
                 f"{what} was made from a corpus with fingerprint {fingerprint[:12]}, but {self.path} has "
-                f"{self.fingerprint[:12]}: pass the corpus it was made from, or make it again"
+                f"{self.fingerprint[:12]}: pass the corpus it was made from, or make it again",
             )
 
     def verify(self) -> None:
-        """Reads every row and raises UserError if the content is no longer what the fingerprint says."""
+        """Reads every row and raises UserError if the content does not match the fingerprint."""
         fresh = Corpus.open(self.path)
         fingerprint = Fingerprint()
         for begin in range(0, self.num_rows, SHARD_ROWS):
@@ -182,8 +196,9 @@ class Corpus:
         found = fingerprint.hexdigest(fresh.sequence_length, fresh.vocabulary().content_hash, fresh.source_names)
         if found != self.fingerprint:
             raise UserError(
+                "corpus-damaged",
                 f"corpus {self.path} was changed after it was made: its content has fingerprint {found[:12]}, "
-                f"its manifest says {self.fingerprint[:12]}; prepare it again"
+                f"its manifest says {self.fingerprint[:12]}; prepare it again",
             )
 
     def _column(self, name: str):
@@ -192,7 +207,10 @@ class Corpus:
         prefix, _, rest = name.partition("/")
         score, _, statistic = rest.partition("/")
         if prefix != "scores" or not statistic:
-            raise UserError(f"corpus {self.path} has no column {name!r}: {', '.join(COLUMNS)} or scores/NAME/STATISTIC")
+            raise UserError(
+                "corpus-no-column",
+                f"corpus {self.path} has no column {name!r}: {', '.join(COLUMNS)} or scores/NAME/STATISTIC",
+            )
         if score not in self._scores:
             self._scores[score] = self.score(score)
         return self._scores[score].array(statistic)
@@ -200,25 +218,18 @@ class Corpus:
     def _open_column(self, name: str):
         column = self._store.open_array(f"columns/{name}", immutable=True)
         if column is None:
-            raise UserError(f"corpus {self.path} has lost its column {name!r}: prepare it again")
+            raise UserError("corpus-damaged", f"corpus {self.path} has lost its column {name!r}: prepare it again")
         if column.shape != (self.num_rows, self.sequence_length):
             raise UserError(
+                "corpus-damaged",
                 f"corpus {self.path}: column {name!r} is {column.shape[0]} x {column.shape[1]}, the manifest says "
-                f"{self.num_rows} x {self.sequence_length}; prepare it again"
+                f"{self.num_rows} x {self.sequence_length}; prepare it again",
             )
         return column
 
 
-def _why_no_manifest(store: Store) -> str:
-    if not store.keys():
-        return f"no corpus at {store.path}: check the path, or make one with the stage `prepare`"
-    if store.keys("work/") or store.keys("columns/"):
-        return f"corpus {store.path} is only half prepared: run the same `prepare` again, it continues"
-    return f"{store.path} is not a corpus (no {MANIFEST}): check the path"
-
-
 class Fingerprint:
-    """The fingerprint of a corpus, computed while rows are written or read: SHA-256 over the columns in row order."""
+    """SHA-256 over the columns in row order, computed while rows are written or read."""
 
     def __init__(self):
         self._columns = {name: hashlib.sha256() for name in COLUMNS}
@@ -250,7 +261,7 @@ class CorpusWriter:
     def write(self, block: Mapping[str, np.ndarray]) -> None:
         """Appends rows: [B, sequence_length] per column, `SHARD_ROWS` at a time except for the last."""
         self._fingerprint.update(block)
-        self._wait()  # one block is on its way while the caller makes the next
+        self._wait()  # for the block before: it was written while the caller made this one
         begin, self._rows = self._rows, self._rows + len(block["tokens"])
         self._writing = [self._arrays[name][begin : self._rows].write(block[name]) for name in COLUMNS]
 

@@ -1,7 +1,7 @@
-"""Which corpus and which row stand at position n of a phase: pure functions of (seed, position).
+"""Which corpus and which row is at position n of a phase: pure functions of (seed, position).
 
-Nothing is remembered: any process can ask for any position at any time, so resuming needs the position alone, and the
-order does not depend on hosts, devices or batch size.
+There is no state: any process can ask for any position at any time. Resuming therefore needs the position alone, and
+the order does not depend on hosts, devices or batch size.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from slm_jax.data.hashing import mix
 from slm_jax.errors import UserError
 
-SHARE_UNIT = 1000  # shares are read as fractions with denominators up to this
+SHARE_UNIT = 1000  # shares are rounded to fractions with denominators up to this
 ORDERS = ("shuffled", "original")
 REPLAYS = ("in_order", "shuffled")
-RESHUFFLED = 1 << 32  # epochs of a shuffled replay are told from those of the first reading by this
+RESHUFFLED = 1 << 32  # added to the epoch of a shuffled replay, so that its order differs from the first reading's
 
 
 @gin.configurable
@@ -46,19 +46,28 @@ class MixtureComponent:
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
-            raise UserError(f"MixtureComponent.order {self.order!r} is unknown: known are {', '.join(ORDERS)}")
+            raise UserError(
+                "mixture-unknown-order",
+                f"MixtureComponent.order {self.order!r} is unknown: choose one of {', '.join(ORDERS)}",
+            )
         if self.replay not in (None, *REPLAYS):
             raise UserError(
-                f"MixtureComponent.replay {self.replay!r} is unknown: known are {', '.join(REPLAYS)}, or None"
+                "mixture-unknown-replay",
+                f"MixtureComponent.replay {self.replay!r} is unknown: choose one of {', '.join(REPLAYS)}, or None",
             )
         if (isinstance(self.weight, (int, float)) and not self.weight > 0) or not self.epochs > 0:
-            raise UserError(f"MixtureComponent of {self.corpus}: weight and epochs are above 0")
+            raise UserError(
+                "mixture-not-positive",
+                f"MixtureComponent of {self.corpus}: weight {self.weight} and epochs {self.epochs} must be above 0",
+            )
 
 
 class Supply(NamedTuple):
-    """The rows that a MixtureComponent reads: of a corpus of `size`, from the one after the first `taken` on. Of a
-    replay, `taken`
-    counts replayed rows, and `seen` those that were read before and stand to be replayed."""
+    """The rows that a component reads.
+
+    size: rows of its corpus. taken: how many of its rows (of a replay: replayed rows) earlier phases read; this phase
+    continues after them. seen: of a replay, how many rows there are to be replayed.
+    """
 
     size: int
     taken: int = 0
@@ -66,26 +75,32 @@ class Supply(NamedTuple):
 
     @property
     def period(self) -> int:
-        """Rows of an epoch."""
+        """Rows of one epoch."""
         return self.seen or self.size
 
 
 def pattern(shares: Sequence[float]) -> Int[np.ndarray, " P"]:
-    """The periodic sequence of corpus indices that realises `shares` as evenly as integers allow.
+    """The periodic sequence of component indices that realises `shares` as evenly as integers allow.
 
-    Tijdeman's chairman assignment: after any n positions, corpus i was chosen within less than 1 of n * share_i.
+    Tijdeman's chairman assignment: after any n positions, the count of component i is within 1 of n * share_i.
     """
     fractions = [Fraction(share).limit_denominator(SHARE_UNIT) for share in np.asarray(shares) / sum(shares)]
     if not all(fractions):
-        raise UserError(f"shares {list(shares)}: the smallest is under 1 in {SHARE_UNIT} of all: raise it")
+        raise UserError(
+            "mixture-share-too-small",
+            f"shares {list(shares)}: the smallest is under 1 in {SHARE_UNIT} of all: raise it",
+        )
     fractions = [fraction / sum(fractions) for fraction in fractions]
     period = math.lcm(*(fraction.denominator for fraction in fractions))
     if period > 1_000_000:
-        raise UserError(f"shares {list(shares)} have no short common pattern: round them to three digits")
+        raise UserError(
+            "mixture-no-pattern", f"shares {list(shares)} have no short common pattern: round them to three digits"
+        )
     weights = np.array([int(fraction * period) for fraction in fractions], np.int64)  # sum to period
     slack = Fraction(1, max(1, 2 * len(weights) - 2))
     counts = np.zeros(len(weights), np.int64)
     chosen = np.empty(period, np.int64)
+    # Of the components whose count is due, choose the one whose deadline comes first.
     for n in range(period):
         due = weights * (n + 1) - counts * period  # (share * n - count) in units of 1 / period
         eligible = due * slack.denominator >= period * slack.numerator
@@ -96,7 +111,7 @@ def pattern(shares: Sequence[float]) -> Int[np.ndarray, " P"]:
 
 
 class Fixed:
-    """Which corpus stands at each position of a phase with constant shares."""
+    """Which component is at each position of a phase with constant shares."""
 
     def __init__(self, shares: Sequence[float]):
         self._pattern = pattern(shares)
@@ -104,7 +119,7 @@ class Fixed:
         self._before = np.concatenate([np.zeros((1, len(shares)), np.int64), np.cumsum(one_hot, axis=0)])
 
     def counts(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N D"]:
-        """How many rows of each corpus stand before each position."""
+        """How many rows of each component come before each position."""
         period = len(self._pattern)
         return (positions // period)[:, None] * self._before[-1] + self._before[positions % period]
 
@@ -113,21 +128,21 @@ class Fixed:
 
 
 class Scheduled:
-    """Which corpus stands at each position of a phase whose shares are given step by step.
+    """Which component is at each position of a phase whose shares, [steps, components], change from step to step.
 
-    Up to the end of any step, each corpus was chosen within 1 of the sum of its shares; within a step its rows are
+    At the end of any step, the count of each component is within 1 of the sum of its shares. Within a step its rows are
     spread evenly.
     """
 
     def __init__(self, shares: Float[np.ndarray, "N D"], batch_size: int):
         self._rows = batch_size
         due = np.cumsum(shares / shares.sum(axis=1, keepdims=True) * batch_size, axis=0)
-        self._table = np.zeros((len(due) + 1, due.shape[1]), np.int64)  # rows of each corpus before each step
+        self._table = np.zeros((len(due) + 1, due.shape[1]), np.int64)  # rows of each component before each step
         for step, before in enumerate(self._table[:-1]):
             self._table[step + 1] = before + _apportioned(due[step] - before, batch_size)
 
     def counts(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N D"]:
-        """How many rows of each corpus stand before each position."""
+        """How many rows of each component come before each position."""
         steps, offsets = np.divmod(positions, self._rows)
         result = self._table[steps]
         for step in np.unique(steps[offsets > 0]):
@@ -151,7 +166,7 @@ class Scheduled:
 
 
 def _apportioned(wanted: Float[np.ndarray, " D"], total: int) -> Int[np.ndarray, " D"]:
-    """Whole numbers from 0 on that sum to `total`, as near to `wanted` as they can be."""
+    """Non-negative integers that sum to `total`, as near to `wanted` as possible."""
     now = np.maximum(np.floor(wanted + 1e-9), 0).astype(np.int64)
     missing = total - int(now.sum())
     lacking_most = np.argsort(now - wanted, kind="stable")
@@ -166,49 +181,55 @@ def _apportioned(wanted: Float[np.ndarray, " D"], total: int) -> Int[np.ndarray,
 class Mixture:
     """The rows of one phase.
 
-    shares: of the draws, [D], or [steps, D] where they change from step to step, of `batch_size` rows each.
+    Args:
+      components, supplies: D of each.
+      seed: of the order of rows.
+      shares: of the components, [D], or [steps, D] where they change from step to step.
+      batch_size: rows per step.
     """
 
     def __init__(
         self,
-        draws: Sequence[MixtureComponent],
+        components: Sequence[MixtureComponent],
         supplies: Sequence[Supply],
         seed: int,
         shares: Float[np.ndarray, " D"] | Float[np.ndarray, "N D"],
         batch_size: int = 1,
     ):
-        self.draws, self.supplies, self.seed = tuple(draws), tuple(supplies), seed
+        self.components, self.supplies, self.seed = tuple(components), tuple(supplies), seed
         self._places = Fixed(shares.tolist()) if shares.ndim == 1 else Scheduled(shares, batch_size)
 
     def counts(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N D"]:
-        """How many rows of each corpus stand before each position."""
+        """How many rows of each component come before each position."""
         return self._places.counts(positions)
 
     def rows(self, positions: Int[np.ndarray, " N"]) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-        """(which draw, row of its corpus) at each position of the phase."""
+        """(which component, row of its corpus) at each position of the phase."""
         positions = np.asarray(positions, np.int64)
         which = self._places.which(positions)
         nth = self.counts(positions)[np.arange(len(positions)), which]
         rows = np.empty(len(positions), np.int64)
-        for i, (draw, supply) in enumerate(zip(self.draws, self.supplies, strict=True)):
+        for i, (component, supply) in enumerate(zip(self.components, self.supplies, strict=True)):
             mine = which == i
-            rows[mine] = self._nth_rows(draw, supply, nth[mine] + supply.taken)
+            rows[mine] = self._nth_rows(component, supply, nth[mine] + supply.taken)
         return which, rows
 
-    def _nth_rows(self, draw: MixtureComponent, supply: Supply, nth: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    def _nth_rows(
+        self, component: MixtureComponent, supply: Supply, nth: Int[np.ndarray, " N"]
+    ) -> Int[np.ndarray, " N"]:
         epoch, index = np.divmod(nth, supply.period)
-        if draw.replay:
-            if draw.replay == "shuffled":
+        if component.replay:
+            if component.replay == "shuffled":
                 index = permuted(index, epoch + RESHUFFLED, supply.period, self.seed)
-            epoch = np.zeros_like(epoch)  # what was read before was read in its first order
-        return permuted(index, epoch, supply.size, self.seed) if draw.order == "shuffled" else index
+            epoch = np.zeros_like(epoch)  # the first reading was epoch 0
+        return permuted(index, epoch, supply.size, self.seed) if component.order == "shuffled" else index
 
 
 def permuted(index: Int[np.ndarray, " N"], epoch: Int[np.ndarray, " N"], size: int, seed: int) -> Int[np.ndarray, " N"]:
     """A pseudo-random permutation of range(size) for each (seed, epoch), evaluated at `index` in O(1) memory.
 
-    A four-round Feistel network on the next even number of bits, walked until it lands inside the range; defined here
-    to the bit, so that no library version can change the order of a running experiment.
+    A four-round Feistel network on the next even number of bits, applied again until the value lands inside the range.
+    It is defined here to the bit, so that no library version can change the order of a running experiment.
     """
     half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
     mask = (np.uint64(1) << half) - np.uint64(1)

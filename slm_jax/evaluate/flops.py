@@ -8,7 +8,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
 from slm_jax.files import read_json
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.score.selection import looks_ahead, selection_of
+from slm_jax.score.selection import competes_across_micro_batches, selection_of
 
 
 class Flops(NamedTuple):
@@ -65,7 +65,11 @@ def _phase(settings: Mapping[str, Any], phase: Mapping[str, Any], steps: int) ->
     length = _sequence_length(phase)
     selection = selection_of(phase["selection"])
     backward = selection.ratio if selection and selection.gradient == "filtered" else 1.0
-    forward = 2 if selection and looks_ahead(selection) and settings.get("gradient_accumulation_steps", 1) > 1 else 1
+    forward = (
+        2
+        if selection and competes_across_micro_batches(selection) and settings.get("gradient_accumulation_steps", 1) > 1
+        else 1
+    )
     return model.flops_per_token(length) * length * phase["batch_size"] * steps * (forward + 2 * backward) / 3
 
 

@@ -1,7 +1,11 @@
 """Which tokens train: scores, a share of the valid tokens, a scope. Pure functions; no gradient flows through a score.
 
-Rho-1 (arXiv 2404.07965) Eq 3-5: excess loss = own loss - reference loss; the top k % train. Appendix H: what two
-selections both keep, or either of them.
+Rho-1 (arXiv 2404.07965) Eq 3-5: excess loss = own loss - reference loss; the top k % train. Appendix H: the
+intersection or union of two selections.
+
+With the default scope the selected set is the one that `jax.lax.top_k` finds over the flattened global batch, ties
+included; `top_k_oracle` computes it that way and the tests compare. top_k would gather all scores on every device. The
+bisection used here (`_largest`) exchanges 16 rounds of three counts instead.
 """
 
 import dataclasses
@@ -13,7 +17,7 @@ from typing import Any, NamedTuple
 import gin
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
 from slm_jax.config import as_list
@@ -28,7 +32,7 @@ COMBINE = {
     "max": lambda x: jnp.max(x, axis=0),
 }
 KEEPS = {"intersection": jnp.logical_and, "union": jnp.logical_or}
-RATIO_UNIT = 10_000  # ratios are exact to this fraction, so that counts are integers on every machine
+RATIO_UNIT = 10_000  # ratios are exact to this fraction, so that counts are the same integers on every machine
 
 
 @gin.configurable
@@ -68,34 +72,45 @@ class Selection:
         if not isinstance(self.reference, str):
             names = as_list(self.reference, str, "Selection.reference")
             if not names or len(set(names)) < len(names):
-                raise UserError(f"Selection.reference {names}: one name at least, and each of them once")
+                raise UserError(
+                    "selection-references", f"Selection.reference {names}: give at least one name, and each name once"
+                )
             object.__setattr__(self, "reference", tuple(names))
         choices = (("score", SCORES), ("scope", SCOPES), ("gradient", GRADIENTS), ("combine", COMBINE))
         for name, known in choices:
             if getattr(self, name) not in known:
-                raise UserError(f"Selection.{name} {getattr(self, name)!r} is unknown: known are {', '.join(known)}")
+                raise UserError(
+                    f"selection-unknown-{name}",
+                    f"Selection.{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(known)}",
+                )
         if not 0 < self.ratio <= 1:
-            raise UserError(f"Selection.ratio {self.ratio} is outside (0, 1]: 0.6 keeps 60 % of the valid tokens")
+            raise UserError(
+                "selection-ratio", f"Selection.ratio {self.ratio} is outside (0, 1]: 0.6 keeps 60 % of the valid tokens"
+            )
         if self.capacity is not None and not 0 < self.capacity <= 1:
-            raise UserError(f"Selection.capacity {self.capacity} is outside (0, 1]: it is a share of the positions")
+            raise UserError(
+                "selection-capacity",
+                f"Selection.capacity {self.capacity} is outside (0, 1]: it is a share of the positions",
+            )
         if self.gradient == "filtered" and self.threshold is not None and self.capacity is None:
             raise UserError(
-                "Selection.threshold keeps an unknown share: a filtered gradient needs Selection.capacity, the share "
-                "of the positions it has room for"
+                "selection-needs-capacity",
+                "Selection.threshold keeps an unknown number of tokens: set Selection.capacity, the share of the "
+                "positions that a filtered gradient has room for",
             )
 
     @property
     def references(self) -> tuple[str, ...]:
-        """Names of the score columns, be it one or several."""
+        """Names of the score columns, whether one or several."""
         return (self.reference,) if isinstance(self.reference, str) else tuple(self.reference)
 
     @property
     def parts(self) -> "tuple[Selection, ...]":
-        """Itself; see `CombinedSelection`."""
+        """Itself: a Selection is a CombinedSelection of one."""
         return (self,)
 
     def columns(self) -> tuple[str, ...]:
-        """The score columns of the corpus that this selection reads."""
+        """The columns of the corpus that this selection reads."""
         statistic = {"excess": "loss", "reference": "loss", "entropy": "entropy"}.get(self.score)
         return tuple(f"scores/{name}/{statistic}" for name in self.references) if statistic else ()
 
@@ -121,15 +136,21 @@ class CombinedSelection:
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(as_list(self.parts, Selection, "CombinedSelection.parts")))
         if len(self.parts) < 2:
-            raise UserError(f"CombinedSelection.parts has {len(self.parts)} Selection: it takes two, or more")
+            raise UserError(
+                "selection-parts", f"CombinedSelection.parts has {len(self.parts)} Selection: give two or more"
+            )
         if self.keeps not in KEEPS:
-            raise UserError(f"CombinedSelection.keeps {self.keeps!r} is unknown: known are {', '.join(KEEPS)}")
+            raise UserError(
+                "selection-unknown-keeps",
+                f"CombinedSelection.keeps {self.keeps!r} is unknown: choose one of {', '.join(KEEPS)}",
+            )
         for name in ("scope", "gradient", "capacity"):
             values = [getattr(part, name) for part in self.parts]
             if len(set(values)) > 1:
                 raise UserError(
-                    f"CombinedSelection.parts differ in {name} ({', '.join(map(str, values))}): set "
-                    f"Selection.{name} for all"
+                    "selection-parts-differ",
+                    f"CombinedSelection.parts differ in {name} ({', '.join(map(str, values))}): set Selection.{name} "
+                    "for all of them",
                 )
 
     @property
@@ -138,7 +159,7 @@ class CombinedSelection:
 
     @property
     def ratio(self) -> float:
-        """The largest share that can come out."""
+        """The largest share of the valid tokens that can be selected."""
         ratios = [part.ratio for part in self.parts]
         return min(ratios) if self.keeps == "intersection" else min(1.0, sum(ratios))
 
@@ -146,64 +167,95 @@ class CombinedSelection:
         return tuple(dict.fromkeys(column for part in self.parts for column in part.columns()))
 
 
-def selection_of(fields: Mapping[str, Any] | None) -> Selection | CombinedSelection | None:
-    """What a phase in a run.json selects by; None for all tokens."""
-    if fields is None:
-        return None
-    if "parts" in fields:
-        return CombinedSelection([Selection(**part) for part in fields["parts"]], fields["keeps"])
-    return Selection(**fields)
+class SelectionMask(NamedTuple):
+    """What a selection makes of a batch.
+
+    selected: tokens that train. usable: valid tokens with a finite score, the candidates. scores: of the first part,
+    high first; decides which selected tokens to drop where there is no room for all.
+    """
+
+    selected: Bool[Array, "B L"]
+    usable: Bool[Array, "B L"]
+    scores: Float[Array, "B L"]
 
 
-def looks_ahead(selection: Selection | CombinedSelection) -> bool:
-    """Whether tokens of different micro-batches compete."""
-    return any(part.threshold is None and part.scope in ("batch", "device") for part in selection.parts)
-
-
-def row_capacity(
-    selection: Selection | CombinedSelection, batch_shape: tuple[int, ...], gradient_accumulation_steps: int = 1
-) -> int:
-    """Tokens that a filtered backward holds on each device in each micro-batch of a global batch of [B, L]."""
-    shards = mesh.num_shards()
-    rows, length = batch_shape[0] // (shards * gradient_accumulation_steps), batch_shape[1]
-    if isinstance(selection, CombinedSelection):
-        each = [row_capacity(part, batch_shape, gradient_accumulation_steps) for part in selection.parts]
-        return (
-            min(each)
-            if selection.keeps == "intersection" or selection.parts[0].capacity
-            else min(rows * length, sum(each))
-        )
-    if selection.capacity:
-        return math.ceil(selection.capacity * rows * length)
-    sharing = {
-        "batch": shards * gradient_accumulation_steps,
-        "micro_batch": shards,
-        "device": gradient_accumulation_steps,
-        "sequence": 1,
-    }
-    share = selection.ratio * (1.1 if sharing[selection.scope] > 1 else 1.0)
-    rounding = rows if selection.scope == "sequence" else 1  # each group rounds its count, and keeps at least 1
-    return min(rows * length, math.ceil(share * rows * length) + rounding)
+def select_tokens(
+    selection: Selection | CombinedSelection,
+    losses: Float[Array, "B L"],
+    columns: dict[str, Float[Array, "B L"]],
+    valid: Bool[Array, "B L"],
+    key: PRNGKeyArray,
+    ratio: Float[Array, ""] | None = None,
+) -> SelectionMask:
+    """Losses -> scores -> selected tokens. `ratio` replaces the ratio of a single selection."""
+    keys = [key] if len(selection.parts) == 1 else jax.random.split(key, len(selection.parts))
+    scores = [token_scores(part, losses, columns, k) for part, k in zip(selection.parts, keys, strict=True)]
+    # Excluded tokens must not score 0: with negative excess around, 0 would outrank valid tokens.
+    usable = functools.reduce(jnp.logical_and, map(jnp.isfinite, scores), valid)
+    sets = [select(part, x, usable, ratio) for part, x in zip(selection.parts, scores, strict=True)]
+    together = KEEPS[selection.keeps] if isinstance(selection, CombinedSelection) else jnp.logical_and
+    return SelectionMask(functools.reduce(together, sets), usable, scores[0])
 
 
 def token_scores(
-    selection: Selection, loss: Float[Array, "B L"], columns: dict[str, Float[Array, "B L"]], key: jax.Array
+    selection: Selection, losses: Float[Array, "B L"], columns: dict[str, Float[Array, "B L"]], key: PRNGKeyArray
 ) -> Float[Array, "B L"]:
     """Score of each token in float32, high = train first. `columns` holds what `selection.columns()` names."""
-    loss = jax.lax.stop_gradient(loss).astype(jnp.float32)
+    losses = jax.lax.stop_gradient(losses).astype(jnp.float32)
     if selection.score == "loss":
-        return loss
+        return losses
     if selection.score == "random":
-        return jax.random.uniform(key, loss.shape)
-    read = [columns[name].astype(jnp.float32) for name in selection.columns()]
-    reference = COMBINE[selection.combine](jnp.stack(read))
-    return loss - reference if selection.score == "excess" else -reference
+        return jax.random.uniform(key, losses.shape)
+    # [references, B, L] -> [B, L]
+    reference = COMBINE[selection.combine](
+        jnp.stack([columns[name].astype(jnp.float32) for name in selection.columns()])
+    )
+    return losses - reference if selection.score == "excess" else -reference
+
+
+def select(
+    selection: Selection,
+    scores: Float[Array, "B L"],
+    valid: Bool[Array, "B L"],
+    ratio: Float[Array, ""] | None = None,
+) -> Bool[Array, "B L"]:
+    """True for the tokens that train. `valid` must exclude non-finite scores; `ratio` replaces selection.ratio."""
+    if selection.threshold is not None:
+        return valid & (scores > selection.threshold)
+    return select_share(scores, valid, selection.ratio if ratio is None else ratio, selection.scope)
+
+
+def select_share(
+    scores: Float[Array, "B L"], valid: Bool[Array, "B L"], ratio: float | Float[Array, ""], scope: str = "batch"
+) -> Bool[Array, "B L"]:
+    """The `kept_count` highest-scored valid tokens of the batch, of each sequence, or of each device's rows.
+
+    With scope `batch` the same set as `top_k_oracle`. Excluded tokens are never selected. Ties go to the lower
+    position, so that the count is exact.
+    """
+    keys = _ordered_bits(scores, valid)
+    if scope == "sequence":
+        return _largest(keys, kept_count(_totals(keys > 0), ratio))
+    # [B, L] -> [S, N]: the tokens of each device as one row. Devices then exchange counts, never scores.
+    keys, across = mesh.by_shard(keys), scope != "device"
+    return mesh.to_rows(_largest(keys, kept_count(_totals(keys > 0, across), ratio), across), scores.shape[1])
+
+
+def top_k_oracle(
+    scores: Float[Array, "B L"], valid: Bool[Array, "B L"], ratio: float | Float[Array, ""]
+) -> Bool[Array, "B L"]:
+    """`select_share` over the batch, written the obvious way: top_k of the flattened scores. For tests and readers."""
+    scores = jnp.where(jnp.abs(scores) < jnp.finfo(jnp.float32).tiny, 0.0, scores)  # top_k orders -0.0 below 0.0
+    flat = jnp.where(valid, scores, -jnp.inf).reshape(-1)
+    _, order = jax.lax.top_k(flat, flat.size)  # equal values in order of position
+    kept = jnp.arange(flat.size) < kept_count(jnp.sum(valid, dtype=jnp.int32), ratio)
+    return jnp.zeros(flat.shape, bool).at[order].set(kept).reshape(scores.shape)
 
 
 def kept_count(num_valid: Int[Array, "*G"], ratio: float | Float[Array, ""]) -> Int[Array, "*G"]:
     """round(ratio * num_valid) in exact integer arithmetic, at least 1 where anything is valid.
 
-    The paper leaves rounding open; halves round up.
+    The paper leaves the rounding open; here halves round up.
     """
     parts = jnp.round(jnp.asarray(ratio, jnp.float32) * RATIO_UNIT).astype(jnp.int32)
     whole, rest = num_valid // RATIO_UNIT, num_valid % RATIO_UNIT
@@ -211,40 +263,27 @@ def kept_count(num_valid: Int[Array, "*G"], ratio: float | Float[Array, ""]) -> 
     return jnp.minimum(jnp.maximum(count, 1), num_valid)
 
 
-def select_share(
-    scores: Float[Array, "B L"], valid: Bool[Array, "B L"], ratio: float | Float[Array, ""], scope: str = "batch"
-) -> Bool[Array, "B L"]:
-    """The `kept_count` highest-scored valid tokens of the batch, of each sequence or of each device's rows.
-
-    Excluded tokens are never selected; ties go to the lower position, so the count is exact.
-    """
-    keys = _ordered_bits(scores, valid)
-    if scope == "sequence":
-        return _largest(keys, kept_count(_totals(keys > 0), ratio))
-    keys, across = mesh.by_shard(keys), scope != "device"
-    return mesh.to_rows(_largest(keys, kept_count(_totals(keys > 0, across), ratio), across), scores.shape[1])
-
-
 def _ordered_bits(scores: Float[Array, "G N"], valid: Bool[Array, "G N"]) -> jax.Array:
-    """uint32 in the order of the scores; 0, below every number, where not valid."""
+    """uint32 keys in the order of the scores; 0, below the key of every number, where not valid."""
     scores = scores.astype(jnp.float32)
-    # -0.0 equals 0.0; so do numbers that only some machines tell from it
+    # Equal scores need equal keys: -0.0 becomes 0.0, and so do subnormals, which only some machines tell from 0.
     scores = jnp.where(jnp.abs(scores) < jnp.finfo(jnp.float32).tiny, 0.0, scores)
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     negative = bits >> 31 == 1
+    # As integers, positive floats ascend and negative ones descend: flip the latter, lift the former above them.
     return jnp.where(valid, jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31)), jnp.uint32(0))
 
 
 def _totals(x: Bool[Array, "G N"], across: bool = False) -> Int[Array, "T 1"]:
-    """How many are True in each group, or `across` all of them."""
+    """How many are True in each group, or `across` all groups."""
     return jnp.sum(x, axis=(0, 1) if across else 1, keepdims=True, dtype=jnp.int32)
 
 
 def _largest(keys: Array, count: Int[Array, "T 1"], across: bool = False) -> Bool[Array, "G N"]:
     """True for the `count` largest keys of each group (or `across` all groups), equal ones in order of position.
 
-    The count-th largest key is found bit by bit, two bits a round, by counting: no sort, and between devices nothing
-    but three counts a round travels, and one per device for the ties.
+    The count-th largest key is found by bisection, two bits a round, by counting keys above three candidates: no sort.
+    Between devices only three counts a round travel, and one per device for the ties.
     """
 
     def two_bits(round_: jax.Array, found: jax.Array) -> jax.Array:
@@ -254,6 +293,7 @@ def _largest(keys: Array, count: Int[Array, "T 1"], across: bool = False) -> Boo
 
     least = jax.lax.fori_loop(0, 16, two_bits, jnp.zeros(count.shape, jnp.uint32))
     above, equal = keys > least, (keys == least) & (keys > 0)
+    # Of the keys equal to the least one selected, take the first ones, up to the exact count.
     earlier = jnp.cumsum(equal, axis=1, dtype=jnp.int32) - equal
     if across:
         ties = _totals(equal)
@@ -261,60 +301,59 @@ def _largest(keys: Array, count: Int[Array, "T 1"], across: bool = False) -> Boo
     return above | (equal & (earlier < count - _totals(above, across)))
 
 
-def select(
-    selection: Selection,
-    scores: Float[Array, "B L"],
-    valid: Bool[Array, "B L"],
-    ratio: Float[Array, ""] | None = None,
-) -> Bool[Array, "B L"]:
-    """True for the tokens that train. `valid` must exclude non-finite scores; `ratio` stands in for selection.ratio."""
-    if selection.threshold is not None:
-        return valid & (scores > selection.threshold)
-    return select_share(scores, valid, selection.ratio if ratio is None else ratio, selection.scope)
+# ---- With gradient accumulation and filtered gradients.
 
 
-class Choice(NamedTuple):
-    """What a selection makes of a batch: all [B, L].
-
-    chosen: the tokens that train. usable: the valid ones with a finite score, from which it chose. scores: by which to
-    drop some of the chosen, high ones stay.
-    """
-
-    chosen: Bool[Array, "B L"]
-    usable: Bool[Array, "B L"]
-    scores: Float[Array, "B L"]
+def competes_across_micro_batches(selection: Selection | CombinedSelection) -> bool:
+    """Whether selection needs the losses of all micro-batches before the first gradient."""
+    return any(part.threshold is None and part.scope in ("batch", "device") for part in selection.parts)
 
 
-def choose(
-    selection: Selection | CombinedSelection,
-    loss: Float[Array, "B L"],
-    columns: dict[str, Float[Array, "B L"]],
-    valid: Bool[Array, "B L"],
-    key: jax.Array,
-    ratio: Float[Array, ""] | None = None,
-) -> Choice:
-    """Scores and selects, for one selection or several; `ratio` stands in for that of a single one."""
-    keys = [key] if len(selection.parts) == 1 else jax.random.split(key, len(selection.parts))
-    scores = [token_scores(part, loss, columns, k) for part, k in zip(selection.parts, keys, strict=True)]
-    usable = functools.reduce(jnp.logical_and, map(jnp.isfinite, scores), valid)
-    sets = [select(part, x, usable, ratio) for part, x in zip(selection.parts, scores, strict=True)]
-    together = KEEPS[selection.keeps] if isinstance(selection, CombinedSelection) else jnp.logical_and
-    return Choice(functools.reduce(together, sets), usable, scores[0])
+def filtered_capacity(
+    selection: Selection | CombinedSelection, batch_shape: tuple[int, ...], num_micro_batches: int = 1
+) -> int:
+    """How many tokens a filtered backward pass has room for, per device and micro-batch of a global batch [B, L]."""
+    shards = mesh.num_shards()
+    rows, length = batch_shape[0] // (shards * num_micro_batches), batch_shape[1]
+    if isinstance(selection, CombinedSelection):
+        capacities = [filtered_capacity(part, batch_shape, num_micro_batches) for part in selection.parts]
+        if selection.keeps == "intersection" or selection.parts[0].capacity:
+            return min(capacities)
+        return min(rows * length, sum(capacities))
+    if selection.capacity:
+        return math.ceil(selection.capacity * rows * length)
+    sharing = {"batch": shards * num_micro_batches, "micro_batch": shards, "device": num_micro_batches, "sequence": 1}
+    share = selection.ratio * (1.1 if sharing[selection.scope] > 1 else 1.0)
+    rounding = rows if selection.scope == "sequence" else 1  # each group rounds its count, and keeps at least 1
+    return min(rows * length, math.ceil(share * rows * length) + rounding)
 
 
 def within_capacity(
     selection: Selection | CombinedSelection,
     scores: Float[Array, "B L"],
-    chosen: Bool[Array, "B L"],
-    gradient_accumulation_steps: int = 1,
+    selected: Bool[Array, "B L"],
+    num_micro_batches: int = 1,
 ) -> Bool[Array, "B L"]:
-    """The chosen tokens that a filtered backward has room for on each device in each micro-batch (rows m, m + parts,
-    ...): of more than `row_capacity` the highest-scored."""
+    """The selected tokens that a filtered backward pass has room for: of more than `filtered_capacity` per device and
+    micro-batch (rows m, m + num_micro_batches, ...), the highest-scored."""
     shards, length = mesh.num_shards(), scores.shape[1]
-    keys = mesh.by_shard(_ordered_bits(scores, chosen))
-    keys = keys.reshape(shards, -1, gradient_accumulation_steps, length).swapaxes(1, 2)
-    groups = keys.reshape(shards * gradient_accumulation_steps, -1)
-    capacity = row_capacity(selection, scores.shape, gradient_accumulation_steps)
+    # [B, L] -> [S, N] -> [S, micro-batches, N / micro-batches] -> one group for each device and micro-batch
+    keys = mesh.by_shard(_ordered_bits(scores, selected))
+    keys = keys.reshape(shards, -1, num_micro_batches, length).swapaxes(1, 2)
+    groups = keys.reshape(shards * num_micro_batches, -1)
+    capacity = filtered_capacity(selection, scores.shape, num_micro_batches)
     kept = _largest(groups, jnp.full((len(groups), 1), capacity, jnp.int32))
     kept = kept.reshape(keys.shape).swapaxes(1, 2)
     return mesh.to_rows(kept.reshape(shards, -1), length)
+
+
+# ---- From a saved run.
+
+
+def selection_of(fields: Mapping[str, Any] | None) -> Selection | CombinedSelection | None:
+    """The selection that a phase in a run.json records; None where all tokens train."""
+    if fields is None:
+        return None
+    if "parts" in fields:
+        return CombinedSelection([Selection(**part) for part in fields["parts"]], fields["keeps"])
+    return Selection(**fields)

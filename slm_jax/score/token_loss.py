@@ -1,11 +1,12 @@
 """Hidden states to one float32 loss per token, never a [B, L, V] array.
 
-Tokens go through the head in chunks, and only those that are asked for: the forward pass visits tokens that have a
-loss, the backward pass tokens whose loss matters. Each device works on its own tokens (mesh.by_shard); all make as many
-turns as the fullest one, so that a head sharded over the vocabulary never waits for a partner that has left the loop.
-
-This is the one place that shifts: everything per token stands at the token it is *about*,
+Everything per token is stored at the token it is about:
 `loss[b, t] = -log p(tokens[b, t] | earlier tokens of its segment)`.
+The hidden state that predicts it is at t - 1. This module is the one place that shifts between the two.
+
+Tokens go through the head in chunks, and only those that are needed: the forward pass visits tokens that have a loss,
+the backward pass tokens whose loss has a gradient. Each device works on its own tokens (mesh.by_shard). Every device
+runs as many chunks as the device with the most tokens: a head sharded over the vocabulary needs all devices in each.
 """
 
 import functools
@@ -24,28 +25,39 @@ from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.position_subset import take
 
-CHUNK_LOGITS = 2**26  # logits that live at one time on each device, four bytes each
-CHUNK_TOKENS = 1024  # and no more tokens than this: beyond it a chunk gains nothing
-QUARTERED = 512  # from this size on, what is left over is visited in quarters of a chunk, so that less of it is empty
+CHUNK_LOGITS = 2**26  # logits per chunk and device, four bytes each
+CHUNK_TOKENS = 1024  # tokens per chunk at most; larger chunks are no faster
+QUARTERED = 512  # chunks of at least this many tokens visit the remainder in quarters, so that fewer places are empty
 
 
 def batch_loss(
     params: Params, model: ModelConfig, batch: Batch, dropout_key: PRNGKeyArray | None = None
 ) -> Float[Array, "B L"]:
-    """The model's loss on each token of a batch; with a key, with the dropout of training."""
+    """The model's loss on each token of a batch; 0 where a token has no predecessor. A key turns on dropout."""
+    # [B, L] -> [B, L, D]
     hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids, dropout_key)
     return token_loss(hidden, forward.head_matrix(params, model), batch.tokens, batch.segment_ids, model.vocab_size)
 
 
+def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
+    """True for the tokens that may train: their loss counts, and they have a predecessor in their segment."""
+    return batch.loss_mask & predicted(batch.segment_ids)
+
+
 def predicted(segment_ids: Int[Array | np.ndarray, "B L"]) -> Bool[Array, "B L"]:
-    """True where a token has a predecessor in its segment, so where it has a loss. Padding has none."""
+    """True where a token has a predecessor in its segment, and therefore a loss. Padding (segment 0) has none."""
     same = segment_ids[:, 1:] == segment_ids[:, :-1]
     return jnp.pad(same, ((0, 0), (1, 0))) & (segment_ids > 0)
 
 
 def predictors(x: Array) -> Array:
-    """Moves what stands at a token, [B, L], to the position whose hidden state predicts it: one to the left."""
-    return jnp.roll(x, -1, axis=1)  # the last column takes the first token's, which nothing predicts
+    """Moves values at tokens, [B, L], to the positions whose hidden states predict them: one to the left."""
+    return jnp.roll(x, -1, axis=1)  # the last column receives the first token's value, which nothing predicts
+
+
+def at_tokens(x: Float[Array, "S N"], length: int) -> Float[Array, "B L"]:
+    """The inverse shift: values at predicting positions, by device, back to the tokens of rows of `length`."""
+    return jnp.roll(mesh.to_rows(x, length), 1, axis=1)
 
 
 def token_loss(
@@ -60,9 +72,10 @@ def token_loss(
     Differentiable in `hidden` and `head` under any cotangent per token; the backward pass costs nothing for a token
     whose cotangent is 0. Columns of the head from `vocab_size` on are padding and take no probability.
     """
+    # [B, L] -> [S, N]: the tokens of each device as one row, each target at the position that predicts it
     targets, wanted = (mesh.by_shard(predictors(x)) for x in (tokens, predicted(segment_ids)))
     losses: jax.Array = _losses(mesh.by_shard(hidden), head, targets, wanted, vocab_size or head.shape[1])
-    return jnp.roll(mesh.to_rows(losses, tokens.shape[1]), 1, axis=1)
+    return at_tokens(losses, tokens.shape[1])
 
 
 def weighted_loss(
@@ -74,12 +87,12 @@ def weighted_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
     """sum(weights * token_loss), and the losses themselves where the weight is not 0; weights 0 where not `predicted`.
 
-    For weights that are known before the losses are: the gradient of the sum is made in the same pass, one product
-    with the head fewer than `token_loss` and its backward pass. The losses are not differentiable.
+    For weights that are known before the losses: one pass over the head computes the sum and its gradient, with one
+    matrix product fewer than `token_loss` and its backward pass. The losses are not differentiable.
     """
     targets, at_predictors = (mesh.by_shard(predictors(x)) for x in (tokens, weights))
     total, losses = row_loss(mesh.by_shard(hidden), head, targets, at_predictors, vocab_size)
-    return total, jnp.roll(mesh.to_rows(losses, tokens.shape[1]), 1, axis=1)
+    return total, at_tokens(losses, tokens.shape[1])
 
 
 def row_loss(
@@ -89,7 +102,7 @@ def row_loss(
     weights: Float[Array, "S N"],
     vocab_size: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "S N"]]:
-    """`weighted_loss` of N hidden states on each of S devices, each beside the token it predicts."""
+    """`weighted_loss` of N hidden states on each of S devices; targets and weights are at the predicting positions."""
     both: tuple[jax.Array, jax.Array] = _weighted(hidden, head, targets, weights, vocab_size or head.shape[1])
     return both
 
@@ -111,9 +124,8 @@ def token_loss_and_entropy(
         entropy = jnp.log(z) - jnp.sum(unnormed * below, axis=-1, keepdims=True) / z
         return _loss(logits, y, largest, z), entropy[..., 0]
 
-    both = _forward(mesh.by_shard(hidden), head, targets, wanted, size, statistics, 2)
-    loss, entropy = (jnp.roll(mesh.to_rows(x, tokens.shape[1]), 1, axis=1) for x in both)
-    return loss, entropy
+    loss, entropy = _statistics(mesh.by_shard(hidden), head, targets, wanted, size, statistics, 2)
+    return at_tokens(loss, tokens.shape[1]), at_tokens(entropy, tokens.shape[1])
 
 
 def target_loss_and_greedy(
@@ -125,8 +137,8 @@ def target_loss_and_greedy(
 ) -> tuple[Float[Array, "B L"], Bool[Array, "B L"]]:
     """Loss of each target in nats, and whether it is the most likely token; 0 and False where not wanted.
 
-    Unlike elsewhere in this module a target stands beside the hidden state that predicts it: so the last token of a
-    text can be measured that the model itself does not read. Of equal logits the first is the most likely one. Not
+    Unlike elsewhere in this module, `targets[b, t]` is what the hidden state at t predicts, so that the token after the
+    last one that the model reads can be measured too. Of equal logits the first counts as the most likely. Not
     differentiable.
     """
 
@@ -136,9 +148,12 @@ def target_loss_and_greedy(
         return _loss(logits, y, largest, z), greedy.astype(jnp.float32)
 
     h, y, asked = (mesh.by_shard(x) for x in (hidden, targets, wanted))
-    both = _forward(h, head, y, asked, vocab_size or head.shape[1], statistics, 2)
+    both = _statistics(h, head, y, asked, vocab_size or head.shape[1], statistics, 2)
     loss, greedy = (mesh.to_rows(x, targets.shape[1]) for x in both)
     return loss, greedy > 0
+
+
+# ---- Losses whose cotangents come later: forward and backward are two passes over the head.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -147,7 +162,7 @@ def _losses(h: jax.Array, head: jax.Array, y: jax.Array, wanted: jax.Array, voca
         largest, _, z = _softmax(logits)
         return (_loss(logits, y, largest, z),)
 
-    return _forward(h, head, y, wanted, vocab_size, statistics, 1)[0]
+    return _statistics(h, head, y, wanted, vocab_size, statistics, 1)[0]
 
 
 def _losses_forward(h, head, y, wanted, vocab_size):
@@ -156,11 +171,15 @@ def _losses_forward(h, head, y, wanted, vocab_size):
 
 def _losses_backward(vocab_size, residuals, cotangent):
     h, head, y, wanted = residuals
+    # Logits are computed again, for tokens with a cotangent only: keeping them would take [B, L, V].
     _, d_h, d_head = _gradients(h, head, y, jnp.where(wanted, cotangent, 0.0), vocab_size)
     return d_h, d_head, None, None
 
 
 _losses.defvjp(_losses_forward, _losses_backward)
+
+
+# ---- Losses whose weights are known: the forward pass computes the gradients, the backward pass scales them.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -183,7 +202,10 @@ def _weighted_backward(_, residuals, cotangents):
 _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
-def _forward(
+# ---- Passes over the head, chunk by chunk.
+
+
+def _statistics(
     h: jax.Array,
     head: jax.Array,
     y: jax.Array,
@@ -192,33 +214,33 @@ def _forward(
     statistics: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
     number: int,
 ) -> list[jax.Array]:
-    """Per token statistics of the logits, float32 [S, N] each; 0 where not wanted."""
-    tour, matrix = _TokenChunks.over(wanted, head), _gathered(head, h.dtype)
+    """`number` statistics of each token's logits, float32 [S, N] each; 0 where not wanted."""
+    chunks, matrix = _TokenChunks.of(wanted, head), _gathered(head, h.dtype)
 
-    def chunk(found: tuple[jax.Array, ...], start: jax.Array, size: int) -> tuple[jax.Array, ...]:
-        index = tour.index(start, size)
-        now = statistics(_logits(take(h, index), matrix, vocab_size), take(y, index))
-        return tuple(_put(x, value, start) for x, value in zip(found, now, strict=True))
+    def chunk(results: tuple[jax.Array, ...], start: jax.Array, size: int) -> tuple[jax.Array, ...]:
+        index = chunks.index(start, size)  # [S, C]
+        values = statistics(_logits(take(h, index), matrix, vocab_size), take(y, index))  # from logits [S, C, V]
+        return tuple(_put(x, value, start) for x, value in zip(results, values, strict=True))
 
-    found = tour.run(chunk, tuple(tour.empty() for _ in range(number)))
-    return [tour.home(x) for x in found]
+    results = chunks.run(chunk, tuple(chunks.buffer() for _ in range(number)))
+    return [chunks.to_positions(x) for x in results]
 
 
 def _gradients(
     h: jax.Array, head: jax.Array, y: jax.Array, weights: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses [S, N] where weighted, and the gradients of sum(weights * losses) in h and head.
+    """Losses [S, N] where weighted, and the gradients of sum(weights * losses) in h [S, N, D] and head [D, V].
 
-    d loss / d logits = softmax - one-hot; each device sums its own part of d head, and they meet once, at the end.
+    d loss / d logits = softmax - one-hot. Each device sums its own part of d_head; they are added once, at the end.
     """
-    tour, matrix = _TokenChunks.over(weights != 0, head), _gathered(head, h.dtype)
+    chunks, matrix = _TokenChunks.of(weights != 0, head), _gathered(head, h.dtype)
     columns = jnp.arange(head.shape[1])
 
-    def chunk(found: tuple[jax.Array, ...], start: jax.Array, size: int) -> tuple[jax.Array, ...]:
-        losses, d_h, d_head = found
-        index = tour.index(start, size)
+    def chunk(results: tuple[jax.Array, ...], start: jax.Array, size: int) -> tuple[jax.Array, ...]:
+        losses, d_h, d_head = results
+        index = chunks.index(start, size)  # [S, C]
         rows, target, weight = take(h, index), take(y, index), take(weights, index)[..., None]
-        logits = _logits(rows, matrix, vocab_size)
+        logits = _logits(rows, matrix, vocab_size)  # [S, C, D] -> [S, C, V]
         largest, unnormed, z = _softmax(logits)
         loss = _loss(logits, target, largest, z)
         softmax = unnormed * (weight / z)
@@ -229,48 +251,49 @@ def _gradients(
 
     parts = jnp.zeros((h.shape[0], *head.shape), jnp.float32)
     parts = mesh.constrain(parts, mesh.P(("data", "fsdp"), None, "model"))
-    losses, d_h, parts = tour.run(chunk, (tour.empty(), tour.empty(h.shape[2], dtype=h.dtype), parts))
-    d_head = mesh.sum_over_shards(parts, mesh.P("fsdp", "model"))
-    return tour.home(losses), tour.home(d_h), d_head.astype(head.dtype)
+    losses, d_h, parts = chunks.run(chunk, (chunks.buffer(), chunks.buffer(h.shape[2], dtype=h.dtype), parts))
+    d_head = mesh.sum_over_shards(parts, mesh.P("fsdp", "model"))  # [S, D, V] -> [D, V]
+    return chunks.to_positions(losses), chunks.to_positions(d_h), d_head.astype(head.dtype)
 
 
 class _TokenChunks(NamedTuple):
-    """The order in which each device visits its wanted tokens, `width` at a time."""
+    """The wanted tokens of each device, compacted and visited `width` at a time."""
 
     wanted: Bool[Array, "S N"]
-    order: Int[Array, "S M"]  # wanted tokens in order of position, then N: nobody
+    order: Int[Array, "S M"]  # positions of the wanted tokens, ascending, then N for every empty place
     width: int
 
     @classmethod
-    def over(cls, wanted: jax.Array, head: jax.Array) -> "_TokenChunks":
+    def of(cls, wanted: jax.Array, head: jax.Array) -> "_TokenChunks":
         columns = head.shape[1] // mesh.axis_size("model")
         width = min(CHUNK_TOKENS, max(128, CHUNK_LOGITS // columns), wanted.shape[1])
-        nobody = wanted.shape[1]
+        empty = wanted.shape[1]
         order = jnp.argsort(~wanted, axis=1, stable=True)
-        order = jnp.where(jnp.arange(nobody) < jnp.sum(wanted, axis=1, keepdims=True), order, nobody)
-        return cls(wanted, jnp.pad(order, ((0, 0), (0, width)), constant_values=nobody), width)
+        order = jnp.where(jnp.arange(empty) < jnp.sum(wanted, axis=1, keepdims=True), order, empty)
+        return cls(wanted, jnp.pad(order, ((0, 0), (0, width)), constant_values=empty), width)
 
-    def run(self, chunk: Callable, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """found = chunk(found, start, size) over the wanted tokens of the fullest device, the rest in quarters."""
+    def run(self, chunk: Callable, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """results = chunk(results, start, size) over the wanted tokens of the device with the most of them."""
         count = jnp.max(jnp.sum(self.wanted, axis=1, dtype=jnp.int32))
         if self.width < QUARTERED:
             return jax.lax.fori_loop(
-                0, -(-count // self.width), lambda i, x: chunk(x, i * self.width, self.width), found
+                0, -(-count // self.width), lambda i, x: chunk(x, i * self.width, self.width), results
             )
         whole, quarter = count // self.width, self.width // 4
-        found = jax.lax.fori_loop(0, whole, lambda i, x: chunk(x, i * self.width, self.width), found)
+        results = jax.lax.fori_loop(0, whole, lambda i, x: chunk(x, i * self.width, self.width), results)
         left = -(-(count - whole * self.width) // quarter)
-        return jax.lax.fori_loop(0, left, lambda i, x: chunk(x, whole * self.width + i * quarter, quarter), found)
+        return jax.lax.fori_loop(0, left, lambda i, x: chunk(x, whole * self.width + i * quarter, quarter), results)
 
-    def index(self, start: jax.Array, size: int) -> jax.Array:
+    def index(self, start: jax.Array, size: int) -> Int[Array, "S C"]:
+        """Positions of the tokens of one chunk."""
         return jax.lax.dynamic_slice_in_dim(self.order, start, size, axis=1)
 
-    def empty(self, *features: int, dtype=jnp.float32) -> jax.Array:
-        """Room for what is found, in the order of the tour."""
+    def buffer(self, *features: int, dtype=jnp.float32) -> jax.Array:
+        """Room for one result per visited token, [S, M, ...]."""
         return mesh.constrain(jnp.zeros((*self.order.shape, *features), dtype), mesh.BATCH)
 
-    def home(self, x: jax.Array) -> jax.Array:
-        """From the order of the tour back to the tokens' own; 0 where not wanted."""
+    def to_positions(self, x: jax.Array) -> jax.Array:
+        """[S, M, ...] in the order of the visits -> [S, N, ...] at the tokens' positions; 0 where not wanted."""
         rank = jnp.where(self.wanted, jnp.cumsum(self.wanted, axis=1) - 1, self.order.shape[1])
         return take(x, rank)
 
@@ -280,7 +303,7 @@ def _put(x: jax.Array, value: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _gathered(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The head in the compute dtype, whole over fsdp: gathered once, not once per chunk."""
+    """The head in the compute dtype, gathered over fsdp once instead of once per chunk."""
     return mesh.constrain(head.astype(dtype), mesh.P(None, "model"))
 
 
@@ -292,17 +315,15 @@ def _logits(h: jax.Array, matrix: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest logit [..., 1], e to the power of each below it [..., V], and their sum [..., 1]."""
+    """Largest logit [..., 1], exp(logits - largest) [..., V], and its sum [..., 1]."""
     largest = jnp.max(logits, axis=-1, keepdims=True)
     unnormed = jnp.exp(logits - largest)
     return largest, unnormed, jnp.sum(unnormed, axis=-1, keepdims=True)
 
 
 def _loss(logits: jax.Array, target: jax.Array, largest: jax.Array, z: jax.Array) -> jax.Array:
-    """-log softmax of the target, from logits below the largest: that of a certain token keeps its digits."""
-    return jnp.log(z)[..., 0] - (_at(target, logits) - largest[..., 0])
-
-
-def _at(target: jax.Array, logits: jax.Array) -> jax.Array:
-    """logits[..., target], as a sum: a gather along a sharded vocabulary would collect all of it."""
-    return jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0.0), axis=-1)
+    """-log softmax of the target [S, C]. The largest logit is subtracted first, so that a near-certain token keeps its
+    digits."""
+    # logits[..., target] as a masked sum: a gather along a sharded vocabulary would collect all of it.
+    at_target = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0.0), axis=-1)
+    return jnp.log(z)[..., 0] - (at_target - largest[..., 0])

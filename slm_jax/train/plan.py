@@ -10,9 +10,9 @@ from slm_jax.data.batches import Batch, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.mixture import Mixture, MixtureComponent, Supply
 from slm_jax.errors import UserError
-from slm_jax.train.objective import NUM_SOURCES
 from slm_jax.train.phases import Phase, first_steps, learning_rate, values
 from slm_jax.train.schedules import Schedule, over
+from slm_jax.train.step import NUM_SOURCES
 
 
 class Plan:

@@ -1,25 +1,37 @@
-"""The pure train step, and the one jit."""
+"""The train step: losses -> scores -> selection -> weights -> gradient -> update, as one pure function, and its jit.
 
-import functools
+The loss of a step is sum(weights * losses) / sum(weights), over the global batch: Rho-1 Eq 4 with weights of 0 and 1.
+Sums travel between devices and micro-batches, means never do.
+"""
+
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import Batch
+from slm_jax.models import forward
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.score.selection import CombinedSelection, Selection, looks_ahead, row_capacity
-from slm_jax.score.token_loss import batch_loss
-from slm_jax.train import gradients
-from slm_jax.train.objective import Sums, trained_tokens
+from slm_jax.score.selection import (
+    CombinedSelection,
+    Selection,
+    competes_across_micro_batches,
+    filtered_capacity,
+    select_tokens,
+    within_capacity,
+)
+from slm_jax.score.token_loss import batch_loss, valid_tokens, weighted_loss
+from slm_jax.train.filtered_gradient import filtered_vjp
 from slm_jax.train.state import TrainState
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+MetricSums = dict[str, jax.Array]  # sums and counts over a batch; they add up over devices and micro-batches
+Step = Callable[[TrainState, Batch], tuple[TrainState, MetricSums]]
+NUM_SOURCES = 256  # source_ids are uint8
 
 
 def make_step(
@@ -34,101 +46,175 @@ def make_step(
     l2_to_init: float = 0.0,
     ema: float = 0.0,
 ) -> Step:
-    """The step of a phase: state, global batch -> state, sums.
+    """Makes the step of one phase: (state, global batch) -> (state, metric sums).
 
-    schedule, keep_ratio: functions of t, the number of the step in the run counted from 1; keep_ratio stands in for
-    selection.ratio. l2_to_init: see Phase; the state then carries the phase's first parameters. ema: see
-    OptimizerConfig; the state then carries the average.
-
-    The loss is the sum over trained tokens divided by their number in the global batch: sums travel between devices
-    and micro-batches, means never do. Where tokens compete across micro-batches, a first pass without gradient gives
-    all losses (one forward more, without dropout), and the second takes gradients of what was chosen.
+    Args:
+      model: the architecture.
+      selection: which tokens train; None for all of them (causal).
+      optimizer: its updates are scaled by -learning rate here.
+      schedule, keep_ratio: learning rate and share of tokens kept at step t of the run, counted from 1; keep_ratio
+        replaces selection.ratio.
+      seed: of random scores and dropout.
+      gradient_accumulation_steps: micro-batches per step; same result, less memory.
+      l2_to_init: see Phase; the state then carries the parameters that the phase began with.
+      ema: see OptimizerConfig; the state then carries the average.
     """
-    two_passes = selection is not None and looks_ahead(selection)
+    num_micro_batches = gradient_accumulation_steps
+    # Where tokens of different micro-batches compete, a first pass without gradient (and without dropout) computes
+    # all losses. Selection then sees the whole batch before the first gradient is taken.
+    look_ahead = num_micro_batches > 1 and selection is not None and competes_across_micro_batches(selection)
 
-    def gradients_of(params: Params, batch: Batch, key: jax.Array, ratio: jax.Array | None) -> tuple[Params, Sums]:
-        gradient = _gradient(model, selection, batch.tokens.shape, gradient_accumulation_steps)
-
-        def of_part(part: Batch, key: jax.Array) -> tuple[Params, Sums]:
-            chosen = lambda loss: trained_tokens(selection, loss, part, key, ratio=ratio)  # noqa: E731
-            return gradient(params, batch=part, choose=chosen, **dropout(key))
-
-        if gradient_accumulation_steps == 1:
-            return of_part(batch, key)
-        parts, keys = (
-            _split_rows(batch, gradient_accumulation_steps),
-            jax.random.split(key, gradient_accumulation_steps),
-        )
-        if not two_passes:
-            return _accumulate(of_part, params, (parts, keys))
-        losses = _join_rows(jax.lax.map(lambda part: batch_loss(params, model, part), parts))
-        trained, sums = trained_tokens(selection, losses, batch, key, gradient_accumulation_steps, ratio)
-
-        def of_chosen(part: Batch, trained: jax.Array, key: jax.Array) -> tuple[Params, Sums]:
-            return gradient(params, batch=part, choose=lambda _: (trained, {}), **dropout(key))
-
-        return _accumulate(of_chosen, params, (parts, _split_rows(trained, gradient_accumulation_steps), keys))[0], sums
-
-    def dropout(key: jax.Array) -> dict[str, jax.Array]:
-        return {"dropout_key": jax.random.fold_in(key, 1)} if model.dropout else {}
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        key, t = jax.random.fold_in(jax.random.key(seed), state.step), state.step + 1
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, MetricSums]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        t = state.step + 1
         ratio = jnp.asarray(keep_ratio(t), jnp.float32) if keep_ratio else None
-        grads, sums = gradients_of(state.params, batch, key, ratio)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(sums["trained_tokens"], 1.0), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = state.params
+
+        # ---- Weights, where they must be known before the gradient: [B, L], or None.
+        weights, metric_sums = None, {}
+        if look_ahead:
+            micro_batches = _split_rows(batch, num_micro_batches)
+            losses = _join_rows(jax.lax.map(lambda part: batch_loss(params, model, part), micro_batches))
+            weights, metric_sums = token_weights(selection, losses, batch, key, num_micro_batches, ratio)
+
+        # ---- Gradient of sum(weights * losses).
+        capacity = filtered_capacity(selection, batch.tokens.shape, num_micro_batches) if selection else 0
+        if num_micro_batches == 1:
+            gradient, metric_sums = micro_batch_gradient(params, model, selection, capacity, batch, None, key, ratio)
+        else:
+
+            def accumulate(total: Params, part: tuple[Batch, jax.Array | None, jax.Array]) -> tuple[Params, MetricSums]:
+                gradient, sums = micro_batch_gradient(params, model, selection, capacity, *part, ratio)
+                return jax.tree.map(jnp.add, total, gradient), sums
+
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            # (batch, weights, keys), each [B, ...] -> [micro-batches, B / micro-batches, ...]
+            parts = (*_split_rows((batch, weights), num_micro_batches), jax.random.split(key, num_micro_batches))
+            gradient, sums = jax.lax.scan(accumulate, zeros, parts)
+            metric_sums |= jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+        # ---- Update. The one division: by the number of tokens trained in the global batch.
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(metric_sums["trained_tokens"], 1.0), gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         if l2_to_init:
-            updates = jax.tree.map(lambda u, p, s: u + l2_to_init * (p - s), updates, state.params, state.start)
-        rate = jnp.asarray(schedule(t), jnp.float32)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        # Not ema * a + (1 - ema) * p: rounded, the two add up to less than 1, and the average would shrink.
+            updates = jax.tree.map(lambda u, p, p0: u + l2_to_init * (p - p0), updates, params, state.start)
+        learning_rate = jnp.asarray(schedule(t), jnp.float32)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
+        # Not ema * a + (1 - ema) * p: rounded, the two factors add up to less than 1, and the average would shrink.
         average = jax.tree.map(lambda a, p: a + (1 - ema) * (p - a), state.average, params) if ema else None
-        sums |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
-        return TrainState(t, params, opt_state, average, state.start), sums
+        metric_sums |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": learning_rate}
+        return TrainState(t, params, opt_state, average, state.start), metric_sums
 
     return step
 
 
-def _gradient(
+def micro_batch_gradient(
+    params: Params,
     model: ModelConfig,
     selection: Selection | CombinedSelection | None,
-    batch_shape: tuple[int, ...],
-    gradient_accumulation_steps: int,
-) -> Callable[..., tuple[Params, Sums]]:
+    capacity: int,
+    batch: Batch,
+    weights: Float[Array, "B L"] | None,
+    key: PRNGKeyArray,
+    ratio: Float[Array, ""] | None = None,
+) -> tuple[Params, MetricSums]:
+    """The gradient of sum(weights * losses) over a micro-batch, with its metric sums, in one of three ways.
+
+    causal: every valid token has weight 1. Weights known before the losses let the head make losses and gradient in
+      one pass.
+    exact: weights follow from the losses. The head's backward pass visits the selected tokens only; all positions go
+      through the layers below it, because later tokens attend to them.
+    filtered: the whole backward pass runs at the positions that predict a selected token, up to `capacity` of them on
+      each device. An approximate gradient; see filtered_gradient.py. It has no dropout.
+
+    `weights`: those of a first pass over all micro-batches. Metric sums are then that pass's, and {} here; what only
+    served to rank the tokens is never computed.
+    """
+    dropout_key = jax.random.fold_in(key, 1) if model.dropout else None
+
     if selection is None:
-        return functools.partial(gradients.causal, model=model)
+
+        def loss_sum(params: Params) -> tuple[jax.Array, jax.Array]:
+            hidden = forward.hidden_states(
+                params, model, batch.tokens, batch.positions, batch.segment_ids, dropout_key
+            )  # [B, L] -> [B, L, D]
+            head = forward.head_matrix(params, model)
+            ones = valid_tokens(batch).astype(jnp.float32)
+            return weighted_loss(hidden, head, batch.tokens, ones, model.vocab_size)
+
+        gradient, losses = jax.grad(loss_sum, has_aux=True)(params)
+        return gradient, token_weights(None, losses, batch, key)[1]
+
     if selection.gradient == "exact":
-        return functools.partial(gradients.exact, model=model)
-    capacity = row_capacity(selection, batch_shape, gradient_accumulation_steps)
-    return functools.partial(gradients.filtered, model=model, capacity=capacity)
+        losses, pullback = jax.vjp(lambda params: batch_loss(params, model, batch, dropout_key), params)
+    else:
+        losses, pullback = filtered_vjp(params, model, batch, capacity)
+
+    metric_sums: MetricSums = {}
+    if weights is None:
+        weights, metric_sums = token_weights(selection, losses, batch, key, ratio=ratio)
+    (gradient,) = pullback(weights)
+    return gradient, metric_sums
 
 
-def _accumulate(
-    gradient: Callable[..., tuple[Params, Sums]], params: Params, parts: tuple[Any, ...]
-) -> tuple[Params, Sums]:
-    """Sum of the gradients of the parts, one after the other, and of their sums."""
+def token_weights(
+    selection: Selection | CombinedSelection | None,
+    losses: Float[Array, "B L"],
+    batch: Batch,
+    key: PRNGKeyArray,
+    num_micro_batches: int = 1,
+    ratio: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, "B L"], MetricSums]:
+    """Losses -> scores -> selection -> the weight of each token's loss, and the metric sums that follow from it.
 
-    def add(total: Params, part: tuple[Any, ...]) -> tuple[Params, Sums]:
-        now, sums = gradient(*part)
-        return jax.tree.map(jnp.add, total, now), sums
+    A selected token needs a finite score. A non-finite loss of the model itself is not hidden here: it stops the run.
+    `num_micro_batches`: into how many parts the gradient of this batch will be split; `ratio` replaces selection.ratio.
+    """
+    valid = valid_tokens(batch)
+    if selection is None:
+        return valid.astype(jnp.float32), metric_sums_of(losses, valid, valid, batch.source_ids)
+    mask = select_tokens(selection, losses, batch.scores, valid, key, ratio)
+    trained = mask.selected
+    if selection.gradient == "filtered":
+        trained = within_capacity(selection, mask.scores, trained, num_micro_batches)
+    metric_sums = metric_sums_of(losses, valid, trained, batch.source_ids)
+    metric_sums["nonfinite_scores"] = _count(valid & ~mask.usable)
+    metric_sums["dropped_tokens"] = _count(mask.selected & ~trained)
+    return trained.astype(jnp.float32), metric_sums
 
-    total, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
-    return total, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
+def metric_sums_of(
+    losses: Float[Array, "B L"],
+    valid: Bool[Array, "B L"],
+    trained: Bool[Array, "B L"],
+    source_ids: Array,
+) -> MetricSums:
+    """Everything that a row of metrics is computed from."""
 
-def _split_rows(tree, parts: int):
-    """[B, ...] to [parts, B / parts, ...]; part m takes rows m, m + parts, ...: every device keeps its share."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), tree)
+    def by_source(x: jax.Array) -> jax.Array:
+        # [B, L] -> [B, NUM_SOURCES] -> [NUM_SOURCES]. Row by row: millions of tokens added one by one would cost
+        # thousandths of the mean, and a float32 count that grows by 1 stops at 2^24.
+        per_row = jax.vmap(lambda row, ids: jnp.zeros(NUM_SOURCES, jnp.float32).at[ids].add(row))
+        return jnp.sum(per_row(x.astype(jnp.float32), source_ids), axis=0)
 
-
-def _join_rows(x: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return {
+        "positions": jnp.asarray(losses.size, jnp.float32),
+        "valid_tokens": _count(valid),
+        "trained_tokens": _count(trained),
+        "loss_sum": jnp.sum(jnp.where(valid, losses, 0.0)),
+        "trained_loss_sum": jnp.sum(jnp.where(trained, losses, 0.0)),
+        "untrained_loss_sum": jnp.sum(jnp.where(valid & ~trained, losses, 0.0)),
+        "nonfinite_scores": jnp.zeros(()),
+        "dropped_tokens": jnp.zeros(()),
+        "source_valid": by_source(valid),
+        "source_trained": by_source(trained),
+        "source_loss": by_source(jnp.where(valid, losses, 0.0)),
+        "source_not_finite": by_source(valid & ~jnp.isfinite(losses)),
+    }
 
 
 def compile_step(step: Step, mesh: Mesh, state_shapes: TrainState) -> Step:
-    """jit with the state's shardings pinned on both sides and its memory donated."""
+    """jit with the state's shardings pinned on both sides, and its memory donated."""
     state_shardings = jax.tree.map(lambda shape: shape.sharding, state_shapes)
     return jax.jit(
         step,
@@ -136,3 +222,18 @@ def compile_step(step: Step, mesh: Mesh, state_shapes: TrainState) -> Step:
         out_shardings=(state_shardings, jax.sharding.NamedSharding(mesh, mesh_lib.P())),
         donate_argnums=0,
     )
+
+
+def _count(x: Bool[Array, "B L"]) -> Float[Array, ""]:
+    return jnp.sum(x, dtype=jnp.float32)
+
+
+def _split_rows(tree, parts: int):
+    """[B, ...] -> [parts, B / parts, ...]. Part m takes rows m, m + parts, ...: every device keeps its share."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), tree)
+
+
+def _join_rows(x: Float[Array, "M R L"]) -> Float[Array, "B L"]:
+    """The inverse of `_split_rows`."""
+    x = jnp.moveaxis(x, 0, 1)  # [M, R, L] -> [R, M, L]
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

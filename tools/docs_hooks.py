@@ -1,5 +1,6 @@
 """Pages that mkdocs builds from files outside docs/ and from docstrings: start, settings, API reference and more."""
 
+import ast
 import html
 import importlib
 import os
@@ -45,10 +46,16 @@ def modules() -> list[tuple[str, ...]]:
 
 
 def reference_pages() -> dict[str, str]:
-    pages = {}
-    for parts in modules():
-        pages[f"reference/{'/'.join(parts[1:])}.md"] = f"# {'.'.join(parts[1:])}\n\n::: {'.'.join(parts)}\n"
-    return pages
+    """A page for each module, and one that lists them with the first sentence of their docstrings."""
+    pages, lines, package = {}, ["# API reference", "", "Every module with one line, package by package."], None
+    for parts in sorted(modules(), key=lambda parts: (len(parts) > 2, parts)):
+        name, page = ".".join(parts[1:]), f"reference/{'/'.join(parts[1:])}.md"
+        pages[page] = f"# {name}\n\n::: {'.'.join(parts)}\n"
+        if package != (package := parts[1] if len(parts) > 2 else "slm_jax"):
+            lines += ["", f"## {package}", "", "| module | what it holds |", "|---|---|"]
+        docstring = ast.get_docstring(ast.parse((ROOT / "/".join(parts)).with_suffix(".py").read_text())) or ""
+        lines.append(f"| [`{name}`]({page.removeprefix('reference/')}) | {cell(docstring.splitlines()[0])} |")
+    return pages | {"reference/index.md": "\n".join(lines) + "\n"}
 
 
 def reference_nav() -> list:

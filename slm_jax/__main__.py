@@ -28,7 +28,7 @@ STAGES = {
     "import": "slm_jax.convert.import_model",
     "export": "slm_jax.convert.export_model",
     "analyze inspect": "slm_jax.analyze.inspector",
-    "analyze report": "slm_jax.analyze.compare",
+    "analyze report": "slm_jax.analyze.report_runs",
     "analyze dynamics": "slm_jax.analyze.dynamics",
     "analyze selection": "slm_jax.analyze.selection_analysis",
     "analyze tokenizers": "slm_jax.analyze.tokenizers",

@@ -1,75 +1,43 @@
-"""The report: its numbers are there, its text cannot run, and it needs nothing from elsewhere."""
+"""The page of reports: its numbers are there, its text cannot run, and it needs nothing from elsewhere."""
 
-import copy
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import browser as browsers
 import numpy as np
 import pytest
 
-from slm_jax.analyze.curves import Line, curve_svg, drawing
-from slm_jax.analyze.report import write_report
+from slm_jax.analyze.plots import Line, Point, curves, pareto
+from slm_jax.analyze.report import Arm, ArmRun, Passage, Report, ShownToken, arm_figures, mean_line, write_report
+from slm_jax.analyze.tables import Cell, Table
 
-
-def run_summary(target: float | None, general: float | None, trained: int) -> dict:
-    return {
-        "target_loss": target,
-        "target_bits_per_byte": 2.748,
-        "general_loss": general,
-        "tokens_seen": 614400,
-        "tokens_trained": trained,
-        "steps": 150,
-        "seconds": 61.2,
-    }
-
-
-SUMMARY = {
-    "runs": {
-        "causal": run_summary(4.172, 5.430, 614400),
-        "selective": run_summary(3.927, 5.980, 368640),
-        "random": run_summary(4.298, 5.560, 368640),
-    },
-    "steps_to_causal_target_loss": {"selective": 97, "random": None},
-    "selection": {"noise_selected_share": 0.37, "clean_selected_share": 0.89},
-    "corpus": {"rows": 2400, "sources": {"general": 0.43}},
-    "reference": {"target_loss": 3.381},
+EVALUATIONS = {"step": [0, 50, 100], "target/loss": [6.0, 5.0, 4.2], "general/loss": [6.5, None, 5.4]}
+TRAINING = {
+    "step": list(range(1, 101)),
+    "loss": [7.0] * 100,
+    "selected_share/web": np.linspace(0.5, 0.9, 100).tolist(),
+    "selected_share/web/noise": np.linspace(0.5, 0.2, 100).tolist(),
 }
-CURVES = {
-    name: {
-        "steps": [50, 100, 150],
-        "target_loss": [6.0, 5.0, 4.2],
-        "general_loss": [6.5, None, 5.4],
-        "train_steps": list(range(60)),
-        "loss": [7.0] * 60,
-        "selected_loss": [6.0] * 60 if name == "selective" else [None] * 60,
-        "unselected_loss": [7.5] * 60 if name == "selective" else [None] * 60,
-    }
-    for name in SUMMARY["runs"]
-}
+CAUSAL = Arm("causal", [ArmRun(EVALUATIONS, {"step": TRAINING["step"], "loss": TRAINING["loss"]}, (0.0, 9e12))])
+LOWER = EVALUATIONS | {"target/loss": [6.0, 4.5, 3.9], "general/loss": [6.5, 6.2, 5.9]}
+SELECTIVE = Arm("selective", [ArmRun(LOWER, TRAINING, (3e12, 9e12)), ArmRun(EVALUATIONS, TRAINING, (3e12, 9e12))])
+MEASURES = ("target/loss", "general/loss")
+TABLE = Table("Results", ["run", "loss"], [("causal", [Cell("4.172", value=4.172)])], file="results")
 
 
-def token(text: str, **changes) -> dict:
-    values = {
-        "text": text,
-        "loss": 2.5,
-        "ref_loss": 1.0,
-        "excess": 1.5,
-        "selected": 0.75,
-        "valid": True,
-        "noise": False,
-    }
-    return values | changes
+def token(text: str, **changes) -> ShownToken:
+    return ShownToken(**{"text": text, "loss": 2.5, "reference": 1.0, "kept": True, **changes})
 
 
-def passage(*tokens: dict) -> dict:
-    return {"title": "A story", "url": "https://farm.example/1?a=1&b=<2>", "source": "stories", "tokens": list(tokens)}
+def passage(*tokens: ShownToken, source: str = "stories") -> Passage:
+    return Passage(source, "https://farm.example/1?a=1&b=<2>", tokens, "selective")
 
 
-def rendered(tmp_path: Path, summary: dict = SUMMARY, curves: dict = CURVES, passages: tuple = ()) -> str:
-    path = tmp_path / "run" / "report.html"
-    write_report(path, summary, curves, passages)
-    return path.read_text(encoding="utf-8")
+def rendered(folder: Path, **changes) -> str:
+    report = Report(title="slm_jax: causal", heading="Which tokens train", intro=["Losses in nats."], table=TABLE)
+    write_report(folder, report._replace(**changes))
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -98,53 +66,51 @@ class Page(HTMLParser):
             self.into[-1] += data
 
 
-def test_numbers_and_plain_words(tmp_path: Path):
-    page = rendered(tmp_path)
-    for number in (
-        "4.172",
-        "3.927",
-        "−0.245",
-        "5.980",
-        "+0.550",
-        "614,400",
-        "368,640",
-        "2.748",
-        "89 %",
-        "37 %",
-        "0.43",
-    ):
-        assert number in page
-    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)).replace("&#39;", "'")
-    assert "better selective is better than causal on the target text" in text
-    assert "worse selective is worse than causal on general text" in text
-    assert "selective reaches causal's final target loss at step 97 of 150: causal takes 1.55 times as many" in text
-    assert "random does not reach causal's final target loss" in text
-    assert "stands at 3.381 on the target text, lower than selective's 3.927" in text
-    assert page.count("<svg") == 3
+def test_parts_are_in_their_order_and_those_without_content_are_left_out(tmp_path: Path):
+    findings = [("better", "selective is better than causal.")]
+    facts = {"causal": [("model", "2 layers")]}
+    details = [TABLE._replace(title="By source", file="by_source")]
+    page = rendered(tmp_path / "full", passages=[passage(token("a"))] * 2, findings=findings, facts=facts,
+                    details=details, figures=arm_figures([CAUSAL, SELECTIVE], MEASURES))  # fmt: skip
+    body = re.sub(r"<style.*?</style>", "", page, flags=re.DOTALL)
+    headings = re.findall(r"<(?:h1|h2|summary)>([^<]*)<", body)
+    assert headings == [
+        "Which tokens train", "Tokens that train", "1 more passage", "Results", "Findings", "Figures", "By source",
+        "How the runs were made"]  # fmt: skip
+    bare = re.findall(r"<(?:h1|h2|summary)>([^<]*)<", rendered(tmp_path / "bare"))
+    assert bare == ["Which tokens train", "Results"] and "<svg" not in rendered(tmp_path / "bare")
+    assert (tmp_path / "full" / "tables" / "by_source.csv").read_text() == TABLE.csv()
 
 
-def test_continual_runs_are_compared_with_their_own_causal_run(tmp_path: Path):
-    summary = copy.deepcopy(SUMMARY)
-    summary["runs"]["continual_causal"] = run_summary(3.434, 4.238, 614400)
-    summary["runs"]["continual_selective"] = run_summary(3.256, 4.904, 368640)
-    summary["steps_to_continual_causal_target_loss"] = {"continual_selective": 60}
-    page = rendered(tmp_path, summary).replace("&#39;", "'")
-    assert "continual_selective is better than continual_causal on the target text" in page
-    assert "continual_selective reaches continual_causal's final target loss at step 60 of 150" in page
-    assert "continual_causal is" not in page
+def test_figures_of_arms(tmp_path: Path):
+    """Target against general, both over the operations spent, and what was selected from each source."""
+    figures = arm_figures([CAUSAL, SELECTIVE], MEASURES)
+    assert [figure.title for figure in figures] == [
+        "target loss against general loss", "target loss over TFLOP", "general loss over TFLOP",
+        "Selected by source, selective"]  # fmt: skip
+    against, target = figures[0].hover, figures[1].hover
+    assert not against["together"] and [line["name"] for line in against["lines"]] == ["causal", "selective"]
+    # The mean of 3.9 and 4.2 against the mean of 5.9 and 5.4.
+    assert against["lines"][1]["points"][0][2:] == ["target loss 4.05", "5.65"]
+    # Scoring is spent before the first step; a third of the way is 0 of 9 TFLOP, 4.5 of 9, 9 of 9.
+    assert [point[2] for point in target["lines"][0]["points"]] == ["TFLOP 0", "TFLOP 4.5", "TFLOP 9"]
+    assert [point[2] for point in target["lines"][1]["points"]] == ["TFLOP 3", "TFLOP 7.5", "TFLOP 12"]
+    sources = figures[3].hover["lines"]
+    assert [line["name"] for line in sources] == ["web", "web/noise"]
+    width, height = figures[0].hover["size"]
+    assert all(
+        0 < x < width and 0 < y < height for f in figures for line in f.hover["lines"] for x, y, *_ in line["points"]
+    )
+    unknown = Arm("gone", [CAUSAL.runs[0]._replace(flops=None)])
+    assert [figure.title for figure in arm_figures([unknown], MEASURES)] == []
 
 
-def test_the_mixed_control_is_compared_with_causal(tmp_path: Path):
-    """Its crossing is that of causal's loss, and so is every difference: no run is compared with itself."""
-    summary = copy.deepcopy(SUMMARY)
-    summary["runs"]["mixed_causal"] = summary["runs"]["selective"] | {"target_loss": 1.25}
-    summary["runs"]["mixed_selective"] = summary["runs"]["selective"] | {"target_loss": 1.125}
-    summary["steps_to_causal_target_loss"] |= {"mixed_causal": 60, "mixed_selective": 50}
-    text = rendered(tmp_path, summary).replace("&#39;", "'")
-    for name in ("mixed_causal", "mixed_selective"):
-        assert f"{name} is better than causal on the target text" in text
-        assert f"{name} reaches causal's final target loss" in text
-    assert "mixed_causal's final" not in text
+def test_a_mean_over_seeds_is_as_long_as_the_longest(tmp_path: Path):
+    """A seed that lacks a step is read off between its points; one that ends early does not shorten the others."""
+    line = mean_line("a", [([0, 10, 20], [6.0, 4.0, 3.0]), ([0, 20, 30], [6.0, 5.0, None]), ([0, 30], [6.0, 2.0])], 0)
+    assert line is not None and line.x == [0, 10, 20, 30]
+    assert line.y == pytest.approx([6.0, (4 + 5.5 + 14 / 3) / 3, (3 + 5 + 10 / 3) / 3, 2.0])
+    assert line.low is not None and line.low[2] == 3.0 and mean_line("none", [([0], [None])], 0) is None
 
 
 def test_text_never_runs(tmp_path: Path):
@@ -160,27 +126,33 @@ def test_text_never_runs(tmp_path: Path):
     plain = Page(rendered(tmp_path, passages=(passage(token("a")),)))
     page = Page(rendered(tmp_path, passages=(passage(*(token(text) for text in hostile)),)))
     assert page.tokens == hostile
-    assert page.scripts == plain.scripts and len(page.scripts) == 1
+    assert page.scripts == plain.scripts and len(page.scripts) == 2
     allowed = {"class", "style", "data-v"}
     assert all(set(attrs) <= allowed for tag, attrs in page.tags if "data-v" in attrs)
 
 
-def test_run_names_and_titles_are_escaped(tmp_path: Path):
-    summary = copy.deepcopy(SUMMARY)
-    summary["runs"]["<script>x</script>$a$"] = summary["runs"]["random"]
-    curves = CURVES | {"<script>x</script>$a$": CURVES["random"]}
-    page = Page(rendered(tmp_path, summary, curves, ({**passage(token("a")), "title": "</h3><script>y"},)))
-    assert len(page.scripts) == 1
+def test_names_stay_names(tmp_path: Path):
+    """They start no element, and no direction override in them reverses what follows."""
+    hostile = "<script>x</script>$a$\u202egpj"
+    arms = [CAUSAL._replace(name=hostile), SELECTIVE._replace(name="b\u2067")]
+    table = TABLE._replace(rows=[(hostile, [Cell("1")])], headings=["run", hostile])
+    source = rendered(tmp_path, title=hostile, heading=hostile, intro=[hostile], table=table,
+                      findings=[("note", hostile)], facts={hostile: [(hostile, hostile)]},
+                      passages=[passage(token("a"), source=hostile)], figures=arm_figures(arms, MEASURES))  # fmt: skip
+    assert len(Page(source).scripts) == 2
+    assert not set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069") & set(source)
+    assert "<title>&lt;script&gt;x&lt;/script&gt;$a$⟨U+202E⟩gpj</title>" in source
 
 
 def test_nothing_comes_from_elsewhere(tmp_path: Path):
-    source = rendered(tmp_path, passages=(passage(token("a")),))
+    figures = arm_figures([CAUSAL, SELECTIVE], MEASURES)
+    source = rendered(tmp_path, passages=(passage(token("a")),), figures=figures)
     shown = re.sub(r">[^<]*<", "><", source)  # the passage's own address is shown as text
     assert "://" not in shown and "farm.example" in source
     page = Page(source)
-    assert not {"link", "img", "iframe", "object", "a"} & {tag for tag, _ in page.tags}
+    assert not {"link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
     loads = [attrs.get(name) for _, attrs in page.tags for name in ("src", "href", "xlink:href") if attrs.get(name)]
-    assert all(target.startswith("#") for target in loads)
+    assert all(target.startswith(("#", "data:image/png;base64,", "data:image/svg+xml;base64,")) for target in loads)
     assert "@import" not in source and "@font-face" not in source
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", source))
 
@@ -198,66 +170,87 @@ def test_control_characters_become_visible(tmp_path: Path):
 
 def test_tokens_carry_their_numbers_and_marks(tmp_path: Path):
     tokens = (
-        token("first", valid=False, loss=None, ref_loss=None, excess=None, selected=None),
+        token("first", kept=None, loss=None, reference=None),
         token(" clean"),
-        token(" <Apr12 1:24>", noise=True, selected=0.25),
-        token(" unknown", noise=None),
+        token(" <Apr12 1:24>", noise=True, kept=False),
+        token(" low", loss=0.5, reference=None),
     )
-    page = Page(rendered(tmp_path, passages=(passage(*tokens),)))
-    spans = [attrs for tag, attrs in page.tags if tag == "span" and "data-v" in attrs]
+    source = rendered(tmp_path, passages=(passage(*tokens),))
+    spans = [attrs for tag, attrs in Page(source).tags if tag == "span" and "data-v" in attrs]
     assert [span["data-v"] for span in spans] == [
         "takes no part|–|–|–",
-        "75 %|2.50|1.00|+1.50",
-        "25 %|2.50|1.00|+1.50",
-        "75 %|2.50|1.00|+1.50",
+        "kept|2.50|1.00|+1.50",
+        "dropped, noise|2.50|1.00|+1.50",
+        "kept|0.50|–|–",
     ]
-    assert [span.get("class") for span in spans] == ["skip", None, "noise", None]
-    assert [span["style"] for span in spans] == ["--s:0.00", "--s:0.75", "--s:0.25", "--s:0.75"]
-
-
-def test_what_was_not_measured_is_left_out(tmp_path: Path):
-    nothing = {"runs": {"causal": dict.fromkeys(SUMMARY["runs"]["causal"]), "selective": {}}}
-    page = rendered(tmp_path, nothing, {}, ())
-    assert "–" in page and "<svg" not in page and "<script" not in page
-    partly = copy.deepcopy(SUMMARY)
-    partly["runs"]["selective"]["target_loss"] = float("nan")
-    partly["runs"]["random"]["general_loss"] = None
-    partly["selection"] = {"noise_selected_share": None, "clean_selected_share": None}
-    partly["steps_to_causal_target_loss"] = None
-    partly["reference"] = None
-    page = rendered(tmp_path, partly, {"causal": {"steps": [], "target_loss": []}}, ())
-    assert "nan" not in page.lower() and "selective is better than causal on the target text" not in page
-    assert "selective is worse than causal on general text" in page
+    assert [span["class"] for span in spans] == ["out", "kept", "dropped noise", "kept"]
+    assert [span["style"] for span in spans] == ["--s:0.00", "--s:1.00", "--s:1.00", "--s:0.00"]
+    assert "100% of the other tokens and 0% of the noise" in source and "injected noise" in source
+    assert "injected noise" not in rendered(tmp_path, passages=(passage(token("a")),))
 
 
 def test_the_same_input_gives_the_same_page(tmp_path: Path):
-    assert rendered(tmp_path / "a") == rendered(tmp_path / "b")
+    pages = []
+    for name in ("a", "b"):
+        figures = arm_figures([CAUSAL, SELECTIVE], MEASURES)
+        pages.append(rendered(tmp_path / name, passages=[passage(token("a"))], figures=figures))
+    assert pages[0] == pages[1]
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [None, None, 2.0], [float("nan")] * 3])
 def test_a_curve_without_two_points_is_not_drawn(values: list):
-    assert curve_svg("nothing", [Line("a", list(range(len(values))), values, 0)]) == ""
+    assert curves("nothing", "", [Line("a", list(range(len(values))), values, 0)]) is None
+
+
+def test_a_scatter_plot_needs_two_arms():
+    assert pareto("one", "", [Point("a", [(1.0, 2.0)], 0), Point("none", [], 1)], ("x", "y")) is None
 
 
 def test_curves_take_numpy_and_mark_labels():
-    svg = curve_svg("Loss & <steps>", [Line("a <b>", np.arange(5), np.arange(5.0), 0)], reached=2.0, smooth=True)
-    assert svg.startswith('<svg role="img" aria-label="Loss &amp; &lt;steps&gt;"')
-    assert "a &lt;b&gt;" in svg and "currentColor" in svg and "http" not in svg
+    figure = curves("Loss & <steps>", "", [Line("a <b>", np.arange(5), np.arange(5.0), 0)], smooth=True)
+    assert figure is not None and figure.inline.startswith('<svg role="img" aria-label="Loss &amp; &lt;steps&gt;"')
+    assert "a &lt;b&gt;" in figure.inline and "currentColor" in figure.inline and "http" not in figure.inline
+    assert figure.svg.startswith("<?xml") and "currentColor" not in figure.svg and figure.png.startswith(b"\x89PNG")
 
 
 def test_many_lines_are_named_in_a_legend():
-    """Their names are all there, and told apart from those that begin with what Matplotlib leaves out."""
-    lines = [Line(f"_run {i} $x$", range(5), np.arange(5.0) + i, i) for i in range(14)]
-    drawn = drawing("many", lines)
-    assert drawn is not None
-    for svg in (drawn.inline, drawn.svg):
+    """All names are there, those too that begin with what Matplotlib leaves out of legends."""
+    figure = curves("many", "", [Line(f"_run {i} $x$", range(5), np.arange(5.0) + i, i) for i in range(14)])
+    assert figure is not None
+    for svg in (figure.inline, figure.svg):
         assert all(f"run {i} $x$" in svg for i in range(14))
-    assert drawn.svg.startswith("<?xml") and drawn.png.startswith(b"\x89PNG") and drawing("none", []) is None
 
 
-def test_a_band_stands_around_a_line():
+def test_a_band_surrounds_a_line():
     low, high = [1.0, 2.0, 3.0], [2.0, 3.0, 4.0]
-    plain = curve_svg("a", [Line("a", range(3), [1.5, 2.5, 3.5], 0)])
-    assert "FillBetween" not in plain and "FillBetween" in curve_svg(
-        "a", [Line("a", range(3), [1.5, 2.5, 3.5], 0, low, high)]
-    )
+    lines = [Line("a", range(3), [1.5, 2.5, 3.5], 0), Line("a", range(3), [1.5, 2.5, 3.5], 0, low, high)]
+    plain, banded = (curves("a", "", [line]) for line in lines)
+    assert plain and banded and "FillBetween" not in plain.inline and "FillBetween" in banded.inline
+
+
+def test_in_a_browser(tmp_path: Path):
+    """Pointing shows values of tokens and curves; nothing is wider than a telephone; paper shows what is folded."""
+    figures = arm_figures([CAUSAL, SELECTIVE], MEASURES)
+    details = [TABLE._replace(title="By source", file="by_source")]
+    rendered(tmp_path, passages=[passage(*(token(f" word{i}") for i in range(30)))], figures=figures, details=details)
+    with browsers.chromium(tmp_path / "profile") as driver:
+        driver.get((tmp_path / "report.html").as_uri())
+        one = lambda selector: driver.find_element("css selector", selector)  # noqa: E731
+        point = """const box = arguments[0].getBoundingClientRect();
+        arguments[0].dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + arguments[1] * box.width,
+          clientY: box.top + arguments[2] * box.height, bubbles: true }));"""
+        driver.execute_script(point, one('[data-figure="target_loss_over_tflop"] svg'), 0.9, 0.5)
+        assert one('[data-figure="target_loss_over_tflop"] .hover').text == "TFLOP 12: causal 4.2, selective 4.05"
+        driver.execute_script(point, one('[data-figure="target_loss_against_general_loss"] svg'), 0.2, 0.2)
+        words = one('[data-figure="target_loss_against_general_loss"] .hover').text
+        assert words == "selective: target loss 4.05, general loss 5.65"
+        one(".text span").click()
+        assert one("#readout").text.split("\n")[1::2] == ["␣word0", "kept", "2.50", "1.00", "+1.50"]
+        driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        )
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        driver.execute_script("dispatchEvent(new Event('beforeprint'))")
+        assert one("details table").is_displayed() and not one("#readout").is_displayed()
+        assert browsers.complaints(driver) == []

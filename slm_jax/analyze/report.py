@@ -1,247 +1,273 @@
-"""One HTML file that shows what a comparison of runs found: numbers, curves, and text shaded by selection."""
+"""The page of every report on training runs: what it shows, as data, and how it is written.
 
-import math
+`analyze report` fills a Report from run directories, the stage `experiment` from its results. The page shows a sentence
+with the tokens that were kept and dropped, one table, then target against general loss, loss over floating-point
+operations and the share selected from each source; everything else is folded below.
+"""
+
+import base64
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slm_jax.analyze.curves import Line, curve_svg
+import numpy as np
+
+from slm_jax.analyze import plots
 from slm_jax.analyze.page import render, script_json, visible
-from slm_jax.analyze.tables import Cell, Table, kind_of, number
-from slm_jax.files import write_text
+from slm_jax.analyze.plots import Figure, Line, Point
+from slm_jax.analyze.tables import Table, number
+from slm_jax.files import write_bytes, write_text
 
-# Row in the table of runs: (field of the summary, heading, digits, whether the difference to causal is shown).
-COLUMNS = (
-    ("target_loss", "target loss", 3, True),
-    ("target_bits_per_byte", "bits per byte", 3, False),
-    ("general_loss", "general loss", 3, True),
-    ("tokens_seen", "tokens seen", 0, False),
-    ("tokens_trained", "tokens trained", 0, False),
-    ("steps", "steps", 0, False),
-    ("seconds", "seconds", 0, False),
-)
-
-VERDICT = {"better": "better than", "worse": "worse than", "same": "equal to"}
+Columns = Mapping[str, Sequence[Any]]  # name -> a value for each row; None where it was not measured
+SCRIPTS = tuple(f"report_{part}.js.html.j2" for part in ("passages", "figures", "copy"))
 
 
-INTRO = (
-    "A reference model, trained on clean text, gave every token of a corpus a loss. The runs below then trained on the "
-    "corpus and differ in which of its tokens count: causal takes them all, selective those whose loss exceeds the "
-    "reference's the most, random as many by chance."
-)
+class ArmRun(NamedTuple):
+    """The curves of one run.
+
+    evaluations: `step` and the numbers of the evaluators, such as `target/loss`. training: `step` and what was logged
+    of the steps: `loss`, `learning_rate`, `selected_share/SOURCE`. flops: floating-point operations before the first
+    step (scoring, references) and of all its steps; None where they are unknown.
+    """
+
+    evaluations: Columns
+    training: Columns
+    flops: tuple[float, float] | None = None
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Mapping[str, Any]], flops: tuple[float, float] | None) -> "ArmRun":
+        """From the rows of metrics.jsonl."""
+
+        def columns(part: list[Mapping[str, Any]]) -> Columns:
+            names = dict.fromkeys(name for row in part for name in row)
+            return {name: [row.get(name) for row in part] for name in names}
+
+        evaluations, training = ([row for row in rows if ("loss" in row) == trained] for trained in (False, True))
+        return cls(columns(evaluations), columns(training), flops)
 
 
-class Figure(NamedTuple):
-    """svg: stands in the page. links: kind of file -> address that holds it; file: its name without the ending."""
+class Arm(NamedTuple):
+    """Runs that differ only in their seed: one line of the table and one colour in all figures."""
 
-    title: str
-    caption: str
-    svg: str
-    links: Mapping[str, str] = {}
-    file: str = ""
+    name: str
+    runs: Sequence[ArmRun]
+
+
+class ShownToken(NamedTuple):
+    """A token of a passage. Losses in nats; kept: None where it takes no part in selection; noise: whether the corpus
+    knows that it was injected."""
+
+    text: str
+    loss: float | None = None
+    reference: float | None = None
+    kept: bool | None = None
+    noise: bool = False
+
+
+class Passage(NamedTuple):
+    """A document, or the part of it in one row, with the tokens that a run kept at its last checkpoint."""
+
+    source: str
+    url: str
+    tokens: Sequence[ShownToken]
+    run: str = ""
 
 
 class Report(NamedTuple):
-    """What stands in a report, from top to bottom; what is empty is left out.
+    """A report from top to bottom; what is empty is left out.
 
-    findings: (better, worse, same or note; a sentence). kept: shares as bars. passages: as of `write_report`. facts:
-    heading -> (name, value).
+    title: of the browser's tab. passages: the first is the picture at the top. findings: (better, worse, same or note;
+    a sentence). details: further tables. more_figures: shown with them. facts: heading -> (name, value).
     """
 
     title: str
     heading: str
     intro: Sequence[str]
-    tables: Sequence[Table] = ()
+    table: Table
+    passages: Sequence[Passage] = ()
     findings: Sequence[tuple[str, str]] = ()
-    kept: Sequence[Mapping[str, Any]] = ()
     figures: Sequence[Figure] = ()
-    more_tables: Sequence[Table] = ()
-    passages: Sequence[Mapping[str, Any]] = ()
+    details: Sequence[Table] = ()
+    more_figures: Sequence[Figure] = ()
     facts: Mapping[str, Sequence[tuple[str, str]]] = {}
 
 
+def write_report(folder: str | Path, report: Report) -> None:
+    """Writes report.html, which needs no other file, tables/*.md and *.csv, and figures/*.svg and *.png."""
+    folder = Path(folder)
+    for table in (report.table, *report.details):
+        if table.file:
+            write_text(folder / "tables" / f"{table.file}.md", table.markdown())
+            write_text(folder / "tables" / f"{table.file}.csv", table.csv())
+    for figure in (*report.figures, *report.more_figures):
+        write_text(folder / "figures" / f"{figure.file}.svg", figure.svg)
+        write_bytes(folder / "figures" / f"{figure.file}.png", figure.png)
+    write_text(folder / "report.html", report_page(report))
+
+
 def report_page(report: Report) -> str:
-    """The report as HTML that needs nothing else."""
-    files = [table for table in (*report.tables, *report.more_tables) if table.file]
-    copies = {table.file: {"Markdown": table.markdown(), "CSV": table.csv()} for table in files}
-    scripts = ["report_passages.js.html.j2"] * bool(report.passages) + ["report_copy.js.html.j2"] * bool(copies)
-    return render("report.html.j2", scripts, report=report, copies=script_json(copies) if copies else "")
-
-
-def write_report(
-    path: Path,
-    summary: Mapping[str, Any],
-    curves: Mapping[str, Mapping[str, Any]],
-    passages: Sequence[Mapping[str, Any]],
-) -> None:
-    """Writes the page about a demo: no script, style, font or image comes from elsewhere.
-
-    summary: what `summary.json` of a comparison holds; a number that was not measured is None.
-    curves: for each run `steps` with `target_loss` and `general_loss`, `train_steps` with `loss`, `selected_loss` and
-      `unselected_loss`; lists that are missing, and values that are None, are left out.
-    passages: `{"title", "url", "source", "tokens"}`; each token has `text`, `loss`, `ref_loss`, `excess`, `selected`
-      (share of the evaluations in which it was selected), `valid` (whether it takes part), `noise` (None when unknown).
-    """
-    report = Report(
-        title=f"slm_jax: {', '.join(summary['runs'])}",
-        heading="Which tokens a model trains on",
-        intro=[INTRO],
-        tables=[_table(summary["runs"])],
-        findings=list(_findings(summary)),
-        kept=_kept(summary.get("selection") or {}),
-        figures=[figure for figure in _figures(curves) if figure.svg],
-        passages=[_passage(passage) for passage in passages],
-        facts={name.capitalize(): list(leaves(summary.get(name) or {})) for name in ("corpus", "reference")},
-    )
-    write_text(path, report_page(report))
-
-
-def _difference(values: Mapping[str, Any], baseline: Mapping[str, Any], field: str) -> float | None:
-    here, there = values.get(field), baseline.get(field)
-    if here is None or there is None or not math.isfinite(here - there):
-        return None
-    return here - there
-
-
-def _baseline(name: str, runs: Mapping[str, Any]) -> str:
-    """The run that another is compared with: `causal`, or `continual_causal` for those that begin where it began."""
-    return "continual_causal" if name.startswith("continual_") and "continual_causal" in runs else "causal"
-
-
-def _table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    rows = []
-    for name, values in runs.items():
-        baseline = _baseline(name, runs)
-        cells = []
-        for field, _, digits, compared in COLUMNS:
-            change = _difference(values, runs.get(baseline, {}), field) if compared and name != baseline else None
-            signed = ("", "") if change is None else (number(change, digits, signed=True), kind_of(change))
-            cells.append(Cell(number(values.get(field), digits), *signed))
-        rows.append((name, cells))
-    note = "Losses in nats per token, lower is better; small: the difference to causal, for continual runs to "
-    return Table("Runs", ["run", *(heading for _, heading, _, _ in COLUMNS)], rows, f"{note}continual_causal.")
-
-
-def _findings(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(better, worse or note; a sentence) for what the numbers say, favourable or not."""
-    runs = summary["runs"]
-    reached = {
-        name: steps for key in summary if key.startswith("steps_to_") for name, steps in (summary[key] or {}).items()
+    """The report as HTML."""
+    tables = [table for table in (report.table, *report.details) if table.file]
+    figures = [*report.figures, *report.more_figures]
+    data = {
+        "copies": {table.file: {"Markdown": table.markdown(), "CSV": table.csv()} for table in tables},
+        "hover": {figure.file: figure.hover for figure in figures},
     }
-    for name, values in runs.items():
-        baseline = _baseline(name, runs)
-        causal = runs.get(baseline, {})
-        for field, text in (("target_loss", "the target text"), ("general_loss", "general text")):
-            change = _difference(values, causal, field)
-            if name != baseline and change is not None:
-                yield (
-                    kind_of(change),
-                    f"{name} is {VERDICT[kind_of(change)]} {baseline} on {text}: "
-                    f"{number(values[field], 3)} against {number(causal[field], 3)} nats per token "
-                    f"({number(change, 3, signed=True)}).",
-                )
-        steps, total = reached.get(name), causal.get("steps")
-        if steps and total:
-            yield (
-                "better" if steps < total else "note",
-                f"{name} reaches {baseline}'s final target loss at step {number(steps, 0)} of {number(total, 0)}: "
-                f"{baseline} takes {number(total / steps, 2)} times as many. Steps are not time: training the "
-                "reference and scoring the corpus come on top.",
-            )
-        elif name in reached:
-            yield "worse", f"{name} does not reach {baseline}'s final target loss."
-    yield from _reference_finding(summary)
+    first, *others = [_shown(passage) for passage in report.passages] or [None]
+    return render(
+        "report.html.j2",
+        SCRIPTS,
+        report=report,
+        first=first,
+        others=others,
+        links={figure.file: list(_links(figure)) for figure in figures},
+        data=script_json(data),
+    )
 
 
-def _reference_finding(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Where the reference itself is ahead, the reader is told."""
-    reference = (summary.get("reference") or {}).get("target_loss")
-    selective = summary["runs"].get("selective", {}).get("target_loss")
-    if reference is not None and selective is not None:
-        order = "lower than" if reference < selective else "no lower than"
-        yield (
-            "note",
-            f"The reference, trained on the clean text, stands at {number(reference, 3)} on the target text, "
-            f"{order} selective's {number(selective, 3)}.",
+def _links(figure: Figure) -> Iterator[tuple[str, str]]:
+    """(ending, address that holds the file)"""
+    yield "png", "data:image/png;base64," + base64.b64encode(figure.png).decode("ascii")
+    yield "svg", "data:image/svg+xml;base64," + base64.b64encode(figure.svg.encode("utf-8")).decode("ascii")
+
+
+def _shown(passage: Passage) -> dict[str, Any]:
+    """A passage for the template: shades from 0 to 1 by excess loss, and what the readout says of each token."""
+    excess = [_excess(token) for token in passage.tokens]
+    high = max(np.quantile([x for x in excess if x is not None and x > 0] or [1.0], 0.9), 1e-6)
+    tokens = []
+    for token, over in zip(passage.tokens, excess, strict=True):
+        part = {True: "kept", False: "dropped", None: "out"}[token.kept]
+        marks = {part: True, "noise": token.noise, "line": "\n" in token.text}
+        words = "takes no part" if token.kept is None else part
+        numbers = (number(token.loss, 2), number(token.reference, 2), number(over, 2, signed=True))
+        tokens.append(
+            {
+                "text": visible(token.text),
+                "classes": " ".join(name for name, on in marks.items() if on),
+                "shade": f"{min(max(over or 0.0, 0.0) / high, 1.0):.2f}",
+                "says": "|".join((words + ", noise" * token.noise, *numbers)),
+            }
         )
-
-
-def _kept(selection: Mapping[str, Any]) -> list[dict[str, Any]]:
-    shares = (("clean text", selection.get("clean_selected_share")), ("noise", selection.get("noise_selected_share")))
-    return [{"name": name, "share": share, "percent": _percent(share)} for name, share in shares if share is not None]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _figures(curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Figure]:
-    def lines(field: str) -> list[Line]:
-        named = enumerate(curves.items())  # a run has its colour in every figure
-        return [
-            Line(name, run["steps"], run[field], i) for i, (name, run) in named if run.get("steps") and run.get(field)
-        ]
-
-    target = lines("target_loss")
-    final = {line.label: line.points()[1] for line in target}.get("causal")
-    end = float(final[-1]) if final is not None and len(final) else None
-    yield Figure(
-        "Target text",
-        "Loss on held-out target text. The dotted line is where causal ends.",
-        curve_svg("Loss on target text over steps, one line for each run", target, reached=end),
-    )
-    yield Figure(
-        "General text",
-        "Loss on held-out text of other kinds: what selection gives up.",
-        curve_svg("Loss on general text over steps, one line for each run", lines("general_loss")),
-    )
-    for name, run in curves.items():
-        if run.get("train_steps") and any(value is not None for value in run.get("unselected_loss") or ()):
-            fields = (("selected_loss", "selected", 3), ("unselected_loss", "unselected", 4), ("loss", "all", 5))
-            parts = [Line(label, run["train_steps"], run[field], i) for field, label, i in fields if run.get(field)]
-            description = f"Loss on selected and unselected tokens of the run {name} over steps"
-            caption = "Loss on the tokens of the batches: faint as measured, bold a running mean."
-            yield Figure(f"Training tokens, {name}", caption, curve_svg(description, parts, smooth=True))
-
-
-def _passage(passage: Mapping[str, Any]) -> dict[str, Any]:
-    tokens = passage["tokens"]
-    parts = []
-    for noise, words in ((False, "of the clean tokens"), (True, "of the noise")):
-        shares = [token["selected"] for token in tokens if token["noise"] is noise and _counts(token)]
-        if shares:
-            parts.append(f"{_percent(sum(shares) / len(shares))} {words}")
-    heading = {name: visible(str(passage[name] or "")) for name in ("title", "url", "source")}
-    return {**heading, "tokens": [_token(token) for token in tokens], "selected": ", ".join(parts)}
-
-
-def _counts(token: Mapping[str, Any]) -> bool:
-    return token["valid"] and token["selected"] is not None
-
-
-def _token(token: Mapping[str, Any]) -> dict[str, Any]:
-    share = float(token["selected"]) if _counts(token) else None
-    marks = {"skip": share is None, "noise": token["noise"], "line": "\n" in token["text"]}
+    shares = []
+    has_noise = any(token.noise for token in passage.tokens)
+    for noise in (False, True):
+        counted = [token.kept for token in passage.tokens if token.kept is not None and token.noise == noise]
+        if counted and has_noise:
+            shares.append(f"{np.mean(counted):.0%} of the {'noise' if noise else 'other tokens'}")
+        elif counted:
+            shares.append(f"{np.mean(counted):.0%} of the tokens")
     return {
-        "text": visible(token["text"]),
-        "classes": " ".join(name for name, on in marks.items() if on),
-        "share": f"{share or 0:.2f}",
-        "selected": "takes no part" if share is None else _percent(share),
-        "loss": number(token["loss"], 2),
-        "reference": number(token["ref_loss"], 2),
-        "excess": number(token["excess"], 2, signed=True),
+        "source": passage.source,
+        "url": visible(passage.url),
+        "run": passage.run,
+        "tokens": tokens,
+        "kept": " and ".join(shares),
+        "has_noise": has_noise,
     }
 
 
-def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(name, value) of every leaf, for a plain list at the end."""
-    for name, value in values.items():
-        label = f"{prefix}{name}".replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{label}, ")
-        elif isinstance(value, float):
-            yield label, f"{value:,.4g}"
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield label, f"{value:,}"
-        else:
-            yield label, "–" if value is None else str(value)
+def _excess(token: ShownToken) -> float | None:
+    return None if token.loss is None or token.reference is None else token.loss - token.reference
+
+
+# ---- Figures of arms
+
+
+def arm_figures(arms: Sequence[Arm], measures: Sequence[str], where: str = "") -> list[Figure]:
+    """The figures of every report, as far as the arms were measured: the first of the measures against the second,
+    both over floating-point operations, and the share selected from each source over time.
+
+    measures: of the evaluators, such as ("target/loss", "general/loss"). where: ends the titles, as ", 10 % noise".
+    """
+    several = any(len(arm.runs) > 1 for arm in arms)
+    found: list[Figure | None] = []
+    if len(measures) > 1:
+        caption = "At the end of training. Lower left is better on both."
+        caption += " Large: mean over seeds; small: each seed." * several
+        points = [Point(arm.name, _ends(arm, measures[0], measures[1]), colour) for colour, arm in enumerate(arms)]
+        title = f"{heading(measures[0])} against {heading(measures[1])}{where}"
+        found.append(plots.pareto(title, caption, points, (heading(measures[0]), heading(measures[1]))))
+    known = [run.flops for arm in arms for run in arm.runs if run.flops]
+    unit, per = _flop_unit(max((sum(flops) for flops in known), default=0.0))
+    for name in measures:
+        lines = [_over_flops(arm, name, colour, per) for colour, arm in enumerate(arms)]
+        caption = "Training and scoring counted." + " Mean over seeds; band: lowest to highest." * several
+        title = f"{heading(name)} over {unit}{where}"
+        found.append(plots.curves(title, caption, [line for line in lines if line], (unit, heading(name))))
+    for arm in arms:
+        training = arm.runs[0].training if arm.runs else {}
+        names = sorted(name for name in training if name.startswith("selected_share/"))
+        lines = [
+            Line(name.removeprefix("selected_share/"), training["step"], training[name], colour)
+            for colour, name in enumerate(names)
+        ]
+        caption = "Share of each source's tokens that trained: faint per step, bold a running mean."
+        caption += " First seed." * (len(arm.runs) > 1)
+        title = f"Selected by source, {arm.name}{where}"
+        found.append(plots.curves(title, caption, lines, ("step", "share selected"), smooth=True))
+    return [figure for figure in found if figure]
+
+
+def over_steps(
+    arms: Sequence[Arm], name: str, title: str, caption: str, axes: tuple[str, str], smooth: bool
+) -> Figure | None:
+    """A number of the evaluators or of training over the steps, one line for each arm: the mean over its seeds."""
+    lines = []
+    for colour, arm in enumerate(arms):
+        tables = [table for run in arm.runs for table in (run.evaluations, run.training) if name in table]
+        if line := mean_line(arm.name, [(table["step"], table[name]) for table in tables], colour):
+            lines.append(line)
+    return plots.curves(title, caption, lines, axes, smooth)
+
+
+def mean_line(label: str, runs: Sequence[tuple[Any, Any]], colour: int) -> Line | None:
+    """The mean over seeds of curves (x, y), with its range.
+
+    At every x that any seed has, the others are read off between their points. Beyond the end of a seed the mean is of
+    the rest: no curve is shortened to the shortest.
+    """
+    curves = [(np.asarray(x, float), np.asarray(y, float)) for x, y in runs]
+    curves = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves]
+    curves = [(x, y) for x, y in curves if len(x)]
+    if not curves:
+        return None
+    at = np.unique(np.concatenate([x for x, _ in curves]))
+    values = np.stack([np.interp(at, x, y, left=np.nan, right=np.nan) for x, y in curves])  # [seeds, points]
+    if len(curves) == 1:
+        return Line(label, at.tolist(), values[0].tolist(), colour)
+    low, high = np.nanmin(values, axis=0).tolist(), np.nanmax(values, axis=0).tolist()
+    return Line(label, at.tolist(), np.nanmean(values, axis=0).tolist(), colour, low, high)
+
+
+def _ends(arm: Arm, x: str, y: str) -> list[tuple[float, float]]:
+    """The last values of two measures, for each seed that has both."""
+    ends = [tuple(_last(run.evaluations.get(name, ())) for name in (x, y)) for run in arm.runs]
+    return [(a, b) for a, b in ends if a is not None and b is not None]
+
+
+def _last(values: Sequence[Any]) -> float | None:
+    return next((float(value) for value in reversed(values) if value is not None and np.isfinite(value)), None)
+
+
+def _over_flops(arm: Arm, name: str, colour: int, per: float) -> Line | None:
+    """Where the work is done before the first step, the curve begins there."""
+    curves = []
+    for run in arm.runs:
+        if run.flops and name in run.evaluations:
+            last = max([*run.training.get("step", ()), *run.evaluations["step"]], default=0) or 1
+            before, training = run.flops
+            spent = [(before + training * step / last) / per for step in run.evaluations["step"]]
+            curves.append((spent, run.evaluations[name]))
+    return mean_line(arm.name, curves, colour)
+
+
+def _flop_unit(most: float) -> tuple[str, float]:
+    """The unit in which the largest number has one to three digits before the point."""
+    units = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18, "ZFLOP": 1e21}
+    return next(((unit, per) for unit, per in reversed(units.items()) if most >= per), ("GFLOP", 1e9))
+
+
+def heading(measure: str) -> str:
+    """`target/bits_per_byte` as words."""
+    return measure.replace("/", " ").replace("_per_", " per ").replace("_", " ")

@@ -2,20 +2,40 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slm_jax.analyze.report import write_report
+from slm_jax.analyze.report import Arm, ArmRun, Passage, Report, arm_figures, write_report
+from slm_jax.analyze.selected_tokens import passages_of_run
+from slm_jax.analyze.tables import Cell, Table, kind_of, number
 from slm_jax.data.corpus import Corpus
-from slm_jax.data.token_text import TokenText
 from slm_jax.evaluate.flops import run_flops
 from slm_jax.files import write_json
 from slm_jax.run_directory import RunDirectory
 
-PASSAGES = 6
+# Row in the table of runs: (field of the summary, heading, digits, whether the difference to causal is shown).
+COLUMNS = (
+    ("target_loss", "target loss", 3, True),
+    ("target_bits_per_byte", "bits per byte", 3, False),
+    ("general_loss", "general loss", 3, True),
+    ("tokens_seen", "tokens seen", 0, False),
+    ("tokens_trained", "tokens trained", 0, False),
+    ("steps", "steps", 0, False),
+    ("seconds", "seconds", 0, False),
+)
+
+VERDICT = {"better": "better than", "worse": "worse than", "same": "equal to"}
+
+
+INTRO = (
+    "A reference model, trained on clean text, gave every token of a corpus a loss. The runs below then trained on the "
+    "corpus and differ in which of its tokens count: causal takes them all, selective those whose loss exceeds the "
+    "reference's the most, random as many by chance."
+)
 
 
 def write_summary(here: Path, trained: Sequence[str]) -> dict[str, Any]:
@@ -45,8 +65,8 @@ def write_summary(here: Path, trained: Sequence[str]) -> dict[str, Any]:
     }
     summary["reference"] = _run(here / "reference", rows["reference"]) if "reference" in rows else None
     write_json(here / "summary.json", summary)
-    passages = _passages(here / "selective", corpus) if "selective" in compared else []
-    write_report(here / "report.html", summary, curves, passages)
+    passages = passages_of_run(str(here / "selective")) if "selective" in compared else []
+    write_demo_report(here, summary, rows, passages)
     return summary
 
 
@@ -120,67 +140,106 @@ def _shares(rows: Sequence[dict[str, Any]], corpus: Corpus) -> dict[str, float] 
     }
 
 
-def _passages(run_dir: Path, corpus: Corpus) -> list[dict[str, Any]]:
-    """Documents of the traced rows, each token with its final loss and the share of evaluations that selected it.
+def write_demo_report(
+    here: Path, summary: Mapping[str, Any], rows: Mapping[str, Sequence[dict[str, Any]]], passages: Sequence[Passage]
+) -> None:
+    runs = summary["runs"]
+    arms = []
+    for name, about in runs.items():
+        flops = (about.get("scoring_flops"), about.get("training_flops"))
+        arms.append(Arm(name, [ArmRun.of_rows(rows.get(name, ()), None if None in flops else flops)]))
+    report = Report(
+        title=f"slm_jax: {', '.join(runs)}",
+        heading="Which tokens a model trains on",
+        intro=[INTRO],
+        table=_table(runs),
+        findings=list(_findings(summary)),
+        figures=arm_figures(arms, ("target/loss", "general/loss")),
+        passages=passages,
+        facts={name.capitalize(): list(_leaves(summary.get(name) or {})) for name in ("corpus", "reference")},
+    )
+    write_report(here, report)
 
-    Selected means: among the 60 % (the run's ratio) of the traced rows' tokens with the highest excess loss then.
-    """
-    traces = sorted((run_dir / "token_losses" / "trace").glob("*.npy"), key=lambda path: int(path.stem))
-    selection = _settings(run_dir)["phases"][0]["selection"]
-    losses = np.stack([np.load(path, allow_pickle=False) for path in traces])  # [evaluations, rows, L]
-    rows = np.arange(losses.shape[1])
-    columns = corpus.read(rows)
-    reference = corpus.read(rows, [f"scores/{selection['reference']}/loss"])[f"scores/{selection['reference']}/loss"]
-    excess = losses - reference
-    valid = np.isfinite(excess[0])
-    floor = np.quantile(excess[:, valid], 1 - selection["ratio"], axis=1)
-    selected = np.mean(excess >= floor[:, None, None], axis=0)
-    table, reader = corpus.documents().to_pylist(), TokenText(corpus.vocabulary())
-    documents = {(about["row"], about["start"]): about for about in table}
-    passages = []
-    for row in rows.tolist():
-        for segment in range(1, int(columns["segment_ids"][row].max()) + 1):
-            places = np.flatnonzero(columns["segment_ids"][row] == segment)
-            about = documents.get((row, int(places[0])))
-            if about is None or len(places) < 24:
-                continue  # the end of a document that began in another row
-            tokens = _tokens(
-                corpus,
-                reader,
-                {name: column[row][places] for name, column in columns.items()},
-                losses[-1][row][places],
-                reference[row][places],
-                selected[row][places],
-                valid[row][places],
+
+def _difference(values: Mapping[str, Any], baseline: Mapping[str, Any], field: str) -> float | None:
+    here, there = values.get(field), baseline.get(field)
+    if here is None or there is None or not math.isfinite(here - there):
+        return None
+    return here - there
+
+
+def _baseline(name: str, runs: Mapping[str, Any]) -> str:
+    """The run that another is compared with: `causal`, or `continual_causal` for those that begin where it began."""
+    return "continual_causal" if name.startswith("continual_") and "continual_causal" in runs else "causal"
+
+
+def _table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = []
+    for name, values in runs.items():
+        baseline = _baseline(name, runs)
+        cells = []
+        for field, _, digits, compared in COLUMNS:
+            change = _difference(values, runs.get(baseline, {}), field) if compared and name != baseline else None
+            signed = ("", "") if change is None else (number(change, digits, signed=True), kind_of(change))
+            cells.append(Cell(number(values.get(field), digits), *signed))
+        rows.append((name, cells))
+    note = "Losses in nats per token, lower is better; small: the difference to causal, for continual runs to "
+    return Table("Runs", ["run", *(heading for _, heading, _, _ in COLUMNS)], rows, f"{note}continual_causal.")
+
+
+def _findings(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(better, worse or note; a sentence) for what the numbers say, favourable or not."""
+    runs = summary["runs"]
+    reached = {
+        name: steps for key in summary if key.startswith("steps_to_") for name, steps in (summary[key] or {}).items()
+    }
+    for name, values in runs.items():
+        baseline = _baseline(name, runs)
+        causal = runs.get(baseline, {})
+        for field, text in (("target_loss", "the target text"), ("general_loss", "general text")):
+            change = _difference(values, causal, field)
+            if name != baseline and change is not None:
+                yield (
+                    kind_of(change),
+                    f"{name} is {VERDICT[kind_of(change)]} {baseline} on {text}: "
+                    f"{number(values[field], 3)} against {number(causal[field], 3)} nats per token "
+                    f"({number(change, 3, signed=True)}).",
+                )
+        steps, total = reached.get(name), causal.get("steps")
+        if steps and total:
+            yield (
+                "better" if steps < total else "note",
+                f"{name} reaches {baseline}'s final target loss at step {number(steps, 0)} of {number(total, 0)}: "
+                f"{baseline} takes {number(total / steps, 2)} times as many. Steps are not time: training the "
+                "reference and scoring the corpus come on top.",
             )
-            passages.append(
-                {"title": about["source"], "url": about["url"], "source": about["source"], "tokens": tokens}
-            )
-    return _varied(passages)
+        elif name in reached:
+            yield "worse", f"{name} does not reach {baseline}'s final target loss."
+    yield from _reference_finding(summary)
 
 
-def _tokens(corpus, reader: TokenText, columns, loss, reference, selected, valid) -> list[dict[str, Any]]:
-    has_noise = any(name.endswith("/noise") for name in corpus.source_names)
-    texts = reader.texts(columns["tokens"].tolist())
-    return [
-        {
-            "text": texts[i],
-            "loss": float(loss[i]) if valid[i] else None,
-            "ref_loss": float(reference[i]) if valid[i] else None,
-            "excess": float(loss[i] - reference[i]) if valid[i] else None,
-            "selected": float(selected[i]) if valid[i] else 0.0,
-            "valid": bool(valid[i]),
-            "noise": corpus.source_names[columns["source_ids"][i]].endswith("/noise") if has_noise else None,
-        }
-        for i in range(len(loss))
-    ]
+def _reference_finding(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Where the reference itself is ahead, the reader is told."""
+    reference = (summary.get("reference") or {}).get("target_loss")
+    selective = summary["runs"].get("selective", {}).get("target_loss")
+    if reference is not None and selective is not None:
+        order = "lower than" if reference < selective else "no lower than"
+        yield (
+            "note",
+            f"The reference, trained on the clean text, stands at {number(reference, 3)} on the target text, "
+            f"{order} selective's {number(selective, 3)}.",
+        )
 
 
-def _varied(passages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Up to PASSAGES, in turn from the sources, those with noise first."""
-    by_source: dict[str, list[dict[str, Any]]] = {}
-    for passage in sorted(passages, key=lambda p: -sum(bool(token["noise"]) for token in p["tokens"])):
-        by_source.setdefault(passage["source"], []).append(passage)
-    turns = max((len(group) for group in by_source.values()), default=0)
-    ordered = [group[turn] for turn in range(turns) for group in by_source.values() if turn < len(group)]
-    return ordered[:PASSAGES]
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(name, value) of every leaf, for a plain list at the end."""
+    for name, value in values.items():
+        label = f"{prefix}{name}".replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{label}, ")
+        elif isinstance(value, float):
+            yield label, f"{value:,.4g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield label, f"{value:,}"
+        else:
+            yield label, "–" if value is None else str(value)

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import toy
 
-from slm_jax.analyze import describe
-from slm_jax.analyze.compare import analyze_report
-from slm_jax.analyze.runs import group_seeds, read_run, short_names
+from slm_jax.analyze.report_runs import analyze_report, mixture_in_words, objective_in_words, schedule_in_words
+from slm_jax.analyze.runs import group_seeds, read_run, short_names, turns, valleys
 from slm_jax.analyze.tables import Cell, Table
 from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate import flops
@@ -78,7 +77,7 @@ def last(run: Path, name: str) -> float:
 
 
 def test_losses_are_means_over_seeds_with_their_range(runs, report):
-    found = table_of(report, "losses")
+    found = table_of(report, "results")
     assert list(found) == ["causal (2 seeds)", "selective", "stopped (unfinished)", HOSTILE]
     for heading, name in (("target loss", "target/loss"), ("target bits per byte", "target/bits_per_byte")):
         seeds = [last(runs / "causal", name), last(runs / "seed1" / "causal", name)]
@@ -89,7 +88,7 @@ def test_losses_are_means_over_seeds_with_their_range(runs, report):
     step_6 = [row for row in RunDirectory(runs / "selective").metrics() if "loss" in row][-1]
     assert float(found["selective"]["training loss"]) == step_6["loss"]
     assert float(found["stopped (unfinished)"]["target loss"]) == last(runs / "stopped", "target/loss")
-    every = table_of(report, "losses_of_runs")
+    every = table_of(report, "every_run")
     assert set(every) == {"causal", "selective", "seed1/causal", "stopped (unfinished)", HOSTILE}
     assert float(every["seed1/causal"]["target loss"]) == last(runs / "seed1" / "causal", "target/loss")
     page = text_of(report)
@@ -107,7 +106,7 @@ def text_of(report: Path) -> str:
 
 
 def test_what_runs_were_and_how_far_they_came(report):
-    page, found = text_of(report), table_of(report, "runs")
+    page, found = text_of(report), table_of(report, "settings")
     assert found["causal"]["seed"] == "0, 1" and found["causal"]["state"] == "finished"
     assert found["stopped"]["state"] == "unfinished: step 4 of 6; resumed, 2 starts"
     assert found["selective"]["trains on"] == "50 % by excess, per batch, column reference"
@@ -119,7 +118,7 @@ def test_what_runs_were_and_how_far_they_came(report):
 
 
 def test_costs_count_scoring_and_the_reference(runs, report):
-    found = table_of(report, "costs")
+    found = table_of(report, "results")
     causal, selective, stopped = (found[name] for name in ("causal (2 seeds)", "selective", "stopped (unfinished)"))
     flops = 6 * STEP_FLOPS / 1e12
     for line, training, scoring in ((causal, 1, 0), (selective, 1, 1 / 3), (stopped, 4 / 6, 0)):
@@ -131,7 +130,7 @@ def test_costs_count_scoring_and_the_reference(runs, report):
     summary = json.loads((runs / "selective" / "summary.json").read_text())
     assert float(selective["tokens trained"]) == summary["tokens_trained"] < float(selective["tokens seen"])
     assert float(selective["seconds"]) == summary["seconds"]
-    assert 0 < float(stopped["seconds"]) < float(table_of(report, "costs")["causal (2 seeds)"]["seconds, highest"])
+    assert 0 < float(stopped["seconds"]) < float(table_of(report, "results")["causal (2 seeds)"]["seconds, highest"])
 
 
 def test_flops_of_what_is_known(runs, tmp_path):
@@ -161,8 +160,7 @@ def test_a_reference_that_was_imported_cost_nobody_knows_what(tmp_path):
     imported = {"settings": {"model": to_json(toy.MODEL)}, "identity": {}, "starts": [], "imported": {}}
     (tmp_path / "run.json").write_text(json.dumps(imported))
     assert flops._trained({"run": str(tmp_path), "step": 0}) is None
-    line = toy.refusal(read_run, str(tmp_path))
-    assert line == f"{tmp_path} is an imported model, no train run: name directories that `train` has written"
+    assert str(tmp_path) in toy.refused("run-not-trained", read_run, str(tmp_path))
 
 
 def test_groups_are_of_seeds_and_nothing_else(runs):
@@ -199,7 +197,7 @@ def test_what_the_stage_evaluate_found_is_there_too(runs, tmp_path):
         (run / "evaluate" / f"{step}.json").write_text(json.dumps(record))
     (run / "evaluate" / "half.json").write_text('{"step": 9, "resu')
     analyze_report([str(run)], str(tmp_path / "report"))
-    found = table_of(tmp_path / "report", "losses")["run"]
+    found = table_of(tmp_path / "report", "results")["run"]
     assert found["held loss (evaluate, step 6)"] == "4.25" and "held loss (evaluate, step 3)" not in found
     assert "held, a (evaluate, step 6)" in table_of(tmp_path / "report", "losses_by_source")
 
@@ -214,16 +212,16 @@ def test_phases_mixtures_and_schedules_in_words():
         "reset_optimizer": True,
         "l2_to_init": 0.1,
     }
-    assert describe.mixture(phase) == "50 % crawl + 50 % clean (replay, in order)"
-    words = "up to 60 %, 0 to 1 linear over the rest by loss, per sequence, filtered gradient, moments forgotten, "
-    assert describe.objective(phase) == f"{words}pulled back by 0.1"
-    assert describe.mixture({"mixture": [draw | {"weight": None}, draw | {"weight": 0.05}]}).startswith("the rest ")
+    assert mixture_in_words(phase) == "50 % crawl + 50 % clean (replay, in order)"
+    words = "60 % by loss, per sequence, filtered gradient, ratio 0 to 1 linear over the rest, optimizer state reset, "
+    assert objective_in_words(phase) == f"{words}L2 penalty 0.1 towards the initial parameters"
+    assert mixture_in_words({"mixture": [draw | {"weight": None}, draw | {"weight": 0.05}]}).startswith("the rest ")
     high = phase["selection"] | {"threshold": 2.0, "capacity": 0.5}
     above = phase | {"selection": high, "reset_optimizer": False, "l2_to_init": 0}
-    assert describe.objective(above) == "above 2 by loss, per sequence, filtered gradient"
+    assert objective_in_words(above) == "above 2 by loss, per sequence, filtered gradient"
     legs = [{"to": 0.003, "steps": 0.05, "shape": "linear"}, {"to": 1e-4, "steps": 100, "shape": "cosine"}]
-    assert describe.schedule({"start": None, "parts": legs}) == (
-        "from where it was to 0.003 linear over 5 %, to 0.0001 cosine over 100 steps"
+    assert schedule_in_words({"start": None, "parts": legs}) == (
+        "from the value reached to 0.003 linear over 5 %, to 0.0001 cosine over 100 steps"
     )
 
 
@@ -265,17 +263,14 @@ def test_the_same_runs_give_the_same_page(runs, report, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "names, message",
-    [
-        ([], "no runs to compare: name run directories behind `analyze report`"),
-        (["corpus"], "is no train run (no run.json): name directories that `train` has written"),
-        (["damaged"], "run.json is damaged"),
-    ],
+    "code, names",
+    [("report-no-runs", []), ("run-not-trained", ["corpus"]), ("run-damaged", ["damaged"])],
 )
-def test_mistakes_are_one_line(names, message, runs, tmp_path):
+def test_refusals(code, names, runs, tmp_path):
     (runs / "damaged").mkdir(exist_ok=True)
     (runs / "damaged" / "run.json").write_text('{"settings": {}}')
-    assert message in toy.refusal(analyze_report, [str(runs / name) for name in names], str(tmp_path / "report"))
+    line = toy.refused(code, analyze_report, [str(runs / name) for name in names], str(tmp_path / "report"))
+    assert all(str(runs / name) in line for name in names)
     assert not list(tmp_path.iterdir())
 
 
@@ -286,7 +281,7 @@ def test_a_run_that_has_only_begun(runs, tmp_path):
     shutil.copy(runs / "causal" / "run.json", begun)
     analyze_report([str(begun)], str(tmp_path / "report"))
     assert "unfinished: step 0 of 6" in text_of(tmp_path / "report")
-    assert table_of(tmp_path / "report", "costs")["begun (unfinished)"]["steps"] == "0.0"
+    assert table_of(tmp_path / "report", "results")["begun (unfinished)"]["steps"] == "0.0"
 
 
 def test_in_a_browser(report, tmp_path):
@@ -295,13 +290,13 @@ def test_in_a_browser(report, tmp_path):
         driver.get((report / "report.html").as_uri())
         assert HOSTILE in driver.find_element("css selector", "main").text
         assert not driver.find_elements("css selector", "main img")
-        line = driver.find_element("css selector", '.copies[data-table="losses"]')
+        line = driver.find_element("css selector", '.copies[data-table="results"]')
         for button, form in zip(line.find_elements("css selector", "button"), ("Markdown", "CSV"), strict=True):
             button.click()
             browsers.until(lambda form=form: line.find_element("css selector", "output").text == f"{form} copied")
         driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
         copied = driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
-        assert copied == (report / "tables" / "losses.csv").read_text()
+        assert copied == (report / "tables" / "results.csv").read_text()
         media = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
         style = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"

@@ -30,7 +30,7 @@ STAGES = {
     "analyze inspect": "slm_jax.analyze.inspector",
     "analyze report": "slm_jax.analyze.report_runs",
     "analyze dynamics": "slm_jax.analyze.dynamics",
-    "analyze selection": "slm_jax.analyze.selection_analysis",
+    "analyze selection": "slm_jax.analyze.analyze_selection",
     "analyze tokenizers": "slm_jax.analyze.tokenizers",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.compile_ahead",

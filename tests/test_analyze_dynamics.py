@@ -10,14 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from slm_jax.analyze.columns import read_rows
-from slm_jax.analyze.dynamics import analyze_dynamics
-from slm_jax.analyze.page import visible
-from slm_jax.analyze.text import context, one_line, segments, token_texts, varied
-from slm_jax.analyze.trajectories import CLASSES
+from slm_jax.analyze.dynamics import (
+    CLASSES,
+    FALLING,
+    HIGH,
+    LOW,
+    NO_CLASS,
+    RISING,
+    analyze_dynamics,
+    class_counts,
+    class_means,
+    classify,
+    fit_lines,
+    most_fluctuating,
+)
+from slm_jax.analyze.page import one_line, visible
+from slm_jax.analyze.passages import context, segments, varied
 from slm_jax.data.corpus import Corpus
-from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
+from slm_jax.data.token_text import TokenText
 
 HOSTILE = ["<script>alert(1)</script>", "</div>", "&amp;", '" onmouseover="x', "a\x00b", "日本語", "😀", "שלום", "\nx"]
 FIGURES = {"classes", "classes_by_source", "fluctuating_hh", "fluctuating_ll"}
@@ -70,7 +84,7 @@ def test_examples_stand_in_their_text(held, analyzed):
             token = int(rows.tokens[about["row"], about["place"]])
             assert CLASSES[token % 4] == name
             assert len(about["losses"]) == 3 and about["token"]
-            around = about["before"] + about["token"] + about["behind"]
+            around = about["before"] + about["token"] + about["after"]
             inside = rows.segment_ids[about["row"]] == rows.segment_ids[about["row"], about["place"]]
             whole = visible(vocabulary.decode(rows.tokens[about["row"], inside].tolist()))
             assert around.replace("\ufffd", "").replace("</s>", "") in whole
@@ -132,28 +146,15 @@ def test_text_stays_text(held, analyzed):
         assert title.startswith(f"{marks[mark]}: line ") if mark in marks else (mark == "none" and not title)
 
 
-def test_tokens_add_up_to_their_text():
-    texts = [" ".join(HOSTILE), "a ▁ b  c\n\n12345", "ﬁ e\u0301 \U0001f468\u200d\U0001f469", ""]
-    for vocabulary in (ByteVocabulary(), train_sentencepiece(["the cat sat on the mat " * 20, *texts], 350)):
-        for text in texts:
-            ids = vocabulary.encode(text)
-            pieces = token_texts(vocabulary, ids)
-            assert "".join(pieces) == text and len(pieces) == len(ids)
-            with_control = token_texts(vocabulary, [vocabulary.bos_id, *ids, vocabulary.eos_id])
-            assert "".join(with_control) == text and with_control[0] == ""
-            if cut := vocabulary.encode("😀")[:-1]:
-                assert "".join(token_texts(vocabulary, [*ids, *cut])).startswith(text)
-
-
 def test_the_text_around_a_token_ends_with_its_document(held):
     rows, vocabulary = read_rows(held.path, None), held.vocabulary()
-    row = 0
+    row, reader = 0, TokenText(vocabulary)
     for place in np.flatnonzero(rows.valid[row])[:20].tolist():
-        before, own, behind = context(rows, vocabulary, row, place, width=100)
+        before, own, after = context(rows, reader, row, place, width=100)
         inside = rows.segment_ids[row] == rows.segment_ids[row, place]
         document = visible(vocabulary.decode(rows.tokens[row, inside].tolist()))
         if rows.tokens[row, place] > vocabulary.eos_id and "\ufffd" not in own:
-            assert before + own + behind == document or own in document
+            assert before + own + after == document or own in document
     assert one_line("a\nb\tc\x07") == "a↵b⇥c␇"
 
 
@@ -227,37 +228,47 @@ def test_where_a_run_began_is_its_step_0(traced, corpus_copy, reference, tmp_pat
     assert about["run"] == str(reference) and about["step"] == 3
 
 
-def test_mistakes_are_one_line(held, traced, reference, tmp_path):
-    def message(*arguments, **settings) -> str:
+def test_refusals(held, traced, reference, tmp_path):
+    run = str(reference)
+
+    def refused(code: str, *arguments, **settings) -> str:
+        return toy.refused(code, analyze_dynamics, *arguments, **{"output": str(tmp_path / "none"), **settings})
+
+    assert "analyze_dynamics.corpus" in refused("dynamics-needs-corpus", run=run)
+    refused("dynamics-run-or-columns", held.path)
+    refused("dynamics-run-or-columns", held.path, run, columns="causal-*")
+    assert "causal-0" in (line := refused("columns-unmatched", held.path, columns="other-*")) and "'other-*'" in line
+    assert "causal-0,causal-0" in refused("columns-repeated", held.path, columns="causal-0,causal-0")
+    assert "causal-10" in refused("dynamics-one-checkpoint", held.path, columns="causal-10")
+    line = refused("checkpoint-not-found", held.path, run, steps=[5])
+    assert run in line and "step 5" in line and "3, 6" in line
+    assert "'other'" in refused("kept-losses-not-found", run=str(traced), trace="other")
+    assert "'trace'" in refused("kept-losses-not-found", run=run, trace="trace")
+    assert "analyze_dynamics.run" in refused("dynamics-trace-of-run", held.path, trace="trace")
+    assert "gs://bucket/x" in refused(
+        "output-not-local", held.path, columns="causal-*", output="gs://bucket/x"
+    ).replace("gs:/b", "gs://b")
+
+    def message(*arguments, **settings) -> str:  # of other modules
         return toy.refusal(analyze_dynamics, *arguments, **{"output": str(tmp_path / "none"), **settings})
 
-    run = str(reference)
-    assert "analyze_dynamics.corpus is missing" in message(run=run)
-    assert "a run or columns, one of the two" in message(held.path)
-    assert "a run or columns, one of the two" in message(held.path, run, columns="causal-*")
-    assert "no score of corpus" in (line := message(held.path, columns="other-*")) and "causal-0" in line
     assert "has no score 'other'" in message(held.path, columns="causal-0,other")
-    assert "name one twice" in message(held.path, columns="causal-0,causal-0")
-    assert "causal-10 is the only checkpoint" in message(held.path, columns="causal-10")
-    assert "has no checkpoint of step 5: it has 3, 6" in message(held.path, run, steps=[5])
-    assert "no corpus at" in message(str(tmp_path / "nowhere"), run)
-    assert "holds no checkpoints" in message(held.path, str(tmp_path))
     assert "analyze_dynamics.rows is 0" in message(held.path, columns="causal-*", rows=0)
-    assert "no token losses of an evaluator 'other' (it has trace)" in message(run=str(traced), trace="other")
-    assert "no token losses of an evaluator 'trace' (it has none)" in message(run=run, trace="trace")
-    assert "give analyze_dynamics.run" in message(held.path, trace="trace")
-    assert "local folder" in message(held.path, columns="causal-*", output="gs://bucket/x")
+    assert str(tmp_path / "nowhere") in message(str(tmp_path / "nowhere"), run)
+    assert str(tmp_path) in message(held.path, str(tmp_path))
     assert not (tmp_path / "none").exists()
 
 
 def test_a_model_counts_once_and_a_column_without_numbers_is_no_class(held, tmp_path):
     corpus = Corpus.open(shutil.copytree(held.path, tmp_path / "held"))
     shutil.copytree(Path(corpus.path) / "scores" / "causal-0", Path(corpus.path) / "scores" / "causal-5")
-    line = toy.refusal(analyze_dynamics, corpus.path, columns="causal-*", output=str(tmp_path / "out"))
-    assert "'causal-0' and 'causal-5'" in line and "same model" in line
+    output = str(tmp_path / "out")
+    line = toy.refused("columns-of-one-model", analyze_dynamics, corpus.path, columns="causal-*", output=output)
+    assert "'causal-0' and 'causal-5'" in line
     toy.write_score(corpus, "other-30", np.full((24, 48), np.nan, np.float32), 30)
-    line = toy.refusal(analyze_dynamics, corpus.path, columns="causal-0,other-30", output=str(tmp_path / "out"))
-    assert "no token of" in line and "finite loss" in line
+    columns = "causal-0,other-30"
+    line = toy.refused("dynamics-no-finite-loss", analyze_dynamics, corpus.path, columns=columns, output=output)
+    assert corpus.path in line
 
 
 def test_documents_are_shown_in_turn_from_the_sources(tmp_path):
@@ -275,3 +286,111 @@ def test_documents_are_shown_in_turn_from_the_sources(tmp_path):
     lengths = [segment.length for segment in shown_first if segment.source == "a"]
     assert [length >= 20 for length in lengths] == sorted((length >= 20 for length in lengths), reverse=True)
     assert {segment.row for segment in segments(read_rows(corpus.path, 1))} == {0}
+
+
+# ---- Lines and classes
+
+
+def kinds(losses, **thresholds) -> list[str]:
+    losses = np.array(losses, float).T
+    found, _ = classify(losses, fit_lines(losses), **thresholds)
+    return [CLASSES[kind] if kind != NO_CLASS else "none" for kind in found]
+
+
+def test_the_worked_check_of_the_paper():
+    """l = 1.0, 0.9, 0.8, 0.7: a = -0.1, n = 3, ΔL = -0.3, so H→L."""
+    losses = np.array([[1.0], [0.9], [0.8], [0.7]])
+    lines = fit_lines(losses)
+    np.testing.assert_allclose(lines.change, [-0.3], rtol=1e-12)
+    np.testing.assert_allclose(lines.mean - lines.change / 2, [1.0], rtol=1e-12)  # L_start = b
+    np.testing.assert_allclose(lines.variance, [0.0], atol=1e-24)
+    assert kinds([[1.0, 0.9, 0.8, 0.7]]) == ["H→L"]
+
+
+def test_a_line_is_that_of_numpy():
+    losses = np.random.default_rng(0).normal(3, 1, (7, 50))
+    lines = fit_lines(losses.astype(np.float32))
+    slope, start = np.polyfit(np.arange(7), losses, 1)
+    np.testing.assert_allclose(lines.change, slope * 6, atol=1e-5)
+    np.testing.assert_allclose(lines.mean - lines.change / 2, start, atol=1e-5)
+    residual = losses - (start + slope * np.arange(7)[:, None])
+    np.testing.assert_allclose(lines.variance, np.mean(residual**2, axis=0), atol=1e-5)
+
+
+def test_a_change_of_exactly_the_threshold_is_no_change():
+    """The band is closed: -0.2 <= ΔL <= 0.2."""
+    up, down = [0.0, 0.1, 0.2], [0.2, 0.1, 0.0]
+    assert kinds([up, down, [5.0, 5.0, 5.0]]) == ["L→L", "L→L", "H→H"]
+    past = np.nextafter(0.2, 1)
+    assert kinds([[0.0, past / 2, past], [past, past / 2, 0.0]], high=9.0) == ["L→H", "H→L"]
+    assert kinds([[1.0, 1.5], [1.5, 1.0]], rise=0.5, fall=0.5) == ["H→H", "L→L"]
+    assert kinds([[1.0, 1.5], [1.5, 1.0]], rise=0.5, fall=0.25) == ["H→H", "H→L"]
+
+
+def test_a_last_loss_equal_to_the_mean_is_low():
+    """l_n <= L_mean is L→L; L_mean is of the last losses of all tokens, those that moved among them."""
+    assert kinds([[2.0, 2.0], [2.0, 2.0]]) == ["L→L", "L→L"]
+    assert kinds([[1.0, 1.0], [3.0, 3.0], [2.0, 2.0]]) == ["L→L", "H→H", "L→L"]
+    assert kinds([[2.0, 2.0], [9.0, 1.0]]) == ["H→H", "H→L"]  # the mean is 1.5
+    assert kinds([[2.0, 2.0], [9.0, 1.0]], high=2.0) == ["L→L", "H→L"]
+
+
+def test_the_last_loss_decides_not_the_end_of_the_line():
+    """ΔL is 0 for both; only the first has its last loss above the mean, though its line ends below."""
+    assert kinds([[3.0, 0.0, 0.0, 3.0], [2.0, 2.0, 2.0, 2.0]]) == ["H→H", "L→L"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_token_without_a_finite_loss_has_no_class_and_moves_no_other(bad):
+    rest = [[1.0, 1.0, 1.0], [3.0, 3.0, 3.0], [2.0, 2.5, 3.0], [4.0, 3.0, 2.0]]
+    for place in range(3):
+        token = [9.0, 9.0, 9.0]
+        token[place] = bad
+        assert kinds([*rest, token]) == [*kinds(rest), "none"]
+    assert kinds([[bad, bad]]) == ["none"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 9), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_the_order_of_the_tokens_changes_nothing(checkpoints, tokens, seed):
+    """Multiples of 0.1, so that changes of just the threshold and losses of just the mean are common."""
+    rng = np.random.default_rng(seed)
+    losses = rng.integers(0, 6, (checkpoints, tokens)).astype(np.float32) * np.float32(0.1)
+    losses[rng.random(losses.shape) < 0.02] = np.nan
+    order = rng.permutation(tokens)
+    lines, mixed = fit_lines(losses), fit_lines(losses[:, order])
+    found, divides = classify(losses, lines)
+    again, same = classify(losses[:, order], mixed)
+    np.testing.assert_array_equal(found[order], again)
+    assert divides == same or np.isnan([divides, same]).all()
+    np.testing.assert_array_equal(lines.variance[order], mixed.variance)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 7), st.integers(0, 2**32 - 1))
+def test_every_token_is_of_the_class_that_the_rule_names(checkpoints, seed):
+    """Against the rule spelled out token by token, in exact steps of a quarter."""
+    rng = np.random.default_rng(seed)
+    losses = rng.integers(0, 12, (checkpoints, 30)) / 4.0
+    change, _ = fit_lines(losses).change, None
+    found, divides = classify(losses, fit_lines(losses), rise=0.25, fall=0.25)
+    assert divides == pytest.approx(losses[-1].mean(), abs=1e-12)
+    for token in range(30):
+        moved = RISING if change[token] > 0.25 else FALLING if change[token] < -0.25 else None
+        assert found[token] == (moved if moved is not None else HIGH if losses[-1, token] > divides else LOW)
+    assert sum(class_counts(found)) == 30
+
+
+def test_the_mean_of_a_class_and_the_tokens_that_fluctuate_most():
+    losses = np.array([[5.0, 5.0, 5.0, 1.0, 0.0], [5.0, 7.0, 2.0, 1.0, 2.0], [5.0, 5.0, 5.0, 1.0, np.nan]])
+    lines = fit_lines(losses)
+    found, _ = classify(losses, lines)
+    assert found.tolist() == [HIGH, HIGH, HIGH, LOW, NO_CLASS]
+    means = class_means(losses, found)
+    np.testing.assert_allclose(means[HIGH], [5.0, 14 / 3, 5.0])
+    np.testing.assert_allclose(means[LOW], [1.0, 1.0, 1.0])
+    assert np.isnan(means[[RISING, FALLING]]).all()
+    ids = np.array([7, 7, 8, 9, 9])
+    assert most_fluctuating(found, lines.variance, HIGH, ids, 9).tolist() == [2, 1]  # 0 is the id of 1
+    assert most_fluctuating(found, lines.variance, HIGH, ids, 1).tolist() == [2]
+    assert most_fluctuating(found, lines.variance, RISING, ids, 3).tolist() == []

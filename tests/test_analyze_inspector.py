@@ -12,9 +12,8 @@ import toy
 from inspector_pages import KEPT, TEXTS, data_of, unpacked
 
 from slm_jax import mesh as mesh_lib
-from slm_jax.analyze.inspector import analyze_inspect
+from slm_jax.analyze.inspector import analyze_inspect, predict_rows
 from slm_jax.data.batches import make_batch
-from slm_jax.evaluate.predictions import predict_rows
 from slm_jax.models import forward
 from slm_jax.models.trained_model import load_model
 from slm_jax.score.selection import CombinedSelection, Selection
@@ -146,19 +145,22 @@ def test_text_never_runs_and_nothing_comes_from_elsewhere(inspected):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "settings, code, named",
     [
-        ({"runs": []}, "nothing to look at: name runs behind `analyze inspect`"),
-        ({"columns": ["lost"]}, "has no score 'lost' (it has early, late, reference)"),
-        ({"kept": "nothing"}, "has no evaluator 'nothing' that keeps tokens (it has trace): see HeldOut.keep_tokens"),
-        ({"steps": [4]}, "has nothing of step 4: it has 3, 6"),
-        ({"first_row": 100}, "analyze_inspect.first_row is 100, and corpus"),
-        ({"batch_size": 3}, "analyze_inspect: a batch of 3 rows does not split"),
-        ({"selection": Selection(reference="lost")}, "has no score 'lost'"),
-        ({"rows": 0}, "rows is 0: it takes a whole number from 1 on"),
+        ({"runs": []}, "inspect-nothing", "columns"),
+        ({"kept": "nothing"}, "kept-losses-not-found", "'nothing'"),
+        ({"steps": [4]}, "inspect-unknown-step", "step 4"),
+        ({"first_row": 100}, "inspect-first-row", "100"),
+        ({"columns": ["lost"]}, None, "'lost'"),
+        ({"batch_size": 3}, None, "3 rows"),
+        ({"selection": Selection(reference="lost")}, None, "'lost'"),
+        ({"rows": 0}, None, "analyze_inspect.rows is 0"),
     ],
 )
-def test_mistakes_are_one_line(settings, message, inspected, tmp_path):
+def test_refusals(settings, code, named, inspected, tmp_path):
     given = {"runs": [str(inspected.run)], "output": str(tmp_path / "page.html"), **settings}
-    assert message in toy.refusal(analyze_inspect, inspected.corpus.path, **given)
+    if code:
+        assert named in toy.refused(code, analyze_inspect, inspected.corpus.path, **given)
+    else:  # of other modules
+        assert named in toy.refusal(analyze_inspect, inspected.corpus.path, **given)
     assert not list(tmp_path.iterdir())

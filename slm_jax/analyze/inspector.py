@@ -1,40 +1,37 @@
-"""Stage `analyze inspect`: rows of a corpus as text, each token shaded by what models make of it."""
+"""Stage `analyze inspect`: rows of a corpus as text, each token shaded by what models predict of it."""
 
-import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import gin
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int, Integer
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
-from slm_jax.analyze import chosen
-from slm_jax.analyze.inspector_page import Column, Model, Rows, inspector_page
+from slm_jax.analyze.columns import read_columns, read_kept_losses
+from slm_jax.analyze.inspector_page import Column, Model, Predictions, Rows, inspector_page
+from slm_jax.analyze.selected_tokens import reference_losses, select
 from slm_jax.checkpoint import saved_steps
+from slm_jax.data.batches import Batch, make_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
-from slm_jax.evaluate.predictions import predict_rows
-from slm_jax.files import read_json, write_text
+from slm_jax.files import write_text
 from slm_jax.mesh import MeshConfig
-from slm_jax.models.trained_model import check_fits, load_model
-from slm_jax.score.selection import COMBINE, CombinedSelection, Selection
-from slm_jax.score.token_loss import predicted
+from slm_jax.metrics import progress
+from slm_jax.models import forward
+from slm_jax.models.forward import Params
+from slm_jax.models.model_config import ModelConfig
+from slm_jax.models.trained_model import TrainedModel, check_fits, load_model
+from slm_jax.score.selection import CombinedSelection, Selection
+from slm_jax.score.token_loss import CHUNK_LOGITS, predicted, token_loss
 
 ROWS = 64
-
-
-class Computed(NamedTuple):
-    """How losses are computed where no column holds them."""
-
-    mesh: Mesh
-    batch_size: int
-    top: int
 
 
 @gin.configurable
@@ -52,21 +49,20 @@ def analyze_inspect(
     batch_size: int = 8,
     mesh: MeshConfig | None = None,
 ) -> None:
-    """Writes a page on which one looks at tokens: `slm-jax analyze inspect RUN [RUN] --corpus=CORPUS`.
+    """Writes a page on which to look at tokens: `slm-jax analyze inspect RUN [RUN] --corpus=CORPUS`.
 
-    The page stands alone and needs no network. It shows documents as text, shaded by loss, reference loss, excess or
-    what a selection keeps, at every checkpoint, for two models side by side. Its text is that of the corpus: share it
-    as you would share that.
+    The page needs no other file and no network. It shows documents as text, shaded by loss, reference loss, excess loss
+    or what a selection keeps, at every checkpoint, for two models side by side. It contains the text of the corpus:
+    share it only as you would share that.
 
     Args:
       corpus: whose rows are shown.
       runs: model directories. The losses of their checkpoints are computed here, with the likeliest tokens.
       columns: score columns of the corpus. Those of one run are checkpoints of one model, in the order of their steps.
-      kept: a HeldOut of the runs with keep_tokens on this corpus: the losses they kept while training are shown too.
-      steps: of the runs' checkpoints and kept losses, only these; by default all.
-      selection: what is shown as selected, within these rows as one batch, a Selection or several CombinedSelection;
-        also which
-        columns hold the reference losses. By default Selection(), where the corpus has its column.
+      kept: a HeldOut of the runs with keep_tokens on this corpus: the losses it kept during training are shown too.
+      steps: only these steps of the runs' checkpoints and kept losses; all by default.
+      selection: what is shown as selected, within these rows as one batch: a Selection or a CombinedSelection. It also
+        names the reference columns. By default Selection(), where the corpus has its column.
       output: the HTML file.
       rows: how many; by default 64, or as many as were kept.
       first_row: the first of them. Rows of a corpus are shuffled, so any are a sample.
@@ -75,158 +71,151 @@ def analyze_inspect(
       mesh: how devices share the work.
     """
     if not runs and not columns:
-        raise UserError("nothing to look at: name runs behind `analyze inspect`, or score columns as columns = ('a',)")
+        raise UserError(
+            "inspect-nothing",
+            "nothing to look at: name runs after `analyze inspect`, or score columns as columns=('a',)",
+        )
     config_lib.at_least(0, **{"analyze_inspect.first_row": first_row, "analyze_inspect.predictions": predictions})
     if rows is not None:
         config_lib.at_least(1, **{"analyze_inspect.rows": rows})
     table = Corpus.open(corpus)
     runs = list(dict.fromkeys(os.path.normpath(run) for run in runs))
-    losses_kept = {run: _kept(run, kept, table) for run in runs} if kept else {}
-    wanted = _rows(table, first_row, rows, losses_kept)
-    places = {run: _steps(run, losses_kept.get(run, {}), steps) for run in runs}
-    shown_selection = _selection(table, selection)
-    scores = table.read(wanted, _score_names(table, shown_selection))
-    read = list(_from_columns(table, wanted, columns))
+
+    # ---- Which rows and steps
+    stored = {run: _kept(run, kept, table) for run in runs} if kept else {}
+    there = min([table.num_rows, *(len(loss) for steps_of_run in stored.values() for loss in steps_of_run.values())])
+    count = min(rows or (there if kept else ROWS), there - first_row)
+    if count < 1:
+        what = "the runs kept" if kept else f"corpus {table.path} has"
+        raise UserError(
+            "inspect-first-row",
+            f"analyze_inspect.first_row is {first_row}, and {what} {there} rows: choose a smaller one",
+        )
+    wanted = np.arange(first_row, first_row + count)
+    places = {run: _steps(run, stored.get(run, {}), steps) for run in runs}
+
+    # ---- Reference losses and score columns
+    shown_selection, scores = selection or Selection(), {}
+    try:
+        scores = read_columns(table, wanted, shown_selection)
+    except UserError as missing:
+        if selection:
+            raise
+        print(f"inspect: without reference losses and selection: {missing}")
+        shown_selection = None
+    models: dict[str, list[Column]] = {run: [] for run in runs}
+    for name in columns:
+        # A column belongs to the run and step in its manifest; one without them is a model by itself.
+        about = table.score(name).reference
+        values = table.read(wanted, [f"scores/{name}/loss"])[f"scores/{name}/loss"].astype(np.float32)
+        column = Column(int(about.get("step") or 0), f"score column {name}", values)
+        models.setdefault(os.path.normpath(about.get("run") or name), []).append(column)
     devices = mesh_lib.make_mesh(mesh)
     mesh_lib.check_batch(devices, batch_size, "analyze_inspect")
     config_lib.print_unused()
     block = table.read(wanted)
-    about = f"{len(wanted)} rows of {corpus} ({int((block['segment_ids'] > 0).sum()):,} tokens)"
+    tokens, segment_ids = block["tokens"], block["segment_ids"]
+    about = f"{len(wanted)} rows of {corpus} ({int((segment_ids > 0).sum()):,} tokens)"
     print(f"inspect: {about}, {', '.join([*runs, *columns])} -> {output}")
 
-    how, measured = Computed(devices, batch_size, min(predictions, table.vocab_size)), {}
-    for run, steps_of_run in places.items():
-        here = {step: x[wanted] for step, x in losses_kept.get(run, {}).items()}
-        measured[run] = [_column(run, step, here, table, block, how) for step in steps_of_run]
-    for model, column in read:
-        measured.setdefault(model, []).append(column)
-    shown = _with_selection(measured, block, scores, shown_selection)
-    page = inspector_page(Rows.of(table, corpus, wanted, block, shown.reference, shown_selection), shown.models)
+    # ---- Losses at every step: computed where the run has a checkpoint, else as it kept them
+    for run, of_run in places.items():
+        for step in of_run:
+            if step not in saved_steps(run):
+                models[run].append(Column(step, "kept by the run during training", stored[run][step][wanted]))
+                continue
+            model = load_model(run, devices, step)
+            check_fits(model.config, model.vocabulary_hash, table, f"model {run}")
+            found = predict_rows(model, tokens, segment_ids, devices, batch_size, min(predictions, table.vocab_size))
+            models[run].append(Column(step, "computed from the checkpoint", found.loss, found))
+
+    # ---- What each of them would select; losses become NaN where a token has none
+    has_loss = np.asarray(predicted(segment_ids.astype(np.int32)))
+    shown = []
+    for name, of_model in models.items():
+        at_steps = []
+        for column in sorted(of_model, key=lambda column: column.step):
+            loss = np.where(has_loss, column.loss, np.nan).astype(np.float32)
+            valid, selected = has_loss & block["loss_mask"], None
+            if shown_selection:
+                selected = select(shown_selection, loss, scores, valid, batch_size=len(loss))
+            at_steps.append(column._replace(loss=loss, selected=selected))
+        shown.append(Model(name, at_steps))
+    reference = reference_losses(shown_selection, scores) if shown_selection else None
+    if reference is not None:
+        reference = np.where(has_loss, reference, np.float32(np.nan))
+    page = inspector_page(Rows.of(table, corpus, wanted, block, reference, shown_selection), shown)
     processes.on_first(lambda: write_text(output, page))
     print(f"inspect: done; open {output} ({len(page) / 1e6:.1f} MB)")
 
 
-def _rows(table: Corpus, first: int, number: int | None, kept: dict[str, dict[int, np.ndarray]]) -> np.ndarray:
-    """The rows to be shown."""
-    there = min([table.num_rows, *(len(x) for steps in kept.values() for x in steps.values())])
-    number = min(number or (there if kept else ROWS), there - first)
-    if number < 1:
-        what = "the runs kept" if kept else f"corpus {table.path} has"
-        raise UserError(f"analyze_inspect.first_row is {first}, and {what} {there} rows: take a smaller one")
-    return np.arange(first, first + number)
-
-
-def _kept(run: str, name: str, table: Corpus) -> dict[int, np.ndarray]:
-    """Step -> [rows, L] of the losses that a run kept of the first rows of this corpus; NaN where none counts."""
-    path = Path(run) / "run.json"
-    settings = read_json(path)["settings"] if path.exists() else {}
-    evaluators = {about["name"]: about for about in settings.get("evaluators", ()) if about.get("keep_tokens")}
-    if name not in evaluators:
-        names = ", ".join(evaluators) or "none"
-        raise UserError(f"{run} has no evaluator {name!r} that keeps tokens (it has {names}): see HeldOut.keep_tokens")
-    table.expect(Corpus.open(evaluators[name]["corpus"]).fingerprint, f"what {run} kept as {name!r}")
-    files = sorted((Path(run) / "token_losses" / name).glob("*.npy"), key=lambda file: int(file.stem))
-    if not files:
-        raise UserError(f"{run} has kept nothing as {name!r} yet: let it reach an evaluation")
-    return {int(file.stem): np.load(file, allow_pickle=False) for file in files}
-
-
-def _selection(table: Corpus, given: Selection | CombinedSelection | None) -> Selection | CombinedSelection | None:
-    """The selection to show; none where it was not asked for and the corpus lacks its column."""
-    selection = given or Selection()
-    try:
-        for column in selection.columns():
-            table.score(column.split("/")[1])
-    except UserError as missing:
-        if given:
-            raise
-        print(f"inspect: without reference losses and selection: {missing}")
-        return None
-    return selection
-
-
-def _score_names(table: Corpus, selection: Selection | CombinedSelection | None) -> list[str]:
-    """The columns that a selection reads, and the losses of its references."""
-    if selection is None:
-        return []
-    names = list(selection.columns())
-    with contextlib.suppress(UserError):  # a selection by own loss needs no reference
-        for name in (name for part in selection.parts for name in part.references):
-            table.score(name)
-            names.append(f"scores/{name}/loss")
-    return list(dict.fromkeys(names))
-
-
-def _reference(selection: Selection | CombinedSelection, scores: dict[str, np.ndarray]) -> np.ndarray | None:
-    """The reference losses to show: of the first part that has them, several references combined as it says."""
-    for part in selection.parts:
-        names = [f"scores/{name}/loss" for name in part.references]
-        if all(name in scores for name in names):
-            return np.asarray(COMBINE[part.combine](np.stack([scores[name].astype(np.float32) for name in names])))
-    return None
-
-
-def _from_columns(table: Corpus, rows: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, Column]]:
-    """(model, losses) of score columns. A column belongs to the run and step that its manifest names; one that names
-    none is a model of its own."""
-    for name in names:
-        about = table.score(name).reference
-        values = table.read(rows, [f"scores/{name}/loss"])[f"scores/{name}/loss"].astype(np.float32)
-        column = Column(int(about.get("step") or 0), f"score column {name}", values)
-        yield os.path.normpath(about.get("run") or name), column
+def _kept(run: str, name: str, table: Corpus) -> dict[int, Float[np.ndarray, "R L"]]:
+    """Step -> losses that a run kept of the first rows of this corpus."""
+    corpus, losses = read_kept_losses(run, name)
+    table.expect(Corpus.open(corpus).fingerprint, f"what {run} kept as {name!r}")
+    return dict(zip(losses.steps, losses.values, strict=True))
 
 
 def _steps(run: str, kept: dict[int, np.ndarray], wanted: Sequence[int]) -> list[int]:
-    """The steps of a run to be shown: those wanted, or all it has checkpoints or kept losses of."""
+    """The steps of a run to show: those wanted, or all of which it has checkpoints or kept losses."""
     there = {*saved_steps(run), *kept}
     if unknown := sorted(set(wanted) - there):
         known = ", ".join(map(str, sorted(there)))
-        raise UserError(f"analyze_inspect.steps: {run} has nothing of step {unknown[0]}: it has {known}")
+        raise UserError(
+            "inspect-unknown-step", f"analyze_inspect.steps: {run} has nothing of step {unknown[0]}: it has {known}"
+        )
     return sorted(wanted or there)
 
 
-def _column(
-    run: str,
-    step: int,
-    kept: dict[int, np.ndarray],
-    table: Corpus,
-    block: dict[str, np.ndarray],
-    how: Computed,
-) -> Column:
-    """The losses of a run at one step: computed where it has a checkpoint, else as it kept them."""
-    if step in kept and step not in saved_steps(run):
-        return Column(step, "kept by the run while it trained", kept[step].astype(np.float32))
-    model = load_model(run, how.mesh, step)
-    check_fits(model.config, model.vocabulary_hash, table, f"model {run}")
-    found = predict_rows(model, block["tokens"], block["segment_ids"], how.mesh, how.batch_size, how.top)
-    return Column(step, "computed from the checkpoint", found.loss, found)
+# ---- Predictions
 
 
-class Shown(NamedTuple):
-    models: list[Model]
-    reference: Float[np.ndarray, "N L"] | None
+def predict_rows(
+    model: TrainedModel,
+    tokens: Integer[np.ndarray, "N L"],
+    segment_ids: Integer[np.ndarray, "N L"],
+    mesh: Mesh,
+    batch_size: int,
+    top: int,
+) -> Predictions:
+    """Losses and the `top` most likely tokens at every position, `batch_size` rows at a time on the mesh."""
+    with progress(len(tokens), 0, f"step {model.step}", "row") as bar:
+        found = mesh_lib.map_rows(
+            lambda batch: _predict(model.params, model.config, batch, top),
+            lambda rows: make_batch(tokens[rows], segment_ids[rows]),
+            *(len(tokens), batch_size, mesh),
+            done=bar.update,
+        )
+    return Predictions(*found)
 
 
-def _with_selection(
-    measured: dict[str, list[Column]],
-    block: dict[str, np.ndarray],
-    scores: dict[str, np.ndarray],
-    selection: Selection | CombinedSelection | None,
-) -> Shown:
-    """Adds what would be selected at each checkpoint; losses become NaN where a token has none."""
-    has_loss = np.asarray(predicted(block["segment_ids"].astype(np.int32)))
-    reference = _reference(selection, scores) if selection else None
-    if reference is not None:
-        reference = np.where(has_loss, reference, np.float32(np.nan))
-    models = []
-    for name, of_model in measured.items():
-        places = []
-        for column in sorted(of_model, key=lambda column: column.step):
-            loss = np.where(has_loss, column.loss, np.float32(np.nan))
-            kept = None
-            if selection:
-                columns = {name: scores[name] for name in selection.columns()}
-                kept = chosen.choose(selection, loss, columns, has_loss & block["loss_mask"], batch_size=len(loss))
-            places.append(column._replace(loss=loss, selected=kept))
-        models.append(Model(name, places))
-    return Shown(models, reference)
+@functools.partial(jax.jit, static_argnames=("model", "top"))  # checkpoints of a model share the compiled program
+def _predict(params: Params, model: ModelConfig, batch: Batch, top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids)
+    head = forward.head_matrix(params, model)
+    loss = token_loss(hidden, head, batch.tokens, batch.segment_ids, model.vocab_size)
+    ids, probabilities = _likeliest(params, model, hidden, top)
+    # A hidden state predicts the token after it; results belong to the token that is predicted.
+    return loss, jnp.roll(ids, 1, axis=1), jnp.roll(probabilities, 1, axis=1)
+
+
+def _likeliest(
+    params: Params, model: ModelConfig, hidden: Float[Array, "B L D"], top: int
+) -> tuple[Int[Array, "B L K"], Float[Array, "B L K"]]:
+    """A few positions of all rows at a time, so that a device never holds more than CHUNK_LOGITS logits."""
+    batch_size, length, width = hidden.shape
+    if not top:
+        return jnp.zeros((batch_size, length, 0), jnp.int32), jnp.zeros((batch_size, length, 0))
+    rows = max(1, batch_size // mesh_lib.num_shards())
+    chunk = min(length, max(1, CHUNK_LOGITS // (rows * model.padded_vocab_size)))
+    padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
+
+    def likeliest(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = forward.logits(params, model, part)
+        values, ids = jax.lax.top_k(logits, top)
+        return ids, jnp.exp(values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+
+    parts = padded.reshape(batch_size, -1, chunk, width).swapaxes(0, 1)  # [B, L, D] -> [L / C, B, C, D]
+    found = jax.lax.map(likeliest, parts)
+    ids, probabilities = (x.swapaxes(0, 1).reshape(batch_size, -1, top)[:, :length] for x in found)
+    return ids, probabilities

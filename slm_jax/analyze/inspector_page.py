@@ -1,9 +1,8 @@
 """Documents, losses and predictions as the page of the inspector: compact arrays, and a script that draws them."""
 
 import base64
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,15 +13,24 @@ from slm_jax.analyze.page import render, script_json
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.token_text import TokenText
 from slm_jax.data.vocabularies import Vocabulary
-from slm_jax.evaluate.predictions import Predictions
+from slm_jax.evaluate.prefix import segments_of
 from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.score.token_loss import predicted
 
 SCRIPTS = tuple(f"inspector_{part}.js.html.j2" for part in ("data", "text", "panel", "controls"))
 
 
+class Predictions(NamedTuple):
+    """What a model predicts at each position from the earlier tokens of the segment. Meaningless at the first token of
+    a segment. tokens: the ids of highest probability, the likeliest first."""
+
+    loss: Float[np.ndarray, "N L"]  # nats; 0 where a token has no predecessor
+    tokens: Int[np.ndarray, "N L K"]
+    probabilities: Float[np.ndarray, "N L K"]
+
+
 class Column(NamedTuple):
-    """What a model makes of the rows at one step. `origin` says in words where it comes from."""
+    """What a model says of the rows at one step. `origin` says in words where it comes from."""
 
     step: int
     origin: str
@@ -37,7 +45,7 @@ class Model(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of a corpus and what stands in them."""
+    """Rows of a corpus and what they hold."""
 
     corpus: str
     numbers: Int[np.ndarray, " N"]
@@ -100,7 +108,7 @@ def inspector_page(rows: Rows, models: Sequence[Model]) -> str:
 
 
 def page_data(rows: Rows, models: Sequence[Model]) -> dict[str, Any]:
-    """What the page's script reads: JSON, with one array over all shown tokens for each number."""
+    """What the page's script reads, as JSON: for each number one array over all shown tokens."""
     documents, places, spans = _documents(rows)
     flat = lambda values: values.reshape(-1, *values.shape[2:])[places]  # noqa: E731
     ids = flat(rows.tokens)
@@ -108,6 +116,13 @@ def page_data(rows: Rows, models: Sequence[Model]) -> dict[str, Any]:
     pieces = _Pieces(rows.vocabulary)
     reference = None if rows.reference is None else flat(rows.reference)
     losses = [flat(column.loss) for model in models for column in model.columns]
+
+    def scale(values: Sequence[np.ndarray]) -> float:
+        """Where the shades end, the same for all checkpoints: 98 % of the values are below."""
+        together = np.concatenate(values)
+        together = together[np.isfinite(together)]
+        return max(0.5, math.ceil(2 * float(np.quantile(together, 0.98))) / 2) if len(together) else 1.0
+
     return {
         "corpus": rows.corpus,
         "rows": [int(rows.numbers[0]), int(rows.numbers[-1])],
@@ -123,25 +138,26 @@ def page_data(rows: Rows, models: Sequence[Model]) -> dict[str, Any]:
             "counts": _packed(counts.astype(np.uint8)),
         },
         "reference": None if reference is None else _packed(reference),
-        "scale": _scale(losses, reference),
+        "scale": {
+            "loss": scale(losses if reference is None else [*losses, reference]),
+            "excess": scale([np.zeros(0)] if reference is None else [np.abs(loss - reference) for loss in losses]),
+        },
         "models": [
             {"name": model.name, "columns": [_column(column, flat, pieces) for column in model.columns]}
             for model in models
         ],
-        "pieces": pieces.texts,  # last: every id above has its number by now
+        "pieces": pieces.texts,  # last: by now every id above has its number
     }
 
 
-def _documents(rows: Rows) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    """The documents (or the parts of them that stand in these rows), the places of their tokens in the flattened rows,
-    and the begin and end of each token in its document's text, in the UTF-16 units that scripts count in."""
+def _documents(rows: Rows) -> tuple[list[dict[str, Any]], Int[np.ndarray, " T"], Int[np.ndarray, "T 2"]]:
+    """The documents (or the parts of them that are in these rows), the places of their tokens in the flattened rows,
+    and [begin, end) of each token in its document's text, in the UTF-16 units that scripts count in."""
     found: list[dict[str, Any]] = []
-    places: list[np.ndarray] = []
-    spans: list[np.ndarray] = []
+    places, spans = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)]
     first, reader = 0, TokenText(rows.vocabulary)
-    for row, start, stop in _segments(rows.segment_ids):
-        ids = rows.tokens[row, start:stop].tolist()
-        text, characters = reader.spans(ids)
+    for row, start, length in zip(*(x.tolist() for x in segments_of(rows.segment_ids)), strict=True):
+        text, characters = reader.spans(rows.tokens[row, start : start + length].tolist())
         units = np.cumsum([0, *(2 if ord(character) > 0xFFFF else 1 for character in text)])
         about = rows.documents.get((int(rows.numbers[row]), start))
         found.append(
@@ -151,26 +167,17 @@ def _documents(rows: Rows) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray
                 "row": int(rows.numbers[row]),
                 "source": int(rows.source_ids[row, start]),
                 "first": first,
-                "last": first + stop - start,
+                "last": first + length,
                 "text": text,
             }
         )
-        first += stop - start
-        places.append(row * rows.tokens.shape[1] + np.arange(start, stop))
+        first += length
+        places.append(row * rows.tokens.shape[1] + np.arange(start, start + length))
         spans.append(units[characters])
-    return found, np.concatenate(places or [np.zeros(0, np.int64)]), np.concatenate(spans or [np.zeros((0, 2), int)])
+    return found, np.concatenate(places), np.concatenate(spans)
 
 
-def _segments(segment_ids: Int[np.ndarray, "N L"]) -> Iterator[tuple[int, int, int]]:
-    """(row, start, stop) of every segment; padding is none."""
-    for row, ids in enumerate(segment_ids):
-        edges = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
-        for start, stop in itertools.pairwise(edges):
-            if ids[start] > 0:
-                yield row, start, stop
-
-
-def _column(column: Column, flat: Any, pieces: "_Pieces") -> dict[str, Any]:
+def _column(column: Column, flat: Callable[[np.ndarray], np.ndarray], pieces: "_Pieces") -> dict[str, Any]:
     top = None
     if column.predictions is not None and column.predictions.tokens.shape[-1]:
         probabilities = flat(column.predictions.probabilities)
@@ -189,7 +196,7 @@ def _column(column: Column, flat: Any, pieces: "_Pieces") -> dict[str, Any]:
 
 
 class _Pieces:
-    """Numbers the ids that occur, so that only their pieces go into the page."""
+    """Numbers the ids that occur, so that the page holds only their pieces."""
 
     def __init__(self, vocabulary: Vocabulary):
         self.texts: list[str] = []
@@ -198,16 +205,14 @@ class _Pieces:
 
     def numbers(self, ids: np.ndarray) -> np.ndarray:
         unique, places = np.unique(ids, return_inverse=True)
-        numbers = np.array([self._number(token) for token in unique.tolist()], np.uint32)
+        for token in unique.tolist():
+            if token not in self._known:
+                self._known[token] = len(self.texts)
+                # A model may embed more ids than its vocabulary has.
+                self.texts.append(self._vocabulary.piece(token) if token < self._vocabulary.size else f"<{token}>")
+        numbers = np.array([self._known[token] for token in unique.tolist()], np.uint32)
         small = np.uint16 if len(self.texts) <= 1 << 16 else np.uint32
         return numbers.astype(small)[places.reshape(ids.shape)]
-
-    def _number(self, token: int) -> int:
-        if token not in self._known:
-            self._known[token] = len(self.texts)
-            # A model may embed more ids than its vocabulary has.
-            self.texts.append(self._vocabulary.piece(token) if token < self._vocabulary.size else f"<{token}>")
-        return self._known[token]
 
 
 def _packed(values: np.ndarray) -> dict[str, str]:
@@ -215,15 +220,3 @@ def _packed(values: np.ndarray) -> dict[str, str]:
     kind = {"f": "Float", "u": "Uint"}[values.dtype.kind] + str(8 * values.dtype.itemsize)
     little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
     return {"type": kind, "data": base64.b64encode(little.tobytes()).decode("ascii")}
-
-
-def _scale(losses: Sequence[np.ndarray], reference: np.ndarray | None) -> dict[str, float]:
-    """Where the shades end, one for all checkpoints: 98 % of the values lie within."""
-    everything = np.concatenate([*losses, *([] if reference is None else [reference])])
-    excess = np.concatenate([loss - reference for loss in losses]) if reference is not None else np.zeros(0)
-    return {"loss": _end(everything), "excess": _end(np.abs(excess))}
-
-
-def _end(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
-    return max(0.5, math.ceil(2 * float(np.quantile(values, 0.98))) / 2) if len(values) else 1.0

@@ -93,7 +93,8 @@ def _intro(groups: Sequence[Group], runs: Mapping[str, Run]) -> Iterator[str]:
                 "which its settings do not ask for. The run was extended, or its settings changed between starts."
             )
         if run.damaged:
-            yield f"{name}: {run.damaged} lines of metrics.jsonl are damaged; its curves lack these steps."
+            lines = f"{run.damaged} damaged line{'s' * (run.damaged > 1)}"
+            yield f"{name}: {lines} in metrics.jsonl, so that its curves lack these steps."
 
 
 # ---- Tables
@@ -230,7 +231,7 @@ def _more_figures(groups: Sequence[Group], arms: Sequence[Arm], measures: Sequen
 def objective_in_words(phase: Mapping[str, Any]) -> str:
     """What a phase trains on: `60 % by excess loss, ...`."""
     parts = [_selection_in_words(phase)]
-    if phase.get("keep_ratio"):
+    if phase.get("keep_ratio") and phase["selection"].get("threshold") is None:
         parts.append(f"ratio {schedule_in_words(phase['keep_ratio'])}")
     if phase.get("reset_optimizer"):
         parts.append("optimizer state reset")
@@ -287,6 +288,8 @@ def _rate_as_used(run: Run, first: int, last: int) -> str:
     steps, rates = run.curve("learning_rate")
     mine = (steps > first) & (steps <= last)
     steps, rates = steps[mine], rates[mine]
+    if len(rates) and np.ptp(rates) == 0:
+        return f"{rates[0]:.3g} throughout"
     words = [f"{rates[i]:.3g} at step {steps[i]:,.0f}" for i in turns(rates)]
     if len(words) > MOST_TURNS:
         words[MOST_TURNS // 2 : -MOST_TURNS // 2] = ["…"]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import toy
 
+from slm_jax.analyze.analyze_selection import analyze_selection
 from slm_jax.analyze.columns import read_rows
-from slm_jax.analyze.records import read_records
-from slm_jax.analyze.selection_analysis import analyze_selection
-from slm_jax.analyze.selection_runs import of_runs, running_mean
+from slm_jax.analyze.plots import running_mean
+from slm_jax.analyze.runs import read_run
+from slm_jax.analyze.selection_metrics import of_runs
 from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.run_directory import RunDirectory
@@ -157,7 +158,7 @@ def test_what_is_written(found):
     drawn = set(re.findall(r"!\[[^]]*\]\((\w+)\.png\)", summary))
     assert drawn == {"training", "fixed_tokens", "perplexity", "fit", "shares", "overlap"}
     assert drawn == {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.svg")}
-    for heading in ("Share selected by frequency", "Noise that is left out", "Overlap between references"):
+    for heading in ("Share selected by frequency", "Noise that is dropped", "Overlap between references"):
         assert f"\n## {heading}" in summary
     assert "nan" not in summary and "None" not in summary
 
@@ -167,7 +168,7 @@ def write_run(path: Path, ratio: float | None, results: list[tuple[int, float]],
     selection = None if ratio is None else {"score": score, "ratio": ratio}
     path.mkdir()
     settings = {"phases": [{"selection": selection, "batch_size": 4, "steps": results[-1][0]}], "evaluators": []}
-    (path / "run.json").write_text(json.dumps({"identity": {}, "settings": settings}))
+    (path / "run.json").write_text(json.dumps({"identity": {}, "settings": settings, "starts": []}))
     rows = []
     for step, value in results:
         rows.append({"step": step, "target/loss": value})
@@ -211,7 +212,7 @@ def test_results_of_evaluate_count_too(tmp_path):
     record = analyze_selection([run], downstream="gsm8k/accuracy")
     assert record["runs"]["a60"]["downstream"] == {"steps": [10, 20], "values": [0.25, 0.5]}
     (tmp_path / "a60" / "evaluate" / "20.json").write_text("{")
-    assert "20.json is damaged" in toy.refusal(analyze_selection, [run], downstream="gsm8k/accuracy")
+    assert "20.json" in toy.refused("file-damaged", analyze_selection, [run], downstream="gsm8k/accuracy")
 
 
 def test_what_was_measured_before_a_run_selected_is_in_no_fit(tmp_path):
@@ -220,7 +221,7 @@ def test_what_was_measured_before_a_run_selected_is_in_no_fit(tmp_path):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [row for row in rows if "selected_loss" not in row or row["step"] >= 60]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    fit = of_runs(read_records([str(run)]), "target/loss")["runs"]["late"]["fits"]["selected"]
+    fit = of_runs([read_run(str(run))], "target/loss")["runs"]["late"]["fits"]["selected"]
     assert min(fit["steps"]) >= 60
 
 
@@ -229,30 +230,36 @@ def test_a_running_mean_looks_back_only():
     assert running_mean(np.array([]), 1).tolist() == []
 
 
-def test_mistakes_are_one_line(runs, crawl, corpus, reference, tmp_path):
+def test_refusals(runs, crawl, corpus, tmp_path):
     run = str(runs["selective"])
 
-    def message(*names: str, **settings) -> str:
-        return toy.refusal(analyze_selection, names, **{"output": str(tmp_path / "none"), **settings})
+    def refused(code: str, *names: str, **settings) -> str:
+        return toy.refused(code, analyze_selection, names, **{"output": str(tmp_path / "none"), **settings})
 
-    assert "needs a run: slm-jax analyze selection runs/selective" in message()
-    assert "holds no metrics.jsonl" in message(str(tmp_path))
-    assert "two runs are called 'selective'" in message(run, run)
-    line = message(run, downstream="other/loss")
-    assert "no run has measured 'other/loss'" in line and "target/loss" in line and "selected_share" not in line
-    assert "'surprise' is unknown: known are excess" in message(run, scores=["surprise"])
-    assert "analyze_selection.batch_size is 0" in message(run, batch_size=0)
-    assert "analyze_selection.corpus is missing" in message(run, references=["second"])
-    assert "lacks the losses of 3 of the 3 checkpoints" in message(
-        run, corpus=corpus.path, selection=Selection(score="loss")
-    )
+    refused("selection-no-runs")
+    assert str(tmp_path) in refused("run-not-trained", str(tmp_path))
+    assert "'selective'" in refused("selection-repeated-run", run, run)
+    line = refused("selection-unknown-metric", run, downstream="other/loss")
+    assert "'other/loss'" in line and "target/loss" in line and "selected_share" not in line
+    assert "'surprise'" in refused("selection-unknown-score", run, scores=["surprise"])
+    assert "analyze_selection.corpus" in refused("selection-needs-corpus", run, references=["second"])
+    line = refused("columns-missing", run, corpus=corpus.path, selection=Selection(score="loss"))
+    assert "3 of the 3" in line and "'selective-0'" in line
     settings = {"corpus": crawl.path, "score_missing": True}
-    assert "has no score 'third'" in message(run, references=["third"], **settings)
-    assert "has no statistic 'entropy'" in message(run, scores=["excess", "entropy"], **settings)
-    assert "holds no dynamics.json" in message(run, dynamics=str(tmp_path), **settings)
+    assert str(tmp_path) in refused("classes-not-found", run, dynamics=str(tmp_path), **settings)
     np.save(tmp_path / "classes.npy", np.zeros((3, 16), np.int8))
-    (tmp_path / "dynamics.json").write_text(json.dumps({"fingerprint": "0" * 64}))
-    assert "was made from a corpus with fingerprint 000000000000" in message(run, dynamics=str(tmp_path), **settings)
     (tmp_path / "dynamics.json").write_text(json.dumps({"fingerprint": crawl.fingerprint}))
-    assert "holds 3 rows, 20 are looked at" in message(run, dynamics=str(tmp_path), **settings)
+    line = refused("classes-too-few-rows", run, dynamics=str(tmp_path), **settings)
+    assert "analyze_selection.rows = 3" in line
+
+    def message(**given) -> str:  # of other modules
+        return toy.refusal(analyze_selection, [run], **{"output": str(tmp_path / "none"), **given})
+
+    assert "analyze_selection.batch_size is 0" in message(batch_size=0)
+    line = message(references=["third"], **settings)
+    assert "analyze_selection.references = 'third'" in line and "no score 'third'" in line
+    line = message(scores=["excess", "entropy"], **settings)
+    assert "analyze_selection.scores = 'entropy'" in line and "no statistic 'entropy'" in line
+    (tmp_path / "dynamics.json").write_text(json.dumps({"fingerprint": "0" * 64}))
+    assert "000000000000" in message(dynamics=str(tmp_path), **settings)
     assert not (tmp_path / "none").exists()

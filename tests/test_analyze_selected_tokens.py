@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_jax.analyze.chosen import choose, filtering, frequency_deciles, jaccard, losses_on, position_bins, shares
-from slm_jax.analyze.fit import fit_log
+from slm_jax.analyze.selected_tokens import (
+    filtering,
+    frequency_deciles,
+    jaccard,
+    losses_on,
+    position_bins,
+    select,
+    shares,
+)
+from slm_jax.analyze.selection_metrics import fit_log
 from slm_jax.score.selection import Selection
 
 REFERENCE = "scores/reference/loss"
@@ -18,7 +26,7 @@ def test_the_paper_s_example_of_a_selection():
     """PAPERS: losses 2.0, 0.5, 3.0, 1.0 against 1.0, 0.6, 2.9, 0.2: half of them are the first and the last."""
     loss, reference = np.array([[2.0, 0.5, 3.0, 1.0]], np.float32), np.array([[1.0, 0.6, 2.9, 0.2]], np.float32)
     valid = np.ones((1, 4), bool)
-    chosen = choose(Selection(ratio=0.5), loss, {REFERENCE: reference}, valid, 4)
+    chosen = select(Selection(ratio=0.5), loss, {REFERENCE: reference}, valid, 4)
     assert chosen.tolist() == [[True, False, False, True]]
     assert losses_on(chosen, loss).tolist() == [[1.5]]
 
@@ -32,21 +40,21 @@ def test_each_batch_selects_its_share_of_what_is_valid(score):
     valid[0, 1] = True
     selection = Selection(score=score, ratio=0.4)
     columns = {name: reference for name in selection.columns()}
-    chosen = choose(selection, loss, columns, valid, 4)
+    chosen = select(selection, loss, columns, valid, 4)
     usable = valid & np.isfinite(reference) if columns else valid
     for first in (0, 4, 8):  # the last batch has two rows
         rows = slice(first, first + 4)
         assert chosen[rows].sum() == int(0.4 * usable[rows].sum() + 0.5)
     assert not chosen[~usable].any()
-    np.testing.assert_array_equal(chosen, choose(selection, loss, columns, valid, 4))
-    other = choose(selection, loss, columns, valid, 4, seed=1)
+    np.testing.assert_array_equal(chosen, select(selection, loss, columns, valid, 4))
+    other = select(selection, loss, columns, valid, 4, seed=1)
     assert (other != chosen).any() == (score == "random")
 
 
 def test_tokens_above_a_threshold():
     loss, valid = np.linspace(0, 8, 24, dtype=np.float32).reshape(4, 6), np.ones((4, 6), bool)
     valid[3, 5] = False
-    chosen = choose(Selection(score="loss", threshold=4.0), loss, {}, valid, 4)
+    chosen = select(Selection(score="loss", threshold=4.0), loss, {}, valid, 4)
     assert (chosen == (valid & (loss > 4))).all()
 
 
@@ -56,8 +64,8 @@ def test_what_a_selection_says_of_devices_has_no_meaning_here():
     plain = Selection(score="loss", ratio=0.5)
     for scope in ("micro_batch", "device"):
         changed = dataclasses.replace(plain, scope=scope, gradient="filtered", capacity=0.1)
-        np.testing.assert_array_equal(choose(changed, loss, {}, valid, 3), choose(plain, loss, {}, valid, 3))
-    by_row = choose(dataclasses.replace(plain, scope="sequence"), loss, {}, valid, 3)
+        np.testing.assert_array_equal(select(changed, loss, {}, valid, 3), select(plain, loss, {}, valid, 3))
+    by_row = select(dataclasses.replace(plain, scope="sequence"), loss, {}, valid, 3)
     assert by_row.sum(axis=1).tolist() == [4] * 6
 
 

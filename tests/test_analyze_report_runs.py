@@ -14,7 +14,7 @@ import pytest
 import toy
 
 from slm_jax.analyze.report_runs import analyze_report, mixture_in_words, objective_in_words, schedule_in_words
-from slm_jax.analyze.runs import group_seeds, read_run, short_names
+from slm_jax.analyze.runs import group_seeds, read_run, short_names, turns, valleys
 from slm_jax.analyze.tables import Cell, Table
 from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate import flops
@@ -111,11 +111,9 @@ def test_what_runs_were_and_how_far_they_came(report):
     assert found["causal"]["seed"] == "0, 1" and found["causal"]["state"] == "finished"
     assert found["stopped"]["state"] == "unfinished: step 4 of 6; resumed, 2 starts"
     assert found["selective"]["trains on"] == "50 % by excess, per batch, column reference"
-    assert (
-        found["causal"]["rows from"].startswith("100 % ")
-        and found["causal"]["learning rate as used"] == "0.01 throughout"
-    )
-    assert "Not finished, so their numbers are those of fewer steps: stopped (unfinished: step 4 of 6" in page
+    assert found["causal"]["rows from"].startswith("100 % ")
+    assert found["causal"]["learning rate as used"] == "0.01 throughout"
+    assert "Not finished: stopped (unfinished: step 4 of 6" in page
     assert "2 layers of 32, 2 heads, vocabulary 260" in page and "random parameters" in page
 
 
@@ -185,7 +183,7 @@ def test_groups_are_of_seeds_and_nothing_else(runs):
 
 
 def extended(folder: Path, causal: Path) -> Path:
-    """A run of 6 steps whose cosine had ended, extended by 3: its rate jumped, and one line of its metrics is damaged."""
+    """A run of 6 steps whose cosine had ended, extended by 3: its rate jumped. A line of its metrics is damaged."""
     run = Path(shutil.copytree(causal, folder / "longer"))
     cosine = {"start": 0.0, "parts": [{"to": 0.01, "steps": 1, "shape": "linear"}]}
     cosine["parts"].append({"to": 0.001, "steps": None, "shape": "cosine"})

@@ -248,7 +248,7 @@ def _select_in_batch(
     valid: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    return selection_lib.choose(selection, loss, columns, valid, key).chosen
+    return selection_lib.select_tokens(selection, loss, columns, valid, key).selected
 
 
 def select(

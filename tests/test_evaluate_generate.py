@@ -11,7 +11,7 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.data.vocabularies import ByteVocabulary
 from slm_jax.evaluate import generate as stage
 from slm_jax.evaluate.generation import Generator, Sampling
-from slm_jax.evaluate.lines import Lines
+from slm_jax.jsonl import ResumableJsonl
 from slm_jax.models.trained_model import load_model
 
 SAMPLING = Sampling(max_new_tokens=12, temperature=1.0, seed=3)
@@ -107,7 +107,7 @@ def test_killed_in_the_middle_it_makes_what_is_missing(reference, prompts, tmp_p
     settings = {"prompts": prompts, "batch_size": 4}
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     generate_here(reference, **settings, output=str(whole))
-    append = Lines.append
+    append = ResumableJsonl.append
 
     def die(lines, found):
         if lines.done:
@@ -117,11 +117,11 @@ def test_killed_in_the_middle_it_makes_what_is_missing(reference, prompts, tmp_p
         append(lines, found)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Lines, "append", die)
+        patch.setattr(ResumableJsonl, "append", die)
         generate_here(reference, **settings, output=str(output))
     assert not output.exists()
     added = []
-    monkeypatch.setattr(Lines, "append", lambda lines, found: (added.extend(found), append(lines, found)))
+    monkeypatch.setattr(ResumableJsonl, "append", lambda lines, found: (added.extend(found), append(lines, found)))
     generate_here(reference, **settings, output=str(output))
     assert [line["place"] for line in added] == [4]
     assert output.read_text() == whole.read_text()
@@ -148,10 +148,10 @@ def test_what_cannot_be_is_refused(reference, prompts, tmp_path):
     long = text("prompt-too-long", prompt="x" * 60)
     assert "prompt 1 of 1 has 61 tokens, with 12 new ones 73; the model reads 64" in long
     assert "no checkpoint of step 4" in toy.refusal(generate_here, reference, step=4)
-    assert "out.txt" in toy.refusal(generate_here, reference, prompts=prompts, output=str(tmp_path / "out.txt"))
+    assert "out.txt" in text("jsonl-ending", prompts=prompts, output=str(tmp_path / "out.txt"))
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"text": "mine"}\n')
-    assert "mine.jsonl" in toy.refusal(generate_here, reference, prompts=str(mine), output=str(mine))
+    assert "mine.jsonl" in text("jsonl-foreign-file", prompts=str(mine), output=str(mine))
     assert mine.read_text() == '{"text": "mine"}\n'
     for content, code, named in (
         ('{"question": "a"}', "record-invalid", "mine.jsonl:1 has no text in prompt or text, only ['question']"),

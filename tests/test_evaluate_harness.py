@@ -21,11 +21,11 @@ from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.generation import Sampling
 from slm_jax.evaluate.harness import Harness
 from slm_jax.evaluate.likelihood import Likelihoods
-from slm_jax.evaluate.lm_adapter import Answers, rolling_windows
-from slm_jax.evaluate.request_cache import RequestCache
+from slm_jax.evaluate.lm_adapter import LMAdapter, rolling_windows
 from slm_jax.evaluate.suites import SUITES, UNCONDITIONAL, Column, Form, Suite
-from slm_jax.evaluate.task_table import table
+from slm_jax.evaluate.tasks import table
 from slm_jax.files import to_json
+from slm_jax.jsonl import ResumableJsonl
 from slm_jax.models import forward
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.trained_model import load_model
@@ -250,36 +250,35 @@ def test_results_are_lm_evals_own_and_ours(record):
 
 
 @pytest.fixture
-def answers(run, tmp_path) -> Answers:
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    cache = RequestCache(tmp_path / "requests.jsonl")
-    return Answers(load_model(str(run), mesh), ByteVocabulary(), mesh, cache, batch_tokens=512, batch_size=4)
+def adapter(run, tmp_path) -> LMAdapter:
+    mesh, requests = mesh_lib.make_mesh(devices=jax.devices()[:1]), tmp_path / "requests.jsonl"
+    return LMAdapter(load_model(str(run), mesh), ByteVocabulary(), mesh, requests, batch_tokens=512, batch_size=4)
 
 
-def test_a_prefix_is_as_if_the_text_began_with_it(answers):
+def test_a_prefix_is_as_if_the_text_began_with_it(adapter):
     prefix, requests, text = "URL: a.org\n\n", [("Hens eat", " corn"), ("", "corn")], "corn " * 40
-    with answers.recorded(prefix):
-        behind, rolling = answers.loglikelihoods(requests), answers.rolling([text])[0]
-        written = answers.generate([("He", Sampling(4))])
-    with answers.recorded(""):
-        assert answers.loglikelihoods([(prefix + "Hens eat", " corn")])[0] == pytest.approx(behind[0])
-        after, before = answers.rolling([prefix + "corn", prefix])
+    with adapter.recorded(prefix):
+        behind, rolling = adapter.loglikelihoods(requests), adapter.rolling([text])[0]
+        written = adapter.generate([("He", Sampling(4))])
+    with adapter.recorded(""):
+        assert adapter.loglikelihoods([(prefix + "Hens eat", " corn")])[0] == pytest.approx(behind[0])
+        after, before = adapter.rolling([prefix + "corn", prefix])
         assert after - before == pytest.approx(behind[1][0])
-        assert answers.generate([(prefix + "He", Sampling(4))]) == written
-        assert answers.rolling([prefix + text])[0] != pytest.approx(rolling)  # there the prefix is measured too
-        assert answers.rolling([text])[0] != pytest.approx(rolling)
+        assert adapter.generate([(prefix + "He", Sampling(4))]) == written
+        assert adapter.rolling([prefix + text])[0] != pytest.approx(rolling)  # there the prefix is measured too
+        assert adapter.rolling([text])[0] != pytest.approx(rolling)
 
 
-def test_a_text_too_long_loses_its_beginning_and_is_counted(answers):
-    with answers.recorded("") as asked:
-        answers.loglikelihoods([("a" * 200, "corn"), ("a", "corn")])
+def test_a_text_too_long_loses_its_beginning_and_is_counted(adapter):
+    with adapter.recorded("") as asked:
+        adapter.loglikelihoods([("a" * 200, "corn"), ("a", "corn")])
         assert (asked.requests, asked.truncated, asked.dropped_tokens) == (2, 1, 1 + 200 + 4 - 129)
-        answers.generate([("a" * 200, Sampling(8)), ("a", Sampling(8))])
+        adapter.generate([("a" * 200, Sampling(8)), ("a", Sampling(8))])
     assert (asked.requests, asked.truncated, asked.dropped_tokens) == (4, 2, 76 + 1 + 200 - 120)
-    line = toy.refusal(answers.generate, [("a", Sampling(128))])
+    line = toy.refused("task-too-many-new-tokens", adapter.generate, [("a", Sampling(128))])
     assert "asks for 128 new tokens, the model reads 128" in line and "max_gen_toks" in line
-    with answers.recorded("x" * 130):
-        assert "BOS and the prefix have 131 tokens" in toy.refusal(answers.rolling, ["corn"])
+    with adapter.recorded("x" * 130):
+        assert "131 tokens" in toy.refused("prefix-too-long", adapter.rolling, ["corn"])
 
 
 def test_killed_it_goes_on_and_asks_for_nothing_twice(run, tasks, record, tmp_path, monkeypatch):
@@ -296,7 +295,7 @@ def test_killed_it_goes_on_and_asks_for_nothing_twice(run, tasks, record, tmp_pa
         patch.setattr(Likelihoods, "_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate_here(copy, tasks, "toy_choices", harness=small)
-    assert len(RequestCache(requests)) == 2  # a batch of two rows
+    assert len(ResumableJsonl(requests).rows()) == 2  # a batch of two rows
     with requests.open("a") as file:
         file.write('{"key": "cut in the mid')
     again = evaluate_here(copy, tasks, "toy_choices", harness=small)["results"]["none"]["toy_choices"]["toy_choices"]
@@ -312,7 +311,7 @@ def test_killed_it_goes_on_and_asks_for_nothing_twice(run, tasks, record, tmp_pa
     third = evaluate_here(copy, tasks, "toy_choices", harness=small)["results"]["none"]["toy_choices"]["toy_choices"]
     assert third["asked"].pop("known") == 12 and again["asked"].pop("known") == 2
     assert third == again
-    assert len(RequestCache(requests)) == 12
+    assert len(ResumableJsonl(requests).rows()) == 12
 
 
 @given(st.integers(0, 70), st.integers(2, 12), st.integers(1, 3))
@@ -329,7 +328,7 @@ def test_rolling_windows_are_those_of_lm_eval(number, max_length, head):
         assert all(len(window.context) + len(window.continuation) <= max_length + 1 for window in behind)
 
 
-def test_a_suite_takes_the_better_form_of_each_column(run, tasks, answers, monkeypatch):
+def test_a_suite_takes_the_better_form_of_each_column(run, tasks, adapter, monkeypatch):
     """A form with another wording, three of the four questions of it, and one without what its answers alone get."""
     wording = {"doc_to_text": "{{question}} They", "doc_to_choice": "{{choices}}"}
     forms = (
@@ -355,7 +354,7 @@ def test_a_suite_takes_the_better_form_of_each_column(run, tasks, answers, monke
     assert context.count(" They") == 2 and context.endswith("do? They")
     gains = []
     for sample in map(json.loads, Path(alone["files"][1]).read_text().splitlines()):
-        prior = answers.loglikelihoods([("Answer:", answer) for _, answer in sample["arguments"]])
+        prior = adapter.loglikelihoods([("Answer:", answer) for _, answer in sample["arguments"]])
         totals = [float(total) for total, _ in sample["filtered_resps"]]
         gains.append(int(np.subtract(totals, [total for total, _ in prior]).argmax()) == sample["target"])
     assert alone["value"] == np.mean(gains)

@@ -282,39 +282,33 @@ def test_with_tools(ask, scripted, tmp_path, monkeypatch):
 def test_tools_without_a_sandbox_are_refused_before_anything_is_loaded(ask, scripted, monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox_lib, "_problem", lambda: "bubblewrap (bwrap) is not installed")
     monkeypatch.setattr(stage, "load_model", None)
-    assert "programs of a model are not run here: bubblewrap" in toy.refusal(ask, tools=True)
+    assert "bubblewrap" in toy.refused("sandbox-not-working", ask, tools=True)
     assert not (tmp_path / "solved").exists()
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "settings, code, named",
     [
-        ({"sets": "gsm8k"}, "evaluate_math.sets takes a list"),
-        ({"sets": []}, "evaluate_math.sets []: name each set once, of gsm8k, math,"),
-        ({"sets": ["svamp", "svamp"]}, "name each set once"),
-        ({"sets": ["svamq"]}, "no question set 'svamq': there are gsm8k,"),
-        ({"sets": ["gsm8k"]}, "no questions of gsm8k in "),
-        (
-            {"samples": 4},
-            "evaluate_math.samples = 4 at temperature 0 are all the same: set evaluate_math.temperature above 0",
-        ),
-        ({"samples": 0}, "evaluate_math.samples is 0: it takes a whole number from 1 on"),
-        ({"questions": 0}, "evaluate_math.questions is 0: it takes a whole number from 1 on"),
-        ({"shots": -1}, "evaluate_math.shots is -1: it takes a whole number from 0 on"),
-        (
-            {"examples": {"math": "x.json"}},
-            "evaluate_math.examples names 'math', which is not in evaluate_math.sets ('svamp',)",
-        ),
+        ({"sets": "gsm8k"}, "setting-not-a-list", "evaluate_math.sets"),
+        ({"sets": []}, "math-invalid-sets", "evaluate_math.sets []"),
+        ({"sets": ["svamp", "svamp"]}, "math-invalid-sets", "svamp"),
+        ({"sets": ["svamq"]}, "math-unknown-set", "'svamq'"),
+        ({"sets": ["gsm8k"]}, "math-set-not-found", "gsm8k"),
+        ({"samples": 4}, "sampling-greedy", "evaluate_math.samples = 4"),
+        ({"samples": 0}, "setting-out-of-range", "evaluate_math.samples is 0"),
+        ({"questions": 0}, "setting-out-of-range", "evaluate_math.questions is 0"),
+        ({"shots": -1}, "setting-out-of-range", "evaluate_math.shots is -1"),
+        ({"examples": {"math": "x.json"}}, "math-examples-of-other-set", "'math'"),
     ],
 )
-def test_mistakes_are_one_line(settings, message, ask, scripted, tmp_path):
-    assert message in toy.refusal(ask, **settings)
+def test_mistakes_are_refused(settings, code, named, ask, scripted, tmp_path):
+    assert named in toy.refused(code, ask, **settings)
     assert not (tmp_path / "solved").exists() and not scripted.calls
 
 
-def test_a_missing_grader_is_one_line(ask, scripted, monkeypatch):
+def test_a_missing_grader_is_refused(ask, scripted, monkeypatch):
     monkeypatch.setattr(stage.importlib.util, "find_spec", lambda name: None)
-    assert "evaluate math compares answers with sympy: pip install latex2sympy2_extended[" in toy.refusal(ask)
+    assert "pip install latex2sympy2_extended[" in toy.refused("math-grader-not-installed", ask)
 
 
 def test_wilson():

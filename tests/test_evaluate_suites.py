@@ -10,11 +10,10 @@ import toy
 from slm_jax.data.conversations import TEMPLATES, Turn, written
 from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.generation import Sampling
-from slm_jax.evaluate.harness import Harness, Zoo, chat_text, sampling_of, scored
+from slm_jax.evaluate.harness import Harness, TaskLoader, chat_text, sampling_of, scored
 from slm_jax.evaluate.multiple_choice import Scored
 from slm_jax.evaluate.suites import HOSTS, MECO_FORMS, SUITES, Column, Form, host_prefix
-from slm_jax.evaluate.task_table import averages, table
-from slm_jax.evaluate.tasks import best_form, columns_of, prefixes, unconditional
+from slm_jax.evaluate.tasks import averages, best_form, columns_of, prefixes, table, unconditional
 
 pytest.importorskip("lm_eval")
 
@@ -30,15 +29,15 @@ def offline(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def zoo(offline) -> Zoo:
+def loader(offline) -> TaskLoader:
     """With all of lm_eval's own tasks."""
-    zoo = Zoo(None, offline=True, run_model_code=False)
-    zoo.check(["mmlu"])
-    return zoo
+    loader = TaskLoader(None, offline=True, run_model_code=False)
+    loader.check(["mmlu"])
+    return loader
 
 
-def test_suites_name_what_lm_eval_has(zoo):
-    zoo.check([form.task for suite in SUITES.values() for column in suite.columns for form in column.forms])
+def test_suites_name_what_lm_eval_has(loader):
+    loader.check([form.task for suite in SUITES.values() for column in suite.columns for form in column.forms])
     assert {name: len(suite.columns) for name, suite in SUITES.items()} == {
         "meco": 10,
         "rho1_general": 15,
@@ -79,7 +78,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("name", ASKED, ids="_".join)
-def test_forms_of_olmes_ask_what_they_should(name, zoo, tmp_path):
+def test_forms_of_olmes_ask_what_they_should(name, loader, tmp_path):
     """With one example, the same question with its right answer, before the question."""
     row, context, answers, gold = ASKED[name]
     data = tmp_path / "data.jsonl"
@@ -87,7 +86,7 @@ def test_forms_of_olmes_ask_what_they_should(name, zoo, tmp_path):
     (form,) = (form for forms in MECO_FORMS.values() for form in forms if (form.task, form.label) == name)
     changes = dict.fromkeys(("training_split", "validation_split", "test_split"), "train") | {"num_fewshot": 1}
     changes |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"train": str(data)}}}
-    loaded = zoo.load(dataclasses.replace(form, changes={**form.changes, **changes}))
+    loaded = loader.load(dataclasses.replace(form, changes={**form.changes, **changes}))
     (task,) = loaded["tasks"].values()
     task.build_all_requests(limit=1)
     asked = [instance.args for instance in task.instances]
@@ -100,14 +99,14 @@ def test_forms_of_olmes_ask_what_they_should(name, zoo, tmp_path):
 
 
 @pytest.mark.parametrize("name, expected", [("truthfulqa_mc1", 0), ("truthfulqa_mc2", None)])
-def test_where_several_choices_are_right_none_is_the_gold_one(name, expected, zoo, tmp_path):
+def test_where_several_choices_are_right_none_is_the_gold_one(name, expected, loader, tmp_path):
     """TruthfulQA's mc2 says that the first is right; which are is in its labels."""
     data = tmp_path / "data.jsonl"
     row = {"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
     data.write_text(json.dumps(row | {"mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 1, 0]}}) + "\n")
     files = {"validation": str(data)}
     changes = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-    (task,) = zoo.load(Form(name, "acc,none", changes=changes))["tasks"].values()
+    (task,) = loader.load(Form(name, "acc,none", changes=changes))["tasks"].values()
     sample = {"doc": task.eval_docs[0], "filtered_resps": [(-1.0, True)] * 3}
     found = scored(task, sample)
     assert (found.gold if found else None) == expected
@@ -118,10 +117,10 @@ def test_columns_and_conditions():
     code = {column.name: column for column in columns_of("rho1_general", False)}["HumanEval"]
     assert not code.forms and "--run_model_code" in code.note
     assert all(column.forms for column in columns_of("rho1_general", True))
-    assert "it names boolq twice" in toy.refusal(columns_of, "boolq,boolq", False)
-    assert "takes tasks or suites (meco, rho1_general, continual)" in toy.refusal(columns_of, " , ", False)
-
-    assert "it names meco MMLU twice" in toy.refusal(columns_of, "meco,continual,meco", False)
+    assert "boolq is named twice" in toy.refused("tasks-invalid-list", columns_of, "boolq,boolq", False)
+    assert "(meco, rho1_general, continual)" in toy.refused("tasks-invalid-list", columns_of, " , ", False)
+    line = toy.refused("tasks-invalid-list", columns_of, "meco,continual,meco", False)
+    assert "meco MMLU is named twice" in line
 
     columns, harness = columns_of("mmlu,mine", False), Harness(hosts={"mine": "www.mine.org"})
     found = prefixes(columns, "none,right,wrong,unrelated", None, harness)
@@ -131,14 +130,14 @@ def test_columns_and_conditions():
     assert found["unrelated"]["mmlu"] == "URL: boards.4chan.org\n\n"
     assert prefixes(columns, None, "Hello ", harness) == {"given": {"mmlu": "Hello ", "mine": "Hello "}}
     assert list(prefixes(columns, "none,given", "Hello ", harness)) == ["none", "given"]
-    assert "'best' is unknown: known are none, given" in toy.refusal(prefixes, columns, "best", None, harness)
-    assert "belong together" in toy.refusal(prefixes, columns, "none", "Hello", harness)
-    assert "evaluate.prefix" in toy.refused(
-        "prefix-escaped-newline", prefixes, columns, None, r"URL: a.org\n\n", harness
-    )
-    assert "belong together" in toy.refusal(prefixes, columns, "given", None, harness)
-    line = toy.refusal(prefixes, columns, "right", None, Harness())
-    assert "no host is known for task mine: set Harness.hosts = {'mine': 'www.example.org'}" in line
+    for code, named, *given in (
+        ("tasks-unknown-condition", "'best'", "best", None, harness),
+        ("tasks-prefix-without-condition", "evaluate.prefix", "none", "Hello", harness),
+        ("tasks-prefix-without-condition", "'given'", "given", None, harness),
+        ("prefix-escaped-newline", "evaluate.prefix", None, r"URL: a.org\n\n", harness),
+        ("tasks-unknown-host", "Harness.hosts = {'mine': 'www.example.org'}", "right", None, Harness()),
+    ):
+        assert named in toy.refused(code, prefixes, columns, *given)
 
 
 def test_several_suites_are_told_apart():
@@ -185,7 +184,7 @@ def test_a_suite_as_a_table():
         ["average", "without", "1", "of", "3", "0.3750"],
     ]
     assert "none: there is none" in table(record)
-    assert "one cloze, behind BOS none: 1 of 4 texts lost 1,234 tokens on their left" in table(record)
+    assert "one cloze, after BOS none: 1 of 4 texts lost 1,234 tokens on their left" in table(record)
 
 
 def test_what_the_answer_alone_would_get_is_taken_away():
@@ -202,9 +201,8 @@ def test_what_a_task_generates_with():
     settings = {"until": ["\n", ""], "max_gen_toks": 5, "do_sample": False, "temperature": 0.0, "top_p": 0.5}
     assert sampling_of(settings) == Sampling(5, stop=("\n",))
     assert sampling_of(settings | {"do_sample": True, "temperature": 0.5}) == Sampling(5, 0.5, top_p=0.5, stop=("\n",))
-    line = toy.refusal(sampling_of, settings | {"num_beams": 4})
-    assert "a task generates with num_beams, which is not known here" in line
-    assert "generates with length_penalty" in toy.refusal(sampling_of, settings | {"length_penalty": 2})
+    for name in ("num_beams", "length_penalty"):
+        assert name in toy.refused("task-unknown-generation-setting", sampling_of, settings | {name: 2})
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -232,43 +230,40 @@ doc_to_target: answer
 
 
 @pytest.mark.parametrize(
-    "data, message",
+    "data, code, named",
     [
-        ("", "task mine cannot be loaded: FOLDER/mine.jsonl is empty: write one question a line, as a JSON object"),
-        ("\n", "task mine cannot be loaded: FOLDER/mine.jsonl is empty: write one question a line"),
-        (json.dumps(QUESTION) + '\n{"question":\n', "task mine cannot be loaded: FOLDER/mine.jsonl:2 is not JSON"),
-        (
-            json.dumps({"choices": ["a"], "answer": 0}),
-            "mine cannot be loaded (offline was asked for): 'question' is undefined",
-        ),
+        ("", "no-records", "FOLDER/mine.jsonl"),
+        ("\n", "no-records", "FOLDER/mine.jsonl"),
+        (json.dumps(QUESTION) + '\n{"question":\n', "record-invalid", "FOLDER/mine.jsonl:2"),
+        (json.dumps({"choices": ["a"], "answer": 0}), "harness-task-not-loaded", "'question' is undefined"),
     ],
 )
-def test_data_of_ones_own_that_cannot_be_read(data, message, tmp_path):
+def test_data_of_ones_own_that_cannot_be_read(data, code, named, tmp_path):
     (tmp_path / "mine.jsonl").write_text(data)
     files = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'mine.jsonl'}}}}}"
     (tmp_path / "mine.yaml").write_text(f"task: mine\ntag: all_mine\n{files}{OWN}")
-    zoo = Zoo(str(tmp_path), offline=True, run_model_code=False)
-    zoo.check(["mine", "all_mine"])
+    loader = TaskLoader(str(tmp_path), offline=True, run_model_code=False)
+    loader.check(["mine", "all_mine"])
     for name in ("mine", "all_mine"):
-        assert message.replace("FOLDER", str(tmp_path)) in toy.refusal(zoo.load, Form(name, "acc,none"))
+        text = toy.refused(code, loader.load, Form(name, "acc,none"))
+        assert "mine" in text and named.replace("FOLDER", str(tmp_path)) in text
 
 
-def test_a_file_that_is_no_yaml_is_named(zoo, tmp_path, monkeypatch):
+def test_a_file_that_is_no_yaml_is_named(loader, tmp_path, monkeypatch):
     (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: [json\ntest_split: test\n")
-    monkeypatch.setattr(zoo, "_folder", str(tmp_path))
-    line = toy.refusal(zoo.check, ["bad"])
-    assert line.startswith(f"{tmp_path}/bad.yaml:3 is no YAML (") and "move it out of --include_path" in line
-    zoo.check(["arc_easy"])  # which needs nothing of it
+    monkeypatch.setattr(loader, "_folder", str(tmp_path))
+    assert f"{tmp_path}/bad.yaml:3" in toy.refused("harness-invalid-yaml", loader.check, ["bad"])
+    loader.check(["arc_easy"])  # which needs nothing of it
 
 
-def test_mistakes(zoo, tmp_path, monkeypatch):
-    assert "no task 'arc_esy': did you mean 'arc_easy'?" in toy.refusal(zoo.check, ["arc_esy"])
-    line = toy.refusal(zoo.load, Form("arc_easy", "acc,none"))
-    assert "task arc_easy cannot be loaded (offline was asked for): " in line and "ai2_arc" in line
-    assert "evaluators or tasks" in toy.refusal(evaluate, "run", [object()], tasks="boolq")
-    assert "Harness.chat 'mine' is unknown: known are None, plain, tora, chatml" in toy.refusal(Harness, chat="mine")
-    assert "Harness.limit is 0" in toy.refusal(Harness, limit=0)
-    line = toy.refusal(evaluate, "run", tasks="boolq", include_path=str(tmp_path / "nowhere"))
-    assert "nowhere is no folder" in line
+def test_mistakes(loader, tmp_path, monkeypatch):
+    assert "did you mean 'arc_easy'?" in toy.refused("harness-unknown-task", loader.check, ["arc_esy"])
+    line = toy.refused("harness-task-not-loaded", loader.load, Form("arc_easy", "acc,none"))
+    assert "arc_easy" in line and "evaluate.offline" in line and "ai2_arc" in line
+    assert "evaluate.tasks" in toy.refused("settings-exclusive", evaluate, "run", [object()], tasks="boolq")
+    assert "Harness.chat 'mine'" in toy.refused("harness-unknown-template", Harness, chat="mine")
+    assert "Harness.limit is 0" in toy.refused("setting-out-of-range", Harness, limit=0)
+    nowhere = str(tmp_path / "nowhere")
+    assert nowhere in toy.refused("harness-folder-not-found", evaluate, "run", tasks="boolq", include_path=nowhere)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert "pip install lm_eval" in toy.refusal(Zoo, None, False, False)
+    assert "pip install lm_eval" in toy.refused("harness-not-installed", TaskLoader, None, False, False)

@@ -6,25 +6,22 @@ from typing import Any
 
 import gin
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.errors import UserError
-from slm_jax.evaluate.harness import Harness, Zoo
-from slm_jax.evaluate.lm_adapter import Answers
+from slm_jax.evaluate.harness import Harness, TaskLoader
+from slm_jax.evaluate.lm_adapter import LMAdapter
 from slm_jax.evaluate.multiple_choice import MultipleChoice
 from slm_jax.evaluate.perplexity import HeldOut
-from slm_jax.evaluate.request_cache import RequestCache
 from slm_jax.evaluate.samples import Samples
-from slm_jax.evaluate.task_table import table
-from slm_jax.evaluate.tasks import RECORD, columns_of, prefixes, run_tasks
+from slm_jax.evaluate.tasks import RECORD, columns_of, prefixes, run_tasks, table
 from slm_jax.files import write_json, write_json_lines
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
-from slm_jax.models.trained_model import TrainedModel, load_model, run_vocabulary
+from slm_jax.models.trained_model import load_model, run_vocabulary
+from slm_jax.run_directory import RunDirectory
 
 EVALUATORS = (HeldOut, MultipleChoice, Samples)
 REQUESTS = "requests.jsonl"
@@ -71,28 +68,33 @@ def evaluate(
     if tasks is None:
         return _run_evaluators(run, evaluators, output, step, mesh)
     if evaluators:
-        raise UserError("evaluate takes evaluators or tasks: run them as two commands")
+        raise UserError(
+            "settings-exclusive", "evaluate.evaluators and evaluate.tasks exclude each other: run them as two commands"
+        )
     harness = harness or Harness()
     columns = columns_of(tasks, run_model_code)
-    behind_bos = prefixes(columns, conditions, prefix, harness)
-    zoo = Zoo(include_path, offline, run_model_code)
-    zoo.check([form.task for column in columns for form in column.forms])
+    after_bos = prefixes(columns, conditions, prefix, harness)
+    loader = TaskLoader(include_path, offline, run_model_code)
+    loader.check([form.task for column in columns for form in column.forms])
     devices = mesh_lib.make_mesh(mesh)
     mesh_lib.check_batch(devices, harness.batch_size, "Harness.batch_size")
     config_lib.print_unused()
     model = load_model(run, devices, step)
     vocabulary = run_vocabulary(run, model.vocabulary_hash)
-    folder = Path(output or f"{run}/evaluate/{model.step}/{tasks.replace(',', '+').replace('/', '_')}")
-    cache = RequestCache(f"{run}/evaluate/{REQUESTS}")
-    print(f"evaluate: step {model.step} of {run} on {tasks} ({', '.join(behind_bos)}) -> {folder}", flush=True)
-    answers = Answers(model, vocabulary, devices, cache, harness.batch_tokens, harness.batch_size)
-    record = _about(run, model) | {
+    where = RunDirectory(run).evaluate
+    folder = Path(output or where / str(model.step) / tasks.replace(",", "+").replace("/", "_"))
+    print(f"evaluate: step {model.step} of {run} on {tasks} ({', '.join(after_bos)}) -> {folder}", flush=True)
+    adapter = LMAdapter(model, vocabulary, devices, where / REQUESTS, harness.batch_tokens, harness.batch_size)
+    record = {
+        "run": run,
+        "step": model.step,
+        "fingerprint": model.fingerprint,
         "tasks": tasks,
         "vocabulary_hash": model.vocabulary_hash,
         "bos_id": vocabulary.bos_id,
         "harness": harness,
         "include_path": include_path,
-        **run_tasks(answers, zoo, columns, behind_bos, harness, folder),
+        **run_tasks(adapter, loader, columns, after_bos, harness, folder),
         "environment": config_lib.environment(("lm_eval", "datasets")),
     }
     processes.on_first(lambda: write_json(folder / RECORD, record))
@@ -100,23 +102,44 @@ def evaluate(
     return record
 
 
-def _about(run: str, model: TrainedModel) -> dict[str, Any]:
-    return {"run": run, "step": model.step, "fingerprint": model.fingerprint}
-
-
 def _run_evaluators(
     run: str, evaluators: Sequence[Any], output: str | None, step: int | None, mesh: MeshConfig | None
 ) -> dict[str, Any]:
-    evaluators = _checked(evaluators)
+    # One HeldOut where none is named; each name once.
+    evaluators = config_lib.as_list(evaluators, object, "evaluate.evaluators") or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
+    if strange := [evaluator for evaluator in evaluators if not isinstance(evaluator, EVALUATORS)]:
+        known = ", ".join(f"@{kind.__name__}()" for kind in EVALUATORS)
+        raise UserError("setting-not-a-list", f"evaluate.evaluators has {strange[0]!r}: set a list of {known}")
+    names = [evaluator.name for evaluator in evaluators]
+    if len(set(names)) < len(names):
+        twice = max(names, key=names.count)
+        raise UserError(
+            "evaluator-name-twice", f"evaluate.evaluators: two are called {twice!r}: give each a name of its own"
+        )
     devices = mesh_lib.make_mesh(mesh)
     config_lib.print_unused()
     model = load_model(run, devices, step)
-    output = output or f"{run}/evaluate/{model.step}.json"
-    print(f"evaluate: step {model.step} of {run} by {', '.join(e.name for e in evaluators)} -> {output}")
-    results, texts = _measure(evaluators, model, devices)
+    output = output or str(RunDirectory(run).evaluate / f"{model.step}.json")
+    print(f"evaluate: step {model.step} of {run} by {', '.join(names)} -> {output}")
+
+    # Numbers and texts by name; per-token losses are for the training loop.
+    results: dict[str, Any] = {}
+    texts: dict[str, list[Any]] = {}
+    with jax.set_mesh(devices), progress(len(evaluators), 0, "evaluate", "evaluator") as bar:
+        for evaluator in evaluators:
+            for name, value in evaluator.bind(model.config, model.vocabulary_hash, devices)(model.params):
+                if isinstance(value, list):
+                    texts[name] = value
+                elif value is None or isinstance(value, float):
+                    results[name] = value
+            bar.update()
+
     held = [evaluator for evaluator in evaluators if isinstance(evaluator, HeldOut)]
     others = [evaluator for evaluator in evaluators if not isinstance(evaluator, HeldOut)]
-    record = _about(run, model) | {
+    record = {
+        "run": run,
+        "step": model.step,
+        "fingerprint": model.fingerprint,
         "evaluators": list(evaluators),
         "corpora": {e.corpus: e.about(model.config, model.vocabulary_hash) for e in held},
         "prefixes": {e.name: about for e in held if (about := e.about_prefix(model.config))},
@@ -133,32 +156,3 @@ def _run_evaluators(
     for name, value in results.items():
         print(f"  {name}: {value:.4f}" if value is not None else f"  {name}: no token has a loss")
     return record
-
-
-def _checked(evaluators: Sequence[Any]) -> list[Any]:
-    """One HeldOut where none is named; each name once."""
-    evaluators = config_lib.as_list(evaluators, object, "evaluate.evaluators") or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
-    if strange := [evaluator for evaluator in evaluators if not isinstance(evaluator, EVALUATORS)]:
-        known = ", ".join(f"@{kind.__name__}()" for kind in EVALUATORS)
-        raise UserError(f"evaluate.evaluators takes a list of {known}; it was given {strange[0]!r}")
-    names = [evaluator.name for evaluator in evaluators]
-    if len(set(names)) < len(names):
-        raise UserError(f"evaluate.evaluators: two are called {max(names, key=names.count)!r}; give each its own name")
-    return evaluators
-
-
-def _measure(
-    evaluators: Sequence[Any], model: TrainedModel, devices: Mesh
-) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Numbers and texts by name; arrays are for the training loop."""
-    results: dict[str, Any] = {}
-    texts: dict[str, list[Any]] = {}
-    with jax.set_mesh(devices), progress(len(evaluators), 0, "evaluate", "evaluator") as bar:
-        for evaluator in evaluators:
-            for name, value in evaluator.bind(model.config, model.vocabulary_hash, devices)(model.params):
-                if isinstance(value, list):
-                    texts[name] = value
-                elif not isinstance(value, np.ndarray):
-                    results[name] = value
-            bar.update()
-    return results, texts

@@ -14,8 +14,8 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.data import readers
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Continuation, GenerationStats, Generator, Sampling
-from slm_jax.evaluate.lines import open_lines
 from slm_jax.evaluate.prefix import refuse_escaped_newline
+from slm_jax.jsonl import open_result
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.models.trained_model import load_model, run_vocabulary
@@ -135,7 +135,7 @@ def _to_terminal(
     assert made is not None
     print(f"\n\ngenerate: {ENDINGS[made.ended]} after {len(made.tokens)} tokens; {_timing(generator.stats)}")
     if output is not None:
-        with open_lines(output, about, 1) as file:
+        with open_result(output, about, 1) as file:
             if not file.done:
                 file.append([_line(0, text, ids, about, made)])
         print(f"generate: see {output}")
@@ -151,7 +151,7 @@ def _to_file(
         f"{total} prompts ({min(lengths)} to {max(lengths)} tokens, including BOS and prefix) -> {output}"
     )
     ended = Counter()
-    with open_lines(output, about, total) as file, progress(total, file.done, "generate", "prompt") as bar:
+    with open_result(output, about, total) as file, progress(total, file.done, "generate", "prompt") as bar:
         while file.done < total:
             places = range(file.done, min(file.done + BATCHES * generator.batch_size, total))
             made = generator.continue_ids([ids[place] for place in places], sampling, first_place=places.start)

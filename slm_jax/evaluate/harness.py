@@ -1,6 +1,6 @@
-"""lm-evaluation-harness (lm_eval) asking our models: tasks of its zoo, and of the user's own files.
+"""lm-evaluation-harness (lm_eval) on our models: its own tasks, and those of the user's files.
 
-lm_eval brings the questions, few-shot examples and metrics; evaluate/lm_adapter.py the answers. It is imported inside
+lm_eval supplies questions, few-shot examples and metrics, evaluate/lm_adapter.py the answers. It is imported inside
 functions, so that nothing else needs it.
 """
 
@@ -21,14 +21,14 @@ from slm_jax.data import readers
 from slm_jax.data.conversations import TEMPLATES, Template
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Sampling
-from slm_jax.evaluate.lm_adapter import Answers
+from slm_jax.evaluate.lm_adapter import LMAdapter
 from slm_jax.evaluate.multiple_choice import Scored
 from slm_jax.evaluate.suites import Form
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-BOOTSTRAP = 1000  # resamples for the standard error of metrics that are no mean
-SAMPLING_SEED = 0  # of the questions drawn where a suite takes a part of them
-MAX_NEW_TOKENS = 256  # lm_eval's own, where a task says nothing
+BOOTSTRAP = 1000  # resamples for the standard error of metrics that are not means
+SAMPLING_SEED = 0  # of the questions drawn where a suite takes only some
+MAX_NEW_TOKENS = 256  # lm_eval's own default
 
 
 @gin.configurable
@@ -60,16 +60,19 @@ class Harness:
         if self.shots is not None:
             config_lib.at_least(0, **{"Harness.shots": self.shots})
         if self.chat is not None and self.chat not in TEMPLATES:
-            raise UserError(f"Harness.chat {self.chat!r} is unknown: known are None, {', '.join(TEMPLATES)}")
+            raise UserError(
+                "harness-unknown-template",
+                f"Harness.chat {self.chat!r} is unknown: known are None, {', '.join(TEMPLATES)}",
+            )
 
 
-class Zoo:
-    """lm_eval's tasks by name, with those of a folder of the user's own.
+class TaskLoader:
+    """Loads lm_eval's tasks by name, and those of a folder of the user's own.
 
-    run_model_code: whether tasks may run what the model wrote.
+    run_model_code: whether tasks may run code written by the model.
 
     Raises:
-      UserError: lm_eval is not installed; no such folder.
+      UserError: lm_eval is not installed; the folder does not exist.
     """
 
     def __init__(self, include_path: str | None, offline: bool, run_model_code: bool):
@@ -82,34 +85,40 @@ class Zoo:
         try:
             from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise UserError("evaluate.tasks needs lm-evaluation-harness: pip install lm_eval") from error
+            raise UserError(
+                "harness-not-installed", "evaluate.tasks needs lm-evaluation-harness: pip install lm_eval"
+            ) from error
         if include_path is not None and not Path(include_path).is_dir():
-            raise UserError(f"evaluate.include_path {include_path} is no folder: name the one with your tasks' YAML")
-        self._folder, self._include = include_path, TaskManager
+            raise UserError(
+                "harness-folder-not-found",
+                f"evaluate.include_path {include_path} is not a folder: name the one with your tasks' YAML files",
+            )
+        self._folder, self._new_manager = include_path, TaskManager
         self._manager = TaskManager(include_path=include_path, include_defaults=False)
         self._with_defaults = False
 
     def check(self, names: Sequence[str]) -> None:
-        """Refuses names that are no task, group or tag. lm_eval's own are looked up only where they are needed: there
-        are many. It passes over files that are no YAML, so that their tasks are missing."""
+        """Refuses names that are no task, group or tag. lm_eval's own are indexed only when needed: there are many. It
+        skips files that are not YAML, so that their tasks are missing."""
         if not set(names) <= set(self._manager.all_tasks) and not self._with_defaults:
-            self._manager = self._include(include_path=self._folder, include_defaults=True)
+            self._manager = self._new_manager(include_path=self._folder, include_defaults=True)
             self._with_defaults = True
         for name in names:
             if name not in self._manager.all_tasks:
                 _check_yaml(self._folder)
                 nearest = difflib.get_close_matches(name, self._manager.all_tasks, 1)
                 raise UserError(
-                    f"evaluate.tasks: no task {name!r}"
-                    + (f": did you mean {nearest[0]!r}? " if nearest else ": ")
-                    + "Your own are found in --include_path"
+                    "harness-unknown-task",
+                    f"evaluate.tasks: no task {name!r}: "
+                    + (f"did you mean {nearest[0]!r}? " if nearest else "")
+                    + "Put your own tasks into --include_path",
                 )
 
     def load(self, form: Form) -> dict[str, Any]:
         """Name -> task of lm_eval, and its groups, with the form's changes.
 
         Raises:
-          UserError: its data cannot be had or read; it runs what the model wrote, and may not.
+          UserError: its data are unavailable or unreadable; it runs code written by the model, and may not.
         """
         from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingImports]
         from jinja2 import TemplateError  # pyright: ignore[reportMissingImports]
@@ -128,20 +137,22 @@ class Zoo:
                 self._check_data(form.task)
             cause = error.__cause__ if isinstance(error, DatasetsError) else None
             reason = next(iter(str(cause or error).splitlines()), type(error).__name__)
-            offline = " (offline was asked for)" if os.environ.get(OFFLINE[0]) == "1" else ""
+            offline = " (evaluate.offline)" if os.environ.get(OFFLINE[0]) == "1" else ""
             raise UserError(
-                f"task {form.task} cannot be loaded{offline}: {reason}; tasks of lm_eval's zoo download their data, "
-                "tasks on files of your own are found in --include_path"
+                "harness-task-not-loaded",
+                f"task {form.task} cannot be loaded{offline}: {reason}; lm_eval's own tasks download their data, put "
+                "tasks on your own files into --include_path",
             ) from error
         if not self.run_model_code and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
             raise UserError(
-                f"task {form.task} runs what the model wrote, without a sandbox: --run_model_code if this machine may"
+                "harness-runs-model-code",
+                f"task {form.task} runs code written by the model, without a sandbox: set --run_model_code to allow it",
             )
         return loaded
 
     def _check_data(self, name: str) -> None:
-        """Refuses JSON lines of the user's own, those of the task or of all where it is a group or tag, that cannot be
-        read or are none."""
+        """Refuses JSON lines of the user's own that are damaged or empty: those of the task, or of all tasks in the
+        folder where it is a group or tag."""
         index = self._manager.task_index
         if (index[name].cfg or {}).get("dataset_path") or not self._folder:
             _check_lines(name, index[name].cfg or {})
@@ -150,47 +161,24 @@ class Zoo:
             if entry.yaml_path and Path(self._folder).resolve() in entry.yaml_path.resolve().parents:
                 _check_lines(own, entry.cfg or {})
 
-    def ask(self, answers: Answers, loaded: dict[str, Any], form: Form, harness: Harness) -> dict[str, Any]:
-        """What lm_eval returns for what `load` has loaded: the numbers of its simple_evaluate, and each sample."""
-        from lm_eval.defaults import DEFAULT_OTHER_SEED  # pyright: ignore[reportMissingImports]
-        from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
-
-        shots = form.shots if harness.shots is None else harness.shots
-        for task in loaded["tasks"].values():
-            own = task.get_config("num_fewshot")  # 0 there is meant to stay
-            if own is None or (own != 0 and shots is not None):
-                task.set_config(key="num_fewshot", value=shots or 0)
-            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-        found = evaluate(
-            lm_eval_model(answers, harness.chat),
-            loaded,
-            samples=_chosen(loaded["tasks"], form.sampled, harness.limit),
-            bootstrap_iters=BOOTSTRAP,
-            apply_chat_template=harness.chat is not None,
-            fewshot_as_multiturn=harness.chat is not None,
-            confirm_run_unsafe_code=True,  # `load` has asked
-        )
-        about = {"model": "slm_jax", "fewshot_seed": DEFAULT_OTHER_SEED, "bootstrap_iters": BOOTSTRAP}
-        return json.loads(json.dumps({**(found or {}), "config": about}, default=_plain))
-
 
 def _check_lines(name: str, settings: Mapping[str, Any]) -> None:
-    """The same of one task, by what its YAML says."""
+    """`_check_data` of one task, from the settings in its YAML."""
     files = (settings.get("dataset_kwargs") or {}).get("data_files") or {}
     named = files.values() if isinstance(files, dict) else [files]
     for path in [path for each in named for path in ([each] if isinstance(each, str) else each)]:
         if settings.get("dataset_path") != "json" or not os.path.isfile(path):
             continue
-        number, remedy = 0, "write one question a line, as a JSON object"
+        number, remedy = 0, "write one question per line, as a JSON object"
         for number, record in enumerate(readers.records(path, ()), 1):  # noqa: B007
             if record.fields is None:
-                raise UserError(f"task {name} cannot be loaded: {record.place} is {record.problem}: {remedy}")
+                raise UserError("record-invalid", f"task {name}: {record.place} is {record.problem}: {remedy}")
         if not number:
-            raise UserError(f"task {name} cannot be loaded: {path} is empty: {remedy}")
+            raise UserError("no-records", f"task {name}: {path} is empty: {remedy}")
 
 
 def _check_yaml(folder: str | None) -> None:
-    """Refuses a folder of tasks with a file that is no YAML."""
+    """Refuses a folder of tasks with a file that is not YAML."""
     import yaml  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
     for path in sorted(Path(folder).glob("**/*.yaml")) if folder else ():
@@ -200,7 +188,98 @@ def _check_yaml(folder: str | None) -> None:
             mark = getattr(error, "problem_mark", None)
             where = f"{path}:{mark.line + 1}" if mark else str(path)
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise UserError(f"{where} is no YAML ({reason}): mend it, or move it out of --include_path") from error
+            raise UserError(
+                "harness-invalid-yaml", f"{where} is not YAML ({reason}): fix it, or move it out of --include_path"
+            ) from error
+
+
+def evaluate_task(adapter: LMAdapter, loaded: dict[str, Any], form: Form, harness: Harness) -> dict[str, Any]:
+    """Runs what `TaskLoader.load` has loaded; returns the numbers of lm_eval's simple_evaluate, and each sample."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED  # pyright: ignore[reportMissingImports]
+    from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import handle_non_serializable  # pyright: ignore[reportMissingImports]
+
+    shots = form.shots if harness.shots is None else harness.shots
+    chosen: dict[str, list[int]] | None = None if form.sampled is None and harness.limit is None else {}
+    for name, task in loaded["tasks"].items():
+        own = task.get_config("num_fewshot")  # a task that says 0 means it
+        if own is None or (own != 0 and shots is not None):
+            task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        if chosen is not None:
+            numbers = list(range(len(task.eval_docs)))
+            if form.sampled is not None and len(numbers) > form.sampled:
+                numbers = sorted(random.Random(SAMPLING_SEED).sample(numbers, form.sampled))
+            chosen[name] = numbers[: harness.limit]
+    found = evaluate(
+        lm_eval_model(adapter, harness.chat),
+        loaded,
+        samples=chosen,
+        bootstrap_iters=BOOTSTRAP,
+        apply_chat_template=harness.chat is not None,
+        fewshot_as_multiturn=harness.chat is not None,
+        confirm_run_unsafe_code=True,  # `load` has asked
+    )
+    about = {"model": "slm_jax", "fewshot_seed": DEFAULT_OTHER_SEED, "bootstrap_iters": BOOTSTRAP}
+    return json.loads(json.dumps({**(found or {}), "config": about}, default=handle_non_serializable))
+
+
+def lm_eval_model(adapter: LMAdapter, chat: str | None = None) -> Any:
+    """The model as lm_eval wants it: a subclass of its `LM`."""
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+
+    class Ours(LM):
+        @property
+        def tokenizer_name(self) -> str:
+            return f"{adapter.vocabulary.content_hash}/{chat}"
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            return adapter.loglikelihoods([request.args for request in requests])
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            return adapter.rolling([text for (text,) in (request.args for request in requests)])
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            each = [(text, normalize_gen_kwargs(how, MAX_NEW_TOKENS)) for text, how in (r.args for r in requests)]
+            return adapter.generate([(text, sampling_of({**settings})) for text, settings in each])
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return chat_text(TEMPLATES[chat or ""], chat_history, add_generation_prompt)
+
+    return Ours()
+
+
+def sampling_of(settings: dict[str, Any]) -> Sampling:
+    """A task's generation_kwargs, as lm_eval normalizes them.
+
+    Raises:
+      UserError: a setting that is not supported.
+    """
+    known = {"until", "do_sample", "temperature", "max_gen_toks", "top_k", "top_p", "num_beams"}
+    unknown = sorted(set(settings) - known)
+    if unknown or settings.get("num_beams", 1) != 1:
+        raise UserError(
+            "task-unknown-generation-setting",
+            f"a task generates with {', '.join(unknown) or 'num_beams'}, which is not supported: supported are "
+            f"{', '.join(sorted(known - {'num_beams'}))}; change generation_kwargs in a copy of its YAML",
+        )
+    temperature = float(settings.get("temperature") or 0.0)
+    drawn = {name: settings[name] for name in ("top_k", "top_p") if temperature and settings.get(name)}
+    stop = tuple(text for text in settings["until"] if text)
+    return Sampling(settings["max_gen_toks"], temperature, stop=stop, **drawn)
+
+
+def chat_text(template: Template, messages: Sequence[Mapping[str, str]], answer_next: bool) -> str:
+    """Messages of a chat as they were written for training: with the opening of a response where one comes next, else
+    without the closing of the last message, which is continued.
+
+    Text has no EOS: the EOS after earlier responses in training is missing here.
+    """
+    text = template.between.join(
+        template.opens[message["role"]] + message["content"] + template.closes for message in messages
+    )
+    return text + template.between + template.opens["assistant"] if answer_next else text.removesuffix(template.closes)
 
 
 def outermost(loaded: dict[str, Any]) -> list[str]:
@@ -210,8 +289,8 @@ def outermost(loaded: dict[str, Any]) -> list[str]:
 
 
 def scored(task: Any, sample: Mapping[str, Any]) -> Scored | None:
-    """A logged sample of a multiple-choice task as likelihoods; None where not exactly one choice is right, or, as
-    TruthfulQA's mc2 counts, several may be."""
+    """A logged sample of a multiple-choice task as likelihoods; None unless exactly one choice is right (in
+    TruthfulQA's mc2 several may be)."""
     choices, doc = task.doc_to_choice(sample["doc"]), sample["doc"]
     if "mc2_targets" in doc and task.config.process_results is not None:  # mc1 has the same docs, and lm_eval's rule
         return None
@@ -222,84 +301,3 @@ def scored(task: Any, sample: Mapping[str, Any]) -> Scored | None:
         return None
     totals = [float(total) for total, _ in sample["filtered_resps"]]
     return Scored(totals[: len(choices)], [len(choice) for choice in choices], gold)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON does not know, as lm_eval writes it."""
-    from lm_eval.utils import handle_non_serializable  # pyright: ignore[reportMissingImports]
-
-    return handle_non_serializable(value)
-
-
-def _chosen(tasks: Mapping[str, Any], sampled: int | None, limit: int | None) -> dict[str, list[int]] | None:
-    """Numbers of the questions of each task: the first, or drawn; None for all."""
-    if sampled is None and limit is None:
-        return None
-    chosen = {}
-    for name, task in tasks.items():
-        numbers = list(range(len(task.eval_docs)))
-        if sampled is not None and len(numbers) > sampled:
-            numbers = sorted(random.Random(SAMPLING_SEED).sample(numbers, sampled))
-        chosen[name] = numbers[:limit]
-    return chosen
-
-
-def lm_eval_model(answers: Answers, chat: str | None = None) -> Any:
-    """The model as lm_eval wants it: a subclass of its `LM`."""
-    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
-
-    class Ours(LM):
-        @property
-        def tokenizer_name(self) -> str:
-            return f"{answers.vocabulary.content_hash}/{chat}"
-
-        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return answers.loglikelihoods(_arguments(requests))
-
-        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            return answers.rolling([text for (text,) in _arguments(requests)])
-
-        def generate_until(self, requests: list[Any]) -> list[str]:
-            normalized = [(text, normalize_gen_kwargs(each, MAX_NEW_TOKENS)) for text, each in _arguments(requests)]
-            return answers.generate([(text, sampling_of({**settings})) for text, settings in normalized])
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return chat_text(TEMPLATES[chat or ""], chat_history, add_generation_prompt)
-
-    return Ours()
-
-
-def _arguments(requests: Sequence[Any]) -> list[Any]:
-    return [request.args for request in requests]
-
-
-def sampling_of(settings: dict[str, Any]) -> Sampling:
-    """A task's generation_kwargs, as lm_eval normalizes them.
-
-    Raises:
-      UserError: a setting that is not known here.
-    """
-    known = {"until", "do_sample", "temperature", "max_gen_toks", "top_k", "top_p", "num_beams"}
-    unknown = sorted(set(settings) - known)
-    if unknown or settings.get("num_beams", 1) != 1:
-        raise UserError(
-            f"a task generates with {', '.join(unknown) or 'num_beams'}, which is not known here: known are "
-            f"{', '.join(sorted(known - {'num_beams'}))}; change generation_kwargs in a copy of its YAML"
-        )
-    temperature = float(settings.get("temperature") or 0.0)
-    drawn = {name: settings[name] for name in ("top_k", "top_p") if temperature and settings.get(name)}
-    stop = tuple(text for text in settings["until"] if text)
-    return Sampling(settings["max_gen_toks"], temperature, stop=stop, **drawn)
-
-
-def chat_text(template: Template, messages: Sequence[Mapping[str, str]], answer_next: bool) -> str:
-    """Messages of a chat as they were written for training; with what opens a response, where one comes next, else
-    without what closes the last, which goes on.
-
-    Text has no EOS: that which may stand behind earlier responses in training is missing here.
-    """
-    text = template.between.join(
-        template.opens[message["role"]] + message["content"] + template.closes for message in messages
-    )
-    return text + template.between + template.opens["assistant"] if answer_next else text.removesuffix(template.closes)

@@ -1,7 +1,7 @@
-"""The tasks of one command: asked under each condition, as a table, with everything that one needs to trust it.
+"""The tasks of one command: run under each condition, as a table, with everything that one needs to trust it.
 
-A condition says what stands behind BOS (MeCo, arXiv 2501.01956, section 3.3): nothing, a text, or a line with the host
-that the questions are said to come from: one made for the task, another task's, or one that has nothing to do with any.
+A condition says what comes after BOS (MeCo, arXiv 2501.01956, section 3.3): nothing, a text, or a line with the host
+that the questions are said to come from: one made for the task, another task's, or one unrelated to any task.
 """
 
 import dataclasses
@@ -13,24 +13,27 @@ import numpy as np
 
 from slm_jax import processes
 from slm_jax.errors import UserError
-from slm_jax.evaluate.harness import Harness, Zoo, outermost, scored
-from slm_jax.evaluate.lm_adapter import Answers
+from slm_jax.evaluate.harness import Harness, TaskLoader, evaluate_task, outermost, scored
+from slm_jax.evaluate.lm_adapter import LMAdapter
 from slm_jax.evaluate.multiple_choice import Scored, measures
 from slm_jax.evaluate.prefix import refuse_escaped_newline
 from slm_jax.evaluate.suites import HOSTS, SUITES, UNCONDITIONAL, Column, Form, host_prefix
-from slm_jax.evaluate.task_table import averages
 from slm_jax.files import write_json, write_json_lines
 
 CONDITIONS = ("none", "given", "right", "wrong", "unrelated")
 RECORD = "record.json"
+FINER = {
+    "margin_per_character": "log p of the right choice minus that of the best wrong one, nats per character",
+    "gold_loss_per_character": "-log p of the right choice, nats per character",
+}
 
 
 def columns_of(tasks: str, run_model_code: bool) -> list[Column]:
-    """The columns that a list of suites and tasks, parted by commas, names. Of several suites, each column and each
-    average bears the suite's name: they ask the same tasks in different ways.
+    """The columns named by a comma-separated list of suites and tasks. With several suites, each column and each
+    average is prefixed with its suite's name, because they run the same tasks in different ways.
 
     Raises:
-      UserError: none, or the same twice.
+      UserError: nothing is named, or something twice.
     """
     columns: list[Column] = []
     named = [name for part in tasks.split(",") if (name := part.strip())]
@@ -38,48 +41,53 @@ def columns_of(tasks: str, run_model_code: bool) -> list[Column]:
     for name in named:
         if name not in SUITES:
             columns.append(Column(name, (Form(name, ""),), group=""))
-        else:
-            columns += [_of_suite(name, column) if several else column for column in SUITES[name].columns]
+            continue
+        for column in SUITES[name].columns:
+            if several:
+                of_suite = {"name": f"{name} {column.name}", "group": f"{name} {column.group}", "suite": name}
+                column = dataclasses.replace(column, **of_suite)
+            if not run_model_code and any(form.runs_code for form in column.forms):
+                note = f"runs code written by the model, without a sandbox: --run_model_code; {column.note}"
+                column = dataclasses.replace(column, forms=(), note=note)
+            columns.append(column)
     names = [column.name for column in columns]
     if not names or len(set(names)) < len(names):
-        twice = f": it names {max(names, key=names.count)} twice" if names else ""
-        raise UserError(f"evaluate.tasks takes tasks or suites ({', '.join(SUITES)}), parted by commas{twice}")
-    return [_without_code(column) for column in columns] if not run_model_code else columns
-
-
-def _of_suite(name: str, column: Column) -> Column:
-    return dataclasses.replace(column, name=f"{name} {column.name}", group=f"{name} {column.group}", suite=name)
-
-
-def _without_code(column: Column) -> Column:
-    if not any(form.runs_code for form in column.forms):
-        return column
-    note = f"runs what the model wrote, without a sandbox: --run_model_code; {column.note}"
-    return dataclasses.replace(column, forms=(), note=note)
+        twice = f", each once: {max(names, key=names.count)} is named twice" if names else ""
+        raise UserError(
+            "tasks-invalid-list", f"evaluate.tasks: name tasks or suites ({', '.join(SUITES)}), comma-separated{twice}"
+        )
+    return columns
 
 
 def prefixes(
     columns: Sequence[Column], conditions: str | None, given: str | None, harness: Harness
 ) -> dict[str, dict[str, str]]:
-    """Condition -> task -> what stands behind BOS.
+    """Condition -> task -> text after BOS.
 
     Raises:
-      UserError: an unknown condition; a host that is not known.
+      UserError: an unknown condition; a task without a host.
     """
     names = [name.strip() for name in (conditions or ("none" if given is None else "given")).split(",")]
     for name in names:
         if name not in CONDITIONS:
-            raise UserError(f"evaluate.conditions: {name!r} is unknown: known are {', '.join(CONDITIONS)}")
+            raise UserError(
+                "tasks-unknown-condition",
+                f"evaluate.conditions: {name!r} is unknown: known are {', '.join(CONDITIONS)}",
+            )
     refuse_escaped_newline("evaluate.prefix", given or "")
     if ("given" in names) != (given is not None):
-        raise UserError("evaluate.prefix and the condition 'given' belong together: name both, or none of them")
+        raise UserError(
+            "tasks-prefix-without-condition",
+            "evaluate.prefix and the condition 'given' belong together: set both, or neither",
+        )
     tasks = list(dict.fromkeys(form.task for column in columns for form in column.forms))
     hosts, found = {**HOSTS, **harness.hosts}, {}
     for name in names:
         if name in ("right", "wrong") and (missing := [task for task in tasks if task not in hosts]):
             raise UserError(
+                "tasks-unknown-host",
                 f"evaluate.conditions: no host is known for task {missing[0]}: set "
-                f"Harness.hosts = {{{missing[0]!r}: 'www.example.org'}}"
+                f"Harness.hosts = {{{missing[0]!r}: 'www.example.org'}}",
             )
         found[name] = {task: _prefix(name, task, hosts, given, harness) for task in tasks}
     return found
@@ -97,26 +105,26 @@ def _prefix(condition: str, task: str, hosts: Mapping[str, str], given: str | No
 
 
 def run_tasks(
-    answers: Answers,
-    zoo: Zoo,
+    adapter: LMAdapter,
+    loader: TaskLoader,
     columns: Sequence[Column],
-    behind_bos: Mapping[str, Mapping[str, str]],
+    after_bos: Mapping[str, Mapping[str, str]],
     harness: Harness,
     output: Path,
 ) -> dict[str, Any]:
-    """Asks all forms of all columns under each condition, writes lm_eval's results beside ours, and returns ours."""
+    """Runs all forms of all columns under each condition, writes lm_eval's results to `output`, and returns ours."""
     forms = [(column, form) for column in columns for form in column.forms]
-    loaded = [zoo.load(form) for _, form in forms]  # before anything is computed
+    loaded = [loader.load(form) for _, form in forms]  # before anything is computed
     found: dict[str, dict[str, Any]] = {}
-    for condition, prefix_of in behind_bos.items():
+    for condition, prefix_of in after_bos.items():
         found[condition] = {column.name: {} for column in columns}
         for number, ((column, form), tasks) in enumerate(zip(forms, loaded, strict=True), 1):
             title = " ".join(dict.fromkeys((column.name, form.task, form.label))).strip()
-            print(f"evaluate: {number} of {len(forms)}, {title}; behind BOS: {condition}", flush=True)
-            with answers.recorded(prefix_of[form.task]) as asked:
-                result = _result(answers, zoo, form, tasks, harness, output / condition / column.suite)
-            about = {"prefix": prefix_of[form.task], **dataclasses.asdict(asked)}
-            found[condition][column.name][form.label or form.task] = result | {"asked": about}
+            print(f"evaluate: {number} of {len(forms)}, {title}; after BOS: {condition}", flush=True)
+            with adapter.recorded(prefix_of[form.task]) as stats:
+                result = _run_form(adapter, loader, form, tasks, harness, output / condition / column.suite)
+            asked = {"prefix": prefix_of[form.task], **dataclasses.asdict(stats)}
+            found[condition][column.name][form.label or form.task] = result | {"asked": asked}
     best = {
         condition: {name: best_form(forms) for name, forms in results.items()} for condition, results in found.items()
     }
@@ -128,22 +136,29 @@ def run_tasks(
     }
 
 
-def _result(
-    answers: Answers, zoo: Zoo, form: Form, loaded: dict[str, Any], harness: Harness, folder: Path
+def _run_form(
+    adapter: LMAdapter, loader: TaskLoader, form: Form, loaded: dict[str, Any], harness: Harness, folder: Path
 ) -> dict[str, Any]:
-    """One form's value, and what it rests on."""
-    results = zoo.ask(answers, loaded, form, harness)
+    """One form's value, and what it rests on; lm_eval's own results go into the folder."""
+    results = evaluate_task(adapter, loaded, form, harness)
     likelihoods = _likelihoods(loaded, results)
     if form.metric == UNCONDITIONAL:
         alone = dataclasses.replace(form, shots=0, changes={**form.changes, "doc_to_text": "Answer:"})
-        again = zoo.load(alone)
-        without = zoo.ask(answers, again, alone, dataclasses.replace(harness, shots=None))
+        again = loader.load(alone)
+        without = evaluate_task(adapter, again, alone, dataclasses.replace(harness, shots=None))
         values = {UNCONDITIONAL: unconditional(likelihoods, _likelihoods(again, without))}
     else:
         values = _values(loaded, results)
     metric = form.metric or next(iter(values))
     name = f"{form.task}_{form.label}".rstrip("_").replace("/", "_")
-    processes.on_first(lambda: _write(folder, name, results))
+    files = [folder / f"{name}.json", folder / f"{name}.samples.jsonl"]
+
+    def write() -> None:  # as lm_eval writes them itself: one file of numbers, one of questions and answers
+        samples = [sample | {"task": task} for task, each in results["samples"].items() for sample in each]
+        write_json_lines(files[1], samples)
+        write_json(files[0], {key: value for key, value in results.items() if key != "samples"})
+
+    processes.on_first(write)
     finer = measures(list(likelihoods.values())) if likelihoods else {}
     return {
         **values[metric],
@@ -153,12 +168,12 @@ def _result(
         "questions": {task: count["effective"] for task, count in results["n-samples"].items()},
         "metrics": results["results"],
         "choices": {measure: each._asdict() for measure, each in finer.items()},
-        "files": [str(folder / f"{name}.json"), str(folder / f"{name}.samples.jsonl")],
+        "files": list(map(str, files)),
     }
 
 
 def _likelihoods(loaded: dict[str, Any], results: Mapping[str, Any]) -> dict[tuple[str, int], Scored]:
-    """(task, number of the question) -> likelihoods, of the multiple-choice tasks among them."""
+    """(task, number of the question) -> likelihoods, of the multiple-choice tasks."""
     return {
         (name, sample["doc_id"]): found
         for name, task in loaded["tasks"].items()
@@ -169,22 +184,22 @@ def _likelihoods(loaded: dict[str, Any], results: Mapping[str, Any]) -> dict[tup
 
 
 def _values(loaded: dict[str, Any], results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each metric of what was named; of a tag, or of a group that has none itself, the mean of its tasks'."""
-    names = [name for name in outermost(loaded) if _numbers(results, name)] or list(loaded["tasks"])
+    """Metric -> value and standard error of the named task or group; of a tag, or a group without metrics of its own,
+    the mean over its tasks."""
+
+    def metrics(task: str) -> list[str]:
+        found = results["results"].get(task, {})
+        names = [name for name in found if "," in name and "_stderr," not in name]
+        return [name for name in names if isinstance(found[name], (int, float))]
+
+    names = [name for name in outermost(loaded) if metrics(name)] or list(loaded["tasks"])
     found = {}
-    for metric in _numbers(results, names[0]):
-        name, _, behind = metric.partition(",")
+    for metric in metrics(names[0]):
+        name, _, filter_name = metric.partition(",")
         each = [results["results"][task][metric] for task in names if metric in results["results"][task]]
-        error = results["results"][names[0]].get(f"{name}_stderr,{behind}") if len(names) == 1 else None
+        error = results["results"][names[0]].get(f"{name}_stderr,{filter_name}") if len(names) == 1 else None
         found[metric] = {"value": sum(each) / len(each), "stderr": error if isinstance(error, float) else None}
     return found
-
-
-def _numbers(results: Mapping[str, Any], task: str) -> list[str]:
-    """Metrics of a task or group, with their filters."""
-    found = results["results"].get(task, {})
-    names = [name for name in found if "," in name and "_stderr," not in name]
-    return [name for name in names if isinstance(found[name], (int, float))]
 
 
 def unconditional(asked: Mapping[Any, Scored], alone: Mapping[Any, Scored]) -> dict[str, Any]:
@@ -197,16 +212,62 @@ def unconditional(asked: Mapping[Any, Scored], alone: Mapping[Any, Scored]) -> d
     return {"value": mean, "stderr": stderr}
 
 
-def _write(folder: Path, name: str, results: dict[str, Any]) -> None:
-    """lm_eval's results as it writes them itself: one file of numbers, one of questions and answers."""
-    samples = [sample | {"task": task} for task, each in results["samples"].items() for sample in each]
-    write_json_lines(folder / f"{name}.samples.jsonl", samples)
-    write_json(folder / f"{name}.json", {key: value for key, value in results.items() if key != "samples"})
-
-
 def best_form(forms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The form with the highest value, and what it is called; None where a column has none."""
+    """The form with the highest value, and its label; None for a column without forms."""
     if not forms:
         return None
     label = max(forms, key=lambda label: forms[label]["value"])
     return {"form": label, **{name: forms[label][name] for name in ("value", "stderr", "metric", "values", "choices")}}
+
+
+def averages(columns: Sequence[Column], best: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    """Plain means over the measured columns of each group, with the number of columns that are missing."""
+    found = {}
+    for group in dict.fromkeys(column.group for column in columns if column.group):
+        of_group = [best[column.name] for column in columns if column.group == group]
+        measured = [value["value"] for value in of_group if value]
+        mean = sum(measured) / len(measured) if measured else None
+        found[group] = {"mean": mean, "columns": len(measured), "missing": len(of_group) - len(measured)}
+    return found
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Columns of a suite down, conditions across: values with their standard errors, averages, the finer measures of
+    multiple choice, notes, and how many texts were truncated."""
+
+    def number(value: Mapping[str, Any]) -> str:
+        error = "" if value["stderr"] is None else f" ± {value['stderr']:.4f}"
+        return f"{value.get('value', value.get('mean')):.4f}{error}"
+
+    columns, best, conditions = record["columns"], record["best"], list(record["best"])
+    rows: list[tuple[str, list[str]]] = [("", conditions)]
+    for column in columns:
+        found = [best[condition][column.name] for condition in conditions]
+        if column.group:
+            rows.append((column.name, [number(value) if value else "-" for value in found]))
+        else:  # a task named by itself: all its metrics
+            each = [value["values"] for value in found if value]
+            for metric in each[0]:
+                name = f"{column.name} {metric.removesuffix(',none')}"
+                rows.append((name, [number(values[metric]) for values in each]))
+    for group, first in record["averages"][conditions[0]].items():
+        missing = f" without {first['missing']} of {first['columns'] + first['missing']}" if first["missing"] else ""
+        means = [record["averages"][condition][group]["mean"] for condition in conditions]
+        rows.append((group + missing, ["-" if mean is None else f"{mean:.4f}" for mean in means]))
+    chosen = [column.name for column in columns if (best[conditions[0]][column.name] or {}).get("choices")]
+    for measure, words in FINER.items() if chosen else ():
+        rows.append((f"{words}:", []))
+        for name in chosen:
+            rows.append((name, [number(best[condition][name]["choices"][measure]) for condition in conditions]))
+    width = max(len(name) for name, cells in rows if cells) + 2
+    lines = [f"{name:<{width}}" + "".join(f"{cell:>20}" for cell in cells) if cells else name for name, cells in rows]
+    lines += [f"{column.name}: {column.note}" for column in columns if column.note]
+    lines += [
+        f"{name} {label}, after BOS {condition}: {result['asked']['truncated']:,} of "
+        f"{result['asked']['requests']:,} texts lost {result['asked']['dropped_tokens']:,} tokens on their left"
+        for condition, results in record["results"].items()
+        for name, forms in results.items()
+        for label, result in forms.items()
+        if result["asked"]["truncated"]
+    ]
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Stage `evaluate math`: a model answers questions of mathematics, few-shot by chain of thought or with programs."""
+"""Stage `evaluate math`: a model answers mathematical questions, few-shot by chain of thought or with programs."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,6 @@ from slm_jax import processes
 from slm_jax.data import readers
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Generator, Sampling
-from slm_jax.evaluate.lines import move_aside, open_lines
 from slm_jax.evaluate.math import prompts as prompts_lib
 from slm_jax.evaluate.math.chain_of_thought import Attempt, Judge, ask, judged
 from slm_jax.evaluate.math.equality import Grader
@@ -30,37 +29,39 @@ from slm_jax.evaluate.math.results import Row, summarise
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.tool_use import STOP as TOOL_STOP
 from slm_jax.evaluate.math.tool_use import attempts_with_tools, tool_prompt
-from slm_jax.files import to_json, write_json
+from slm_jax.files import move_aside, to_json, write_json
+from slm_jax.jsonl import open_result
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.models.trained_model import load_model, run_vocabulary
+from slm_jax.run_directory import RunDirectory
 
-BATCHES = 4  # of the generator, in what is asked together: it sorts prompts by length
-FIRST_IDS = 16  # recorded of the first prompt: whether BOS stands there decides what is answered
+BATCHES = 4  # of the generator, asked together: it sorts prompts by length
+FIRST_IDS = 16  # ids of the first prompt to record: they show whether BOS is there
 GRADERS = ("sympy", "latex2sympy2_extended")  # packages
 
 
 @dataclasses.dataclass(frozen=True)
 class _Asking:
-    """How questions become attempts: what all sets share."""
+    """What all sets share: how questions become attempts."""
 
     generator: Generator
     sampling: Sampling
     shots: int | None
     examples: Mapping[str, str]
     samples: int
-    rounds: int | None  # programs of an answer; None without tools
+    rounds: int | None  # programs per answer; None without tools
     sandbox: Sandbox
 
     def room(self) -> int:
-        """Tokens of the longest prompt, BOS included."""
+        """Tokens of the longest prompt, including BOS."""
         return self.generator.model.max_length - self.sampling.max_new_tokens
 
     def fits(self, text: str) -> bool:
         return len(self.generator.encode(text)) <= self.room()
 
     def examples_of(self, name: str) -> tuple[Example, ...]:
-        """What is shown before a question of the set."""
+        """The worked examples before a question of the set."""
         if self.rounds is not None:
             return ()
         path = self.examples.get(name)
@@ -68,7 +69,7 @@ class _Asking:
         return (prompts_lib.read_examples(path) if path else known)[: self.shots]
 
     def prompts(self, name: str, examples: Sequence[Example]) -> Callable[[Question], Prompt | None]:
-        """What makes a prompt of a question of the set."""
+        """The function that makes a prompt of a question of the set; None where the question is too long."""
         if self.rounds is not None:
             return lambda question: prompt if self.fits((prompt := tool_prompt(question.text)).text) else None
         style = prompts_lib.STYLES[SETS[name].style]
@@ -84,7 +85,7 @@ class _Asking:
         return [Attempt(found.text, found.ended) for found in self.generator.complete(texts, sampling)]
 
     def _run_all(self, programs: Sequence[str]) -> list[Ran]:
-        """In the first process; the others are told what came out, so that all go on with the same texts."""
+        """Runs them in the first process and sends the results to the others, so that all continue the same texts."""
         return [Ran(*ran) for ran in processes.on_first(lambda: [list(ran) for ran in self.sandbox.run_all(programs)])]
 
 
@@ -150,7 +151,7 @@ def evaluate_math(
     stop = TOOL_STOP if tools else prompts_lib.STOP
     sampling = Sampling(new, temperature, None, top_p, stop, seed)
     asking = _Asking(generator, sampling, shots, examples or {}, samples, rounds if tools else None, sandbox)
-    where = Path(output or f"{run}/math/{model.step}{'_tools' if tools else ''}")
+    where = Path(output or RunDirectory(run).math(model.step, tools))
     total = sum(map(len, asked.values()))
     print(f"evaluate math: step {model.step} of {run} on {total} questions of {', '.join(sets)}, {how} -> {where}")
     if new < max_new_tokens:
@@ -164,7 +165,7 @@ def evaluate_math(
     results = {}
     with jax.set_mesh(devices):
         for name in sets:
-            results[name] = _solve_set(name, asked[name], asking, where, about)
+            results[name] = _evaluate_set(name, asked[name], asking, where, about)
     record = {**about, "files": files, "results": results}
     processes.on_first(lambda: _write_summary(where / "summary.json", about, record))
     print(f"evaluate math: done, {where}/summary.json")
@@ -182,7 +183,7 @@ def _check(
 ) -> None:
     names = config_lib.as_list(sets, str, "evaluate_math.sets")
     if not names or len(set(names)) < len(names):
-        raise UserError(f"evaluate_math.sets {names!r}: name each set once, of {', '.join(SETS)}")
+        raise UserError("math-invalid-sets", f"evaluate_math.sets {names!r}: name each set once, of {', '.join(SETS)}")
     config_lib.at_least(1, **{"evaluate_math.samples": samples, "evaluate_math.rounds": rounds})
     if questions is not None:
         config_lib.at_least(1, **{"evaluate_math.questions": questions})
@@ -190,24 +191,27 @@ def _check(
         config_lib.at_least(0, **{"evaluate_math.shots": shots})
     if samples > 1 and temperature == 0:
         raise UserError(
-            f"evaluate_math.samples = {samples} at temperature 0 are all the same: set "
-            f"evaluate_math.temperature above 0"
+            "sampling-greedy",
+            f"evaluate_math.samples = {samples} answers are all the same at temperature 0: set "
+            "evaluate_math.temperature above 0",
         )
     if unknown := sorted(set(examples) - set(names)):
         raise UserError(
-            f"evaluate_math.examples names {unknown[0]!r}, which is not in evaluate_math.sets {tuple(names)}"
+            "math-examples-of-other-set",
+            f"evaluate_math.examples names {unknown[0]!r}: remove it, or add it to evaluate_math.sets {tuple(names)}",
         )
     for package in GRADERS:
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"evaluate math compares answers with {package}: pip install latex2sympy2_extended[antlr4_13_2]"
+                "math-grader-not-installed",
+                f"evaluate math compares answers with {package}: pip install latex2sympy2_extended[antlr4_13_2]",
             )
 
 
-def _solve_set(
+def _evaluate_set(
     name: str, questions: Sequence[Question], asking: _Asking, folder: Path, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Asks what is left of a set; every process computes, the first judges and writes."""
+    """Asks the unanswered questions of a set; every process computes, the first judges and writes."""
     examples = asking.examples_of(name)
     prompt_of = asking.prompts(name, examples)
     first = prompt_of(questions[0])
@@ -216,7 +220,7 @@ def _solve_set(
     about |= {"first_prompt": first.text if first else None, "first_ids": ids}
     together = max(1, BATCHES * asking.generator.batch_size // asking.samples)
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_lines(str(folder / f"{name}.jsonl"), about, len(questions)))
+        file = stack.enter_context(open_result(str(folder / f"{name}.jsonl"), about, len(questions)))
         bar = stack.enter_context(progress(len(questions), file.done, name, "question"))
         judge = Judge(stack.enter_context(contextlib.closing(Grader())))
         rounds = ask(questions, prompt_of, asking.attempts, asking.samples, together, file.done, asking.sampling.seed)
@@ -231,7 +235,7 @@ def _solve_set(
 
 
 def _write_summary(path: Path, about: dict[str, Any], record: dict[str, Any]) -> None:
-    """With the sets that other commands have asked the same model with the same settings."""
+    """Adds the sets that other commands asked the same model with the same settings."""
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if {**before, **to_json(about)} == before:

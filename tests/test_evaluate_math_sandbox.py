@@ -318,16 +318,14 @@ def test_without_a_sandbox_nothing_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox_lib, "_problem", lambda: "bubblewrap (bwrap) is not installed")
     program = f"open({str(target)!r}, 'w').write('x')"
     for call in (Sandbox().check, lambda: Sandbox().run_all([program])):
-        line = toy.refusal(call)
-        assert line.startswith(
-            "programs of a model are not run here: bubblewrap (bwrap) is not installed. Remedy: install"
-        )
+        line = toy.refused("sandbox-not-working", call)
+        assert "bubblewrap (bwrap) is not installed" in line
         assert TRUST in line and "apt-get install bubblewrap" in line
     assert not target.exists()
     for trust in ("yes", "true", TRUST.lower()):
-        assert f"Sandbox.trust is {trust!r}: it takes nothing, or the words" in toy.refusal(Sandbox, trust=trust)
+        assert f"Sandbox.trust is {trust!r}" in toy.refused("sandbox-invalid-trust", Sandbox, trust=trust)
     trusted = Sandbox(seconds=60, trust=TRUST)
-    assert trusted.check().startswith("without a sandbox, with limits only, as was accepted (bubblewrap")
+    assert trusted.check().startswith("without a sandbox, only with limits, as Sandbox.trust accepts (bubblewrap")
     assert run(program, trusted).ended == "done"
     # In a folder that is gone afterwards, without the environment, and within the limits.
     monkeypatch.setenv("SECRET_TOKEN", "x")
@@ -356,7 +354,7 @@ def test_a_bubblewrap_that_does_not_work_is_found_out(monkeypatch, tmp_path):
 
 
 def test_settings_that_cannot_be_are_one_line():
-    assert "Sandbox.processes is 0: it takes a whole number from 1 on" in toy.refusal(Sandbox, processes=0)
-    assert "Sandbox.seconds is 0: it takes a number above 0" in toy.refusal(Sandbox, seconds=0)
+    for name in ("processes", "seconds"):
+        assert f"Sandbox.{name} is 0" in toy.refused("setting-out-of-range", Sandbox, **{name: 0})
     with pytest.raises(UserError):
         Sandbox(trust="")

@@ -95,8 +95,9 @@ def test_likelihoods_are_those_of_each_text_alone(model, reference, axes):
 
 def test_a_continuation_longer_than_what_the_model_reads_is_refused(model):
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    line = toy.refusal(lambda: list(Likelihoods(model.config, mesh, 256)(model.params, [Pair([1], [5] * 65)])))
-    assert "a continuation has 65 tokens, the model reads 64" in line
+    measure, pair = Likelihoods(model.config, mesh, 256), Pair([1], [5] * 65)
+    line = toy.refused("continuation-too-long", lambda: list(measure(model.params, [pair])))
+    assert "65 tokens" in line and "reads 64" in line
 
 
 def test_few_widths():
@@ -151,8 +152,8 @@ def test_questions_are_read_with_their_answers(questions, tmp_path):
 def test_what_is_no_question_is_named(row, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(QUESTIONS[0]) + "\n" + json.dumps(row) + "\n")
-    line = toy.refusal(read_questions, str(path), None, "MultipleChoice mine")
-    assert line.startswith("MultipleChoice mine: ") and "bad.jsonl:2 is no question" in line
+    line = toy.refused("record-invalid", read_questions, str(path), None, "MultipleChoice mine")
+    assert line.startswith("MultipleChoice mine: ") and "bad.jsonl:2" in line
 
 
 def test_mistakes(questions, corpus, tmp_path):
@@ -166,7 +167,8 @@ def test_mistakes(questions, corpus, tmp_path):
     train_sentencepiece(["the hens eat corn. "] * 30, 290).save(tmp_path / "other")
     assert "the model was trained with" in message(vocabulary=str(tmp_path / "other"))
     (tmp_path / "none.jsonl").write_text("\n")
-    assert "holds no question" in message(questions=str(tmp_path / "none.jsonl"))
+    none = str(tmp_path / "none.jsonl")
+    assert none in toy.refused("no-records", read_questions, none, None, "MultipleChoice mine")
     assert "'hens'" in toy.refused("setting-not-a-list", Samples, "s", "v", prompts="hens")
 
 

@@ -142,23 +142,22 @@ def test_the_wrong_host_is_another_ones(plain):
 
 
 def test_what_cannot_be_measured_is_refused(model, plain, tmp_path):
-    def message(corpus: Corpus = plain, **held_out) -> str:
-        return toy.refusal(token_losses, model, corpus, **held_out)
+    def text(code: str, corpus: Corpus = plain, **held_out) -> str:
+        return toy.refused(code, token_losses, model, corpus, **held_out)
 
-    assert "exclude each other" in message(prefix=PREFIX, metadata=Metadata())
-    assert "HeldOut.metadata" in message(shuffled=True)
-    line = message(prefix="x" * 41)
-    assert "has 65 tokens in its row behind a prefix of up to 41, the model reads 64" in line
+    assert "HeldOut held" in text("settings-exclusive", prefix=PREFIX, metadata=Metadata())
+    assert "HeldOut.metadata" in text("prefix-shuffled-alone", shuffled=True)
+    line = text("prefix-too-long", prefix="x" * 41)
+    assert "has 65 tokens with its prefix of up to 41, the model reads 64" in line
     assert "sequence_length = 23 or less" in line
-    assert "Metadata.field" in message(metadata=Metadata(field="topic")) and "Metadata.top" in message(
-        metadata=Metadata(top=3)
-    )
+    for metadata in (Metadata(field="topic"), Metadata(top=3)):
+        assert "HeldOut.metadata" in text("prefix-needs-url-metadata", metadata=metadata)
     with_hosts = toy.write_documents(tmp_path / "hosts", RECORDS[:4], 44, metadata=Metadata())
-    assert "carries metadata itself" in message(with_hosts, prefix=PREFIX)
+    assert with_hosts.path in text("prefix-corpus-has-metadata", with_hosts, prefix=PREFIX)
     no_urls = toy.write_documents(tmp_path / "no_urls", [{"text": "hens", "url": ""}], 44)
-    assert "none of the 1 held-out documents has a URL" in message(no_urls, metadata=Metadata())
+    assert "none of the 1 held-out documents" in text("prefix-no-urls", no_urls, metadata=Metadata())
     one_host = toy.write_documents(tmp_path / "one", [RECORDS[0], RECORDS[1]], 44)
-    assert "all documents show the same" in message(one_host, metadata=Metadata(), shuffled=True)
+    assert "HeldOut.shuffled" in text("prefix-nothing-to-shuffle", one_host, metadata=Metadata(), shuffled=True)
 
 
 @settings(deadline=None, max_examples=40)

@@ -29,7 +29,7 @@ from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.trained_model import TrainedModel, check_fits, load_model
 from slm_jax.score.selection import CombinedSelection, Selection
-from slm_jax.score.token_loss import CHUNK_LOGITS, predicted, token_loss
+from slm_jax.score.token_loss import CHUNK_LOGITS, from_predictors, predicted, token_loss
 
 ROWS = 64
 
@@ -195,8 +195,7 @@ def _predict(params: Params, model: ModelConfig, batch: Batch, top: int) -> tupl
     head = forward.head_matrix(params, model)
     loss = token_loss(hidden, head, batch.tokens, batch.segment_ids, model.vocab_size)
     ids, probabilities = _likeliest(params, model, hidden, top)
-    # A hidden state predicts the token after it; results belong to the token that is predicted.
-    return loss, jnp.roll(ids, 1, axis=1), jnp.roll(probabilities, 1, axis=1)
+    return loss, from_predictors(ids), from_predictors(probabilities)
 
 
 def _likeliest(

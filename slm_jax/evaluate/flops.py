@@ -1,22 +1,24 @@
-"""What a run cost in floating point operations, from what its directory says: training, scoring, its references."""
+"""What a run cost in floating-point operations, from its run directory: training, scoring, and its references."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
-from slm_jax.files import read_json
 from slm_jax.models.model_config import ModelConfig
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import competes_across_micro_batches, selection_of
+
+Found = TypeVar("Found")
 
 
 class Flops(NamedTuple):
-    """Floating point operations; None for what cannot be known any more: a corpus or a reference has gone.
+    """Floating-point operations; None where a corpus or a reference is gone, so that they cannot be known.
 
-    training: of the run, the steps that it inherited from another included.
-    scoring: forward passes of its references over the rows it selected from, each row counted once.
-    reference: the training of its references.
+    Attributes:
+      training: of the run, including the steps that it inherited from another.
+      scoring: forward passes of its references over the rows it selected from, each row counted once.
+      reference: the training of its references.
     """
 
     training: float | None
@@ -25,70 +27,67 @@ class Flops(NamedTuple):
 
 
 def run_flops(settings: Mapping[str, Any], steps: int | None = None) -> Flops:
-    """Of a train run with these settings (as in run.json), or of its first `steps`."""
-    training = _known(lambda: _training(settings, steps))
-    scored = _known(lambda: _scored(settings, steps))
+    """The cost of a train run with these settings (as in run.json), or of its first `steps`."""
+    training = _unless_gone(lambda: _training(settings, steps))
+    scored = _unless_gone(lambda: _scored(settings, steps))
     if scored is None:
         return Flops(training, None, None)
     rows, references = scored
     scoring = sum((_forward_flops(about, length) * rows for about, length in references), 0.0)
-    trained = [_known(lambda about=about: _trained(about)) for about, _ in references]
+    trained = [_trained(about) for about, _ in references]
     return Flops(training, scoring, None if None in trained else sum(filter(None, trained), 0.0))
 
 
-def _known(find: Callable[[], Any]) -> Any:
-    """What `find` finds; None where a corpus is not where it was, or has lost a column."""
+def _trained(about: Mapping[str, Any]) -> float | None:
+    """The training of the model that made a score column; None for an import, or where its directory is gone."""
+    settings = _settings(about)
+    return _unless_gone(lambda: _training(settings, about.get("step"))) if "phases" in settings else None
+
+
+def _unless_gone(find: Callable[[], Found]) -> Found | None:
+    """None where a corpus is not where it was, or has lost a column."""
     try:
         return find()
     except UserError:
         return None
 
 
-def _training(settings: Mapping[str, Any], steps: int | None) -> float:
-    return sum((_phase(settings, phase, done) for phase, done in _phases(settings, steps)), 0.0)
-
-
-def _phases(settings: Mapping[str, Any], steps: int | None) -> list[tuple[dict[str, Any], int]]:
+def _first_phases(settings: Mapping[str, Any], steps: int | None) -> list[tuple[dict[str, Any], int]]:
     """The phases, each with how many of its steps are among the first `steps`."""
-    found, left = [], steps if steps is not None else float("inf")
+    found, left = [], float("inf") if steps is None else steps
     for phase in settings["phases"]:
-        done = int(min(left, phase["steps"]))
-        found.append((phase, done))
-        left -= done
+        found.append((phase, int(min(left, phase["steps"]))))
+        left -= found[-1][1]
     return [(phase, done) for phase, done in found if done]
 
 
-def _phase(settings: Mapping[str, Any], phase: Mapping[str, Any], steps: int) -> float:
-    """Of the steps of a phase: a forward pass is a third of a step. A filtered backward pass is of the selected share,
-    and where tokens compete across micro-batches, a forward pass more decides."""
-    model = ModelConfig.from_json(settings["model"])
-    length = _sequence_length(phase)
-    selection = selection_of(phase["selection"])
-    backward = selection.ratio if selection and selection.gradient == "filtered" else 1.0
-    forward = (
-        2
-        if selection and competes_across_micro_batches(selection) and settings.get("gradient_accumulation_steps", 1) > 1
-        else 1
-    )
-    return model.flops_per_token(length) * length * phase["batch_size"] * steps * (forward + 2 * backward) / 3
-
-
-def _sequence_length(phase: Mapping[str, Any]) -> int:
-    return Corpus.open(phase["mixture"][0]["corpus"]).sequence_length
+def _training(settings: Mapping[str, Any], steps: int | None) -> float:
+    model, total = ModelConfig.from_json(settings["model"]), 0.0
+    for phase, done in _first_phases(settings, steps):
+        length = Corpus.open(phase["mixture"][0]["corpus"]).sequence_length
+        selection = selection_of(phase["selection"])
+        # A forward pass is a third of a step. A filtered backward pass costs the selected share; where tokens compete
+        # across micro-batches, one more forward pass selects them.
+        backward = selection.ratio if selection and selection.gradient == "filtered" else 1.0
+        several = settings.get("gradient_accumulation_steps", 1) > 1
+        twice = several and selection and competes_across_micro_batches(selection)
+        passes = ((2 if twice else 1) + 2 * backward) / 3
+        total += model.flops_per_token(length) * length * phase["batch_size"] * done * passes
+    return total
 
 
 def _scored(settings: Mapping[str, Any], steps: int | None) -> tuple[int, list[tuple[dict[str, Any], int]]]:
-    """How many rows were selected from by a column, no more than there are, and the models behind the columns, each
-    once, with the length of the rows that they read."""
+    """How many rows were selected from by a score column, at most all there are; and the references of the columns,
+    each once, with the length of the rows that they read."""
     read, corpora, references = 0, {}, {}
-    for phase, done in _phases(settings, steps):
+    for phase, done in _first_phases(settings, steps):
         selection = selection_of(phase["selection"])
         names = {column.split("/")[1] for column in selection.columns()} if selection else ()
         if not names:
             continue
         read += phase["batch_size"] * done
-        for draw in phase["mixture"]:
-            table = corpora.setdefault(draw["corpus"], Corpus.open(draw["corpus"]))
+        for component in phase["mixture"]:
+            table = corpora.setdefault(component["corpus"], Corpus.open(component["corpus"]))
             for name in names:
                 about = table.score(name).reference
                 references[str(about.get("fingerprint") or name)] = (about, table.sequence_length)
@@ -96,19 +95,13 @@ def _scored(settings: Mapping[str, Any], steps: int | None) -> tuple[int, list[t
 
 
 def _forward_flops(about: Mapping[str, Any], length: int) -> float:
-    """Of one row of a reference: two for each parameter where its own settings have gone."""
+    """Of one row of a reference; two operations per parameter and token where its own settings are gone."""
     settings = _settings(about)
-    if settings is None:
+    if not settings:
         return 2.0 * (about.get("parameters") or 0) * length
     return ModelConfig.from_json(settings["model"]).flops_per_token(length) * length / 3
 
 
-def _trained(about: Mapping[str, Any]) -> float | None:
-    settings = _settings(about)
-    return _training(settings, about.get("step")) if settings and "phases" in settings else None  # not of an import
-
-
-def _settings(about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings of the train run that a reference comes from, where its directory still lies there."""
-    path = Path(about.get("run") or "") / "run.json"
-    return read_json(path)["settings"] if path.is_file() else None
+def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the run that a reference comes from; {} where its directory is gone."""
+    return RunDirectory(about["run"]).settings() if about.get("run") else {}

@@ -1,6 +1,6 @@
-"""Multiple choice by log-likelihood: what the answers' likelihoods say, and an evaluator for the training loop.
+"""Multiple choice by log-likelihood: measures of the choices' likelihoods, and an evaluator for the training loop.
 
-Small models answer near chance. The margin between the right and the best wrong answer and the loss of the right one
+Small models answer near chance. The margin between the right and the best wrong choice and the loss of the right one
 move long before the accuracy does.
 """
 
@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
 def measures(questions: Sequence[Scored]) -> dict[str, Estimate]:
     """Means over questions, raw and with log-likelihoods divided by the characters of their choice:
 
-    `accuracy`: share whose right choice is the most likely one, the first of equals; `margin`: log p of the right
+    `accuracy`: fraction whose right choice is the most likely one, of equals the first; `margin`: log p of the right
     choice minus that of the best wrong one, nats; `gold_loss`: -log p of the right one, nats.
     """
     found: dict[str, list[float]] = {}
@@ -56,7 +56,7 @@ def measures(questions: Sequence[Scored]) -> dict[str, Estimate]:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and its standard error, with the sample's standard deviation."""
+    """Mean and its standard error, from the sample standard deviation."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return Estimate(mean, None)
@@ -72,10 +72,10 @@ class Question(NamedTuple):
 def read_questions(file: str, limit: int | None, owner: str) -> list[Question]:
     """The first questions of a JSONL or Parquet file with the fields question, choices and answer.
 
-    `choices` is a list of texts; `answer` one of them, or its letter (A, B, ...), or its place from 0 on.
+    `choices` is a list of texts; `answer` is one of them, or its letter (A, B, ...), or its index from 0.
 
     Raises:
-      UserError: no such file, or a record that is no such question; `owner` is named in the message.
+      UserError: no such file, or a record that is not such a question; the message names `owner`.
     """
     (path,) = resolve([file], owner)
     questions = []
@@ -84,25 +84,24 @@ def read_questions(file: str, limit: int | None, owner: str) -> list[Question]:
             break
         fields = record.fields or {}
         text, choices, answer = (fields.get(name) for name in ("question", "choices", "answer"))
-        gold = _place(answer, choices) if isinstance(choices, list) and len(choices) > 1 else None
+        gold = None
+        if isinstance(choices, list) and len(choices) > 1:
+            # The texts, then their letters: a text counts before a letter.
+            names = [*choices, *(chr(ord("A") + number) for number in range(len(choices)))]
+            if isinstance(answer, str) and answer in names:
+                gold = names.index(answer) % len(choices)
+            elif isinstance(answer, int) and 0 <= answer < len(choices):
+                gold = answer
         if not isinstance(text, str) or gold is None:
             raise UserError(
-                f"{owner}: {record.place} is no question: it takes question (text), choices (two texts or more) and "
-                "answer (one of them, its letter, or its place from 0 on)"
+                "record-invalid",
+                f"{owner}: {record.place} is not a question: write question (text), choices (two texts or more) and "
+                "answer (one of them, its letter, or its index from 0)",
             )
         questions.append(Question(text, [str(choice) for choice in choices or []], gold))
     if not questions:
-        raise UserError(f"{owner}: {path} holds no question: check the file")
+        raise UserError("no-records", f"{owner}: {path} has no questions: check the file")
     return questions
-
-
-def _place(answer: Any, choices: list[Any]) -> int | None:
-    if isinstance(answer, str) and answer in choices:
-        return choices.index(answer)
-    letters = [chr(ord("A") + number) for number in range(len(choices))]
-    if isinstance(answer, str) and answer in letters:
-        return letters.index(answer)
-    return answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
 
 
 @gin.configurable
@@ -132,7 +131,7 @@ class MultipleChoice:
             config_lib.at_least(1, **{"MultipleChoice.limit": self.limit})
 
     def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
-        """Reads and encodes the questions; the result, called on parameters, yields (name, value)."""
+        """Reads and encodes the questions; the returned function of parameters yields (name, value)."""
         questions, pairs = self._pairs(vocabulary_hash)
         likelihoods = Likelihoods(model, mesh, self.batch_tokens)
 
@@ -152,7 +151,7 @@ class MultipleChoice:
         return run
 
     def about(self, model: ModelConfig, vocabulary_hash: str) -> dict[str, Any]:
-        """What was measured on, down to the first ids."""
+        """The questions in numbers, and the first one down to its first ids."""
         questions, pairs = self._pairs(vocabulary_hash)
         longest = max(len(pair.context) + len(pair.continuation) for pair in pairs)
         return {

@@ -60,9 +60,13 @@ class HeldOut:
 
     def __post_init__(self) -> None:
         if self.prefix is not None and self.metadata is not None:
-            raise UserError(f"HeldOut {self.name}: prefix and metadata exclude each other: leave one out")
+            raise UserError(
+                "settings-exclusive", f"HeldOut {self.name}: prefix and metadata exclude each other: remove one"
+            )
         if self.shuffled and self.metadata is None:
-            raise UserError(f"HeldOut {self.name}: shuffled needs the metadata that is shuffled: HeldOut.metadata")
+            raise UserError(
+                "prefix-shuffled-alone", f"HeldOut {self.name}: shuffled has no effect alone: set HeldOut.metadata"
+            )
         if self.rows is not None:
             config_lib.at_least(1, **{"HeldOut.rows": self.rows})
 

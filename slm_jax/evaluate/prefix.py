@@ -1,7 +1,7 @@
-"""Conditional inference (MeCo, arXiv 2501.01956, section 3.3): plain documents with something behind their BOS.
+"""Conditional inference (MeCo, arXiv 2501.01956, section 3.3): plain documents with a prefix after their BOS.
 
-Rows are packed anew, so that there is room for it. What is measured stays the same: the loss of each token of a
-document is put back where the token stood.
+Rows are repacked to make room for the prefix. The measure stays the same: the loss of each token of a document is put
+back where the token was.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from slm_jax.data.metadata import Metadata
 from slm_jax.data.packing import positions_from_segments
 from slm_jax.errors import UserError
 
-KERNEL_ROWS = 128  # every attention backend takes rows of a multiple of so many tokens
+KERNEL_ROWS = 128  # every attention backend takes rows of a multiple of this many tokens
 
 
 class Segments(NamedTuple):
-    """The segments of packed rows, in their order; all arrays are [S]: place of the first token, and tokens."""
+    """The segments of packed rows, in order: row and start of the first token, and length in tokens."""
 
     row: Int[np.ndarray, "S"]
     start: Int[np.ndarray, "S"]
@@ -29,14 +29,14 @@ class Segments(NamedTuple):
 
 
 class Repacked(NamedTuple):
-    """Rows with prefixes: `origin` says where each token stood, counted through all given rows; -1 for what is new."""
+    """Rows with prefixes. `origin` is each token's index in the flattened original rows; -1 for a prefix or padding."""
 
     tokens: Integer[np.ndarray, "R W"]
     segment_ids: Int[np.ndarray, "R W"]
     origin: Int[np.ndarray, "R W"]
 
     def restore(self, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Values [R, W], such as losses, at the places where their tokens stood; 0 elsewhere."""
+        """Values [R, W], such as losses, at the original places of their tokens; 0 elsewhere."""
         restored = np.zeros(shape, values.dtype)
         there = self.origin >= 0
         restored.reshape(-1)[self.origin[there]] = values[there]
@@ -46,25 +46,26 @@ class Repacked(NamedTuple):
 def conditioned(
     table: Corpus, num_rows: int, prefix: str | None, metadata: Metadata | None, shuffled: bool, max_length: int
 ) -> tuple[Repacked, dict[str, Any]]:
-    """The first rows of a plain corpus, each document behind its prefix; a piece that continues one has none.
+    """The first rows of a plain corpus, with a prefix before each document; a piece that continues one gets none.
 
     Args:
         table: the corpus.
-        num_rows: how many rows.
-        prefix: of every document; or
-        metadata: each document's own, or, `shuffled`, another's.
+        num_rows: number of rows.
+        prefix: the same for every document; or
+        metadata: each document's own, or, with `shuffled`, another document's.
         max_length: tokens that the model reads.
 
     Returns:
-        The new rows; and, to be recorded: text and ids of the first document's prefix, the number of different
-        prefixes, and the tokens of the longest.
+        The new rows; and a record of the prefixes: text and ids of the first document's, the number of different ones,
+        and the length of the longest in tokens.
 
     Raises:
-        UserError: the corpus carries metadata itself; see `document_prefixes`; the model reads too few tokens.
+        UserError: the corpus contains metadata itself; the model reads too few tokens; see `document_prefixes`.
     """
     if table.metadata is not None:
         raise UserError(
-            f"corpus {table.path} carries metadata itself, so HeldOut puts no other before it: prepare it without"
+            "prefix-corpus-has-metadata",
+            f"corpus {table.path} contains metadata, so HeldOut cannot add a prefix: prepare it without metadata",
         )
     columns, vocabulary = table.read(np.arange(num_rows), ("tokens", "segment_ids")), table.vocabulary()
     segments = segments_of(columns["segment_ids"])
@@ -85,10 +86,10 @@ def conditioned(
     needed = max(length + len(prefix) for length, prefix in zip(segments.length.tolist(), ids, strict=True))
     if needed > max_length:
         raise UserError(
-            f"a document of corpus {table.path} has {needed} tokens in its row behind a prefix of up to {longest}, the "
-            f"model reads {max_length}: prepare the corpus with sequence_length = {max_length - longest} or "
-            f"less, or raise "
-            "model.max_length"
+            "prefix-too-long",
+            f"a document of corpus {table.path} has {needed} tokens with its prefix of up to {longest}, the model "
+            f"reads {max_length}: prepare the corpus with sequence_length = {max_length - longest} or less, or raise "
+            "model.max_length",
         )
     first = next(iter(ids_of), "")
     about = {"text": first, "ids": ids_of.get(first, []), "different": len(ids_of), "longest": longest}
@@ -103,7 +104,7 @@ def segments_of(segment_ids: Integer[np.ndarray, "B L"]) -> Segments:
 
 
 def row_width(needed: int, max_length: int) -> int:
-    """Tokens of rows that hold `needed`: what every attention backend takes, unless the model reads no more."""
+    """Width of rows that hold `needed` tokens: a multiple of KERNEL_ROWS, unless the model reads fewer tokens."""
     rounded = -(-needed // KERNEL_ROWS) * KERNEL_ROWS
     return rounded if rounded <= max_length else needed
 
@@ -111,9 +112,9 @@ def row_width(needed: int, max_length: int) -> int:
 def repack(
     tokens: Integer[np.ndarray, "B L"], segments: Segments, prefixes: Sequence[Sequence[int]], width: int
 ) -> Repacked:
-    """Puts each segment's prefix, ids, behind its first token, and the segments into rows of `width`, in their order.
+    """Inserts each segment's prefix after its first token, and packs the segments into rows of `width`, in order.
 
-    None is cut: one that does not fit into what is left of a row begins the next.
+    None is cut: a segment that does not fit into the remainder of a row begins the next.
     """
     added = np.array([len(prefix) for prefix in prefixes], np.int64)
     lengths = segments.length + added
@@ -145,33 +146,38 @@ def document_prefixes(documents: pyarrow.Table, metadata: Metadata, shuffled: bo
 
     Args:
         documents: of a corpus.
-        metadata: which; its field and its most frequent values are not known here.
-        shuffled: each document takes the metadata of another one, chosen by a hash, that shows another value.
+        metadata: how to make a prefix of a URL.
+        shuffled: give each document the metadata of one with a different value, chosen by a hash.
 
     Raises:
-        UserError: what cannot be told from a corpus alone; no URLs; nothing to shuffle.
+        UserError: settings that need more than the URLs; no URLs; nothing to shuffle.
     """
     if metadata.field or metadata.top:
         raise UserError(
-            "HeldOut.metadata takes forms of the URL: a held-out corpus knows no other field (Metadata.field), nor "
-            "which values are frequent where the model was trained (Metadata.top)"
+            "prefix-needs-url-metadata",
+            "HeldOut.metadata cannot set Metadata.field or Metadata.top: a held-out corpus has only URLs, and does not "
+            "say which values were frequent in training",
         )
     own = [metadata.own_value(url or "", "") for url in documents["url"].to_pylist()]
     if not any(own):
-        raise UserError(f"none of the {len(own):,} held-out documents has a URL: name a HeldOut.prefix in its place")
+        raise UserError(
+            "prefix-no-urls", f"none of the {len(own):,} held-out documents has a URL: set HeldOut.prefix instead"
+        )
     shown = [metadata.shown(value) for value in own]
     return [metadata.prefix(value) for value in (_of_others(shown) if shuffled else shown)]
 
 
 def _of_others(shown: Sequence[str | None]) -> list[str | None]:
-    """For each document that shows a value, what a document of another value shows; frequent values come often."""
+    """Replaces each value by that of a random document with another value, so that frequent values stay frequent."""
     showing = [i for i, value in enumerate(shown) if value is not None]
     order = np.array(sorted(showing, key=lambda i: shown[i] or ""), np.int64)
     ordered = np.array([shown[i] for i in order.tolist()], str)
     first, end = (np.searchsorted(ordered, ordered, side) for side in ("left", "right"))
-    others = len(order) - (end - first)  # they stand before and after those of the same value
+    others = len(order) - (end - first)  # documents before and after those with the same value
     if not others.all():
-        raise UserError("HeldOut.shuffled: all documents show the same metadata, so none can have another's")
+        raise UserError(
+            "prefix-nothing-to-shuffle", "HeldOut.shuffled: all documents have the same metadata: set it to False"
+        )
     choice = (mix(order.astype(np.uint64)) % others.astype(np.uint64)).astype(np.int64)
     donors = order[np.where(choice < first, choice, choice + (end - first))]
     result: list[str | None] = [None] * len(shown)

@@ -10,7 +10,7 @@ runs as many chunks as the device with the most tokens: a head sharded over the 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -50,14 +50,24 @@ def predicted(segment_ids: Int[Array | np.ndarray, "B L"]) -> Bool[Array, "B L"]
     return jnp.pad(same, ((0, 0), (1, 0))) & (segment_ids > 0)
 
 
+def inputs_and_targets(ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """What a model reads of one text, and at each position the next token, which the hidden state there predicts."""
+    return ids[:-1], ids[1:]
+
+
 def predictors(x: Array) -> Array:
     """Moves values at tokens, [B, L], to the positions whose hidden states predict them: one to the left."""
     return jnp.roll(x, -1, axis=1)  # the last column receives the first token's value, which nothing predicts
 
 
+def from_predictors(x: Array) -> Array:
+    """The inverse shift: moves values at predicting positions, [B, L, ...], to the tokens predicted."""
+    return jnp.roll(x, 1, axis=1)
+
+
 def at_tokens(x: Float[Array, "S N"], length: int) -> Float[Array, "B L"]:
-    """The inverse shift: values at predicting positions, by device, back to the tokens of rows of `length`."""
-    return jnp.roll(mesh.to_rows(x, length), 1, axis=1)
+    """Values at predicting positions, by device, at the predicted tokens of rows of `length`."""
+    return from_predictors(mesh.to_rows(x, length))
 
 
 def token_loss(

@@ -1,4 +1,4 @@
-"""Few-shot prompts: worked examples, three empty lines apart, and a question whose answer is to be continued."""
+"""Few-shot prompts: worked examples, separated by blank lines, and a question that the model answers."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,12 @@ from slm_jax.errors import UserError
 from slm_jax.evaluate.math.examples import CHOICES, MATHQA, PROBLEMS, WORDS, Example
 
 BETWEEN = "\n\n\n"
-# What a base model writes when it begins with the next question itself.
+# What a base model writes when it continues with a question of its own.
 STOP = ("</s>", "\n\nQuestion:", "\n\nProblem:")
 
 
 class Style(NamedTuple):
-    """before, after: the question; after it the solution begins. Of an example, `join` stands before the solution."""
+    """Text before and after the question, text between an example and its solution, and the style's examples."""
 
     before: str
     after: str
@@ -48,14 +48,14 @@ def few_shot(style: Style, examples: Sequence[Example], question: str) -> Prompt
 def fitting(
     style: Style, examples: Sequence[Example], question: str, tokens: Callable[[str], int], room: int
 ) -> Prompt | None:
-    """The prompt with as many examples, the last ones, as have room; None where not even the question has.
+    """The prompt with as many examples, the last ones, as fit; None where not even the question fits.
 
     Args:
-        style: of the question.
-        examples: all that are wanted.
+        style: the style of the question.
+        examples: all examples wanted.
         question: its text.
-        tokens: the length of a text in tokens.
-        room: tokens of the longest prompt.
+        tokens: measures the length of a text in tokens.
+        room: maximum length of a prompt in tokens.
     """
     for first in range(len(examples) + 1):
         prompt = few_shot(style, examples[first:], question)
@@ -65,23 +65,21 @@ def fitting(
 
 
 def read_examples(path: str | Path) -> tuple[Example, ...]:
-    """Examples of a JSON file: a list of objects with `question` and `solution`, as they are to be read.
+    """Reads examples from a JSON file: a list of objects with the texts `question` and `solution`.
 
     Raises:
-        UserError: it is something else.
+        UserError: the file cannot be read, or holds something else.
     """
+    remedy = "write a list of objects with the texts 'question' and 'solution'"
     try:
         items = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"examples {path} cannot be read: {error.strerror}") from error
+        raise UserError("math-examples-unreadable", f"examples {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"examples {path} are not JSON: {error}") from error
-    fields = ("question", "solution")
+        raise UserError("math-examples-invalid", f"examples {path} are not JSON ({error}): {remedy}") from error
     if not isinstance(items, list) or not items:
-        raise UserError(f"examples {path}: takes a list of objects with 'question' and 'solution'")
-    for place, item in enumerate(items, 1):
-        if not isinstance(item, dict) or not all(isinstance(item.get(field), str) for field in fields):
-            raise UserError(
-                f"examples {path}: number {place} is not an object with the texts 'question' and 'solution'"
-            )
+        raise UserError("math-examples-invalid", f"examples {path} are not a list: {remedy}")
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in Example._fields):
+            raise UserError("math-examples-invalid", f"examples {path}: number {number} has no such texts: {remedy}")
     return tuple(Example(item["question"], item["solution"]) for item in items)

@@ -1,7 +1,7 @@
-"""Question sets of mathematics: the records of their files as questions with a gold answer.
+"""Question sets of mathematics: reads the records of their files as questions with a gold answer.
 
-Texts are put together as in the harness that Rho-1 (arXiv 2404.07965, appendix E) evaluates with. Fields are those of
-the public files; of several names a record may have any.
+Texts are composed as in the harness that Rho-1 (arXiv 2404.07965, appendix E) evaluates with. Fields are those of the
+public files; where a field has several names, a record may use any.
 """
 
 import os
@@ -24,8 +24,14 @@ STEM_SUBJECTS = frozenset(
 
 
 class Question(NamedTuple):
-    """text: as it is asked. gold: the right answer; of a choice its letter. choice: whether it is one.
-    percent: it asks for percent, so that 0.5 is as good as 50%. number: its place in the set, from 0 on.
+    """A question of a set.
+
+    Attributes:
+        text: as the model reads it.
+        gold: the right answer; the letter of a choice.
+        choice: whether it is multiple choice.
+        percent: whether it asks for percent, so that 0.5 counts as 50%.
+        number: its index in the set, from 0.
     """
 
     text: str
@@ -135,8 +141,13 @@ def _sat_math(record: Fields) -> Question:
 
 
 class QuestionSet(NamedTuple):
-    """read: a record as a question, None for one that is not asked. style: of its prompt, a key of
-    `prompts.STYLES`. files: how its file may be called, without ending."""
+    """How a set is read.
+
+    Attributes:
+        read: turns a record into a question; None for a record that is left out.
+        style: of the prompt, a key of `prompts.STYLES`.
+        files: possible names of its file, without ending; by default NAME_test and NAME/test.
+    """
 
     read: Callable[[Fields], Question | None]
     style: str
@@ -160,18 +171,21 @@ SETS = {
 
 
 def find_file(name: str, folder: str) -> str:
-    """The file of a set in a folder, in its folder `eval`, or as NAME/test.
+    """The file of a set in a folder, or in its subfolder `eval`.
 
     Raises:
         UserError: no such set, or no such file.
     """
     if name not in SETS:
-        raise UserError(f"no question set {name!r}: there are {', '.join(SETS)}")
+        raise UserError("math-unknown-set", f"no question set {name!r}: known are {', '.join(SETS)}")
     stems = SETS[name].files or (f"{name}_test", f"{name}/test")
     paths = [os.path.join(folder, place, stem + end) for stem in stems for place in ("", "eval") for end in ENDINGS]
     found = next(filter(os.path.isfile, paths), None)
     if found is None:
-        raise UserError(f"no questions of {name} in {folder}: it takes {stems[0]}{ENDINGS[0]} or another of {ENDINGS}")
+        raise UserError(
+            "math-set-not-found",
+            f"no questions of {name} in {folder}: put {stems[0]}{ENDINGS[0]} there, or one of {', '.join(ENDINGS)}",
+        )
     return found
 
 
@@ -181,7 +195,7 @@ def read_questions(name: str, path: str, limit: int | None = None) -> list[Quest
     Args:
         name: a key of `SETS`.
         path: its file, JSON lines or Parquet, compressed or not.
-        limit: no more than so many.
+        limit: maximum number of questions.
 
     Raises:
         UserError: a record cannot be read or lacks a field, or there is no question.
@@ -191,22 +205,22 @@ def read_questions(name: str, path: str, limit: int | None = None) -> list[Quest
         if limit is not None and len(found) == limit:
             break
         if record.fields is None:
-            raise UserError(f"{record.place} cannot be read: {record.problem}")
+            raise UserError("record-invalid", f"{record.place} is {record.problem}: write one JSON object per line")
         try:
             question = SETS[name].read(record.fields)
         except _NoField as error:
-            raise UserError(f"{record.place}: a record of {name} has a field {error}; this one has not") from error
+            raise UserError("record-invalid", f"{record.place}: a record of {name} needs the field {error}") from error
         except (ValueError, IndexError, TypeError) as error:
-            raise UserError(f"{record.place}: not a record of {name} ({error})") from error
+            raise UserError("record-invalid", f"{record.place} is not a record of {name}: {error}") from error
         if question is not None:
             found.append(_completed(question, len(found)))
     if not found:
-        raise UserError(f"{path} holds no question of {name}: check the file")
+        raise UserError("no-records", f"{path} has no questions of {name}: check the file")
     return found
 
 
 def _completed(question: Question, number: int) -> Question:
-    """With its number, and with what the text says about the form of the answer."""
+    """Adds its number, the allowed answers where there are two, and whether it asks for percent."""
     text = question.text
     if not question.choice and question.gold.lower() in ("yes", "no"):
         text += " (Yes or No)"

@@ -1,11 +1,11 @@
-"""Programs that a model wrote, run where they can do no harm.
+"""Runs programs written by a model where they can do no harm.
 
-Each runs in bubblewrap: in namespaces of its own, so without network and without sight of other processes; on a file
-system of its own, read-only but for a scratch folder in memory that is gone with it; without environment and input; as
-nobody; within limits of memory, processor time, processes and file size (`sandbox_child`). At the limit of time or of
-output the kernel ends it with all its processes.
+Each runs in bubblewrap: in separate namespaces, without network and unable to see other processes; on a separate file
+system, read-only except for a scratch folder in memory that vanishes with it; without environment and input; as nobody;
+within limits of memory, processor time, processes and file size (`sandbox_child`). At the limit of time or output the
+program is killed with all its processes.
 
-Whether all that works here is tried before the first program. Where it does not, none is run.
+A probe program tests the isolation before the first program runs. Where it fails, no program runs.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ LONGEST_PROGRAM = 60_000  # bytes, less than a pipe holds
 CHILD = Path(__file__).with_name("sandbox_child.py")
 INSIDE, SCRATCH = "/sandbox_child.py", "/scratch"
 INSTALL = "install bubblewrap 0.8 or newer (Debian, Ubuntu: apt-get install bubblewrap)"
-FIRST_USER, USERS = 1_900_000_000, 200_000_000  # beyond those that systems and containers give to anybody
+FIRST_USER, USERS = 1_900_000_000, 200_000_000  # ids beyond those that systems and containers assign
 _programs = itertools.count()
-# What must not work inside, and what must: written as a program of the kind that it will run.
+# Checks from inside what must not work, and what must: a program like those that will run.
 PROBE = """
 import os, sys, time
 import sympy
@@ -115,12 +115,12 @@ class Sandbox:
         for name in ("memory_mb", "processes", "scratch_mb", "output_characters"):
             config_lib.at_least(1, **{f"Sandbox.{name}": getattr(self, name)})
         if not 0 < self.seconds <= 3600:
-            raise UserError(f"Sandbox.seconds is {self.seconds!r}: it takes a number above 0, 3600 at most")
+            raise UserError("setting-out-of-range", f"Sandbox.seconds is {self.seconds!r}: set a number in (0, 3600]")
         if self.trust not in (None, TRUST):
-            raise UserError(f"Sandbox.trust is {self.trust!r}: it takes nothing, or the words {TRUST!r}")
+            raise UserError("sandbox-invalid-trust", f"Sandbox.trust is {self.trust!r}: set None, or {TRUST!r}")
 
     def check(self) -> str:
-        """How programs are run here.
+        """How programs run here, in words.
 
         Raises:
             UserError: there is no working sandbox, and no trust.
@@ -129,14 +129,15 @@ class Sandbox:
         if problem is None:
             return "in bubblewrap"
         if self.trust == TRUST:
-            return f"without a sandbox, with limits only, as was accepted ({problem})"
+            return f"without a sandbox, only with limits, as Sandbox.trust accepts ({problem})"
         raise UserError(
-            f"programs of a model are not run here: {problem}. Remedy: {INSTALL}, allow it user namespaces where you "
-            f"are not root, or set Sandbox.trust = {TRUST!r}"
+            "sandbox-not-working",
+            f"programs written by a model do not run here: {problem}; {INSTALL}, allow it user namespaces if you are "
+            f"not root, or set Sandbox.trust = {TRUST!r}",
         )
 
     def run_all(self, programs: Sequence[str]) -> list[Ran]:
-        """Runs programs, as many at a time as there are cores.
+        """Runs programs, one per core at a time.
 
         Raises:
             UserError: as `check`.
@@ -155,7 +156,7 @@ class Sandbox:
             return _supervise([sys.executable, *self._child(isolated=False)], content, self, scratch)
 
     def _child(self, isolated: bool) -> list[str]:
-        """What Python is started with."""
+        """Arguments of Python: the child's file and its limits."""
         limits = {
             "memory": self.memory_mb << 20,
             "cpu_seconds": max(1, round(self.seconds)),
@@ -167,13 +168,13 @@ class Sandbox:
 
 
 def _user() -> int:
-    """A user of its own for each program, where we are root: processes are counted, and limited, by user."""
+    """A different user for each program where we are root, because the kernel counts and limits processes by user."""
     return FIRST_USER + (os.getpid() * 1000 + next(_programs)) % USERS
 
 
 @functools.cache
 def _problem() -> str | None:
-    """Why there is no working sandbox here; None where there is one. Tries what it is to prevent."""
+    """Why there is no working sandbox here; None where there is one. Tries what it should prevent."""
     if not sys.platform.startswith("linux"):
         return f"{sys.platform} has no sandbox that this works with"
     if shutil.which("bwrap") is None:
@@ -210,7 +211,7 @@ def _isolated(child: Sequence[str], scratch_bytes: int) -> list[str]:
 
 
 def _folders() -> list[str]:
-    """What a program may read: the system's libraries, this Python, and where sympy lies."""
+    """What a program may read: the system's libraries, this Python, and sympy's folder."""
     folders = {"/usr", "/lib", "/lib64", sys.prefix, sys.base_prefix}
     sympy = importlib.util.find_spec("sympy")
     if sympy is not None and sympy.origin is not None:
@@ -220,7 +221,7 @@ def _folders() -> list[str]:
 
 
 def _supervise(command: Sequence[str], program: bytes, sandbox: Sandbox, folder: str) -> Ran:
-    """Runs the command with the program as its input; reads what it writes; ends its group at the limits."""
+    """Runs the command with the program as its input; reads its output; kills its process group at the limits."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Tool-integrated reasoning in ToRA's format (arXiv 2309.17452): a model writes programs and reads what they print.
+"""Tool-integrated reasoning in ToRA's format (arXiv 2309.17452): a model writes programs and reads their output.
 
 <|user|>
 QUESTION
@@ -7,7 +7,7 @@ QUESTION
 PROGRAM
 ```
 ```output
-WHAT IT WROTE
+ITS OUTPUT
 ```
 and so on, to an answer in \\boxed{}
 """
@@ -21,7 +21,7 @@ from slm_jax.evaluate.math.prompts import Prompt
 from slm_jax.evaluate.math.sandbox import Ran
 
 STOP = ("</s>", "\n\n---", "```output")
-RESULT_CHARACTERS = 1000  # of what a program wrote, shown to the model
+RESULT_CHARACTERS = 1000  # of a program's output, shown to the model
 
 Complete = Callable[[Sequence[str], Sampling], list[Continuation]]
 RunAll = Callable[[Sequence[str]], list[Ran]]
@@ -32,7 +32,7 @@ def tool_prompt(question: str) -> Prompt:
 
 
 def program(text: str) -> str | None:
-    """The program that a text ends with: what stands in its last ```python block, if nothing stands behind it."""
+    """The program in the last ```python block of a text; None unless the text ends with that block."""
     _, opening, after = text.rpartition("```python\n")
     code, closing, rest = after.partition("```")
     return code if opening and closing and not rest.strip() else None
@@ -46,18 +46,15 @@ def attempts_with_tools(
     rounds: int,
     has_room: Callable[[str], bool],
 ) -> list[Attempt]:
-    """Lets a model solve problems with programs.
+    """Lets a model solve problems with programs; returns one attempt per prompt.
 
     Args:
         complete: continues texts.
         sampling: how; its `stop` is replaced by ToRA's.
-        prompts: of `tool_prompt`.
-        run_all: runs programs, each for itself: none sees what an earlier one defined.
-        rounds: how many programs a model may run; once it has read the output of the last, it writes its answer.
-        has_room: whether the model can read a text and write what `sampling` allows behind it.
-
-    Returns:
-        One attempt a prompt.
+        prompts: made by `tool_prompt`.
+        run_all: runs programs independently: none sees what another one defined.
+        rounds: maximum number of programs per answer; after the output of the last the model writes its answer.
+        has_room: whether the model can read a text and then write the tokens that `sampling` allows.
     """
     written = [""] * len(prompts)
     ended = ["context"] * len(prompts)

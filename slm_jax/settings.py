@@ -6,6 +6,7 @@ The sentences are the entries `name: text` of docstrings, under `Args:` or `Attr
 import dataclasses
 import inspect
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -25,7 +26,7 @@ class Setting:
       name: its name, without that of the configurable.
       type: its annotation as text, module names removed; empty where there is none.
       default: its default as Python writes it; None where it is required, `(of the size)` where `model.size` decides.
-      values: the allowed values, where the annotation lists them (`Literal`).
+      values: the allowed values, where a `Literal` in the annotation or a table named in the sentence lists them.
       sentence: what the docstring says about it; empty where it says nothing.
       reaches: names of the configurables whose values it takes.
     """
@@ -75,7 +76,7 @@ def settings_of(name: str) -> list[Setting]:
                 parameter.name,
                 _type_text(parameter.annotation),
                 defaults[parameter.name],
-                tuple(repr(value) for value in _literals(parameter.annotation)),
+                tuple(repr(value) for value in _values(parameter.annotation, sentence, entry.wrapped)),
                 sentence,
                 tuple(dict.fromkeys([*taken, *(made for word in named for made in producers[word])])),
             )
@@ -100,7 +101,7 @@ def help_text(stage: str) -> str:
     for name in reached_by(stage):
         lines += ["", name if name == stage else textwrap.fill(f"{name}: {summary(name)}", WIDTH)]
         for setting in settings_of(name):
-            text = setting.sentence + (f" One of {', '.join(setting.values)}." if setting.values else "")
+            text = setting.sentence + (f" Values: {', '.join(setting.values)}." if setting.values else "")
             lines += [f"  {name}.{setting.declaration}"]
             lines += [textwrap.fill(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)] if text else []
     return "\n".join(lines)
@@ -116,7 +117,8 @@ def sentences(documented: Any) -> dict[str, str]:
     """Name -> text of the entries under `Args:` or `Attributes:` in the docstring of a function or dataclass."""
     text = inspect.cleandoc(documented.__doc__ or "")
     section = re.search(r"^(?:Args|Attributes):\n((?:[ ]+.*\n?)+)", text, re.MULTILINE)
-    entries = re.split(r"^(\w+): +", inspect.cleandoc("\n" + section[1]), flags=re.MULTILINE) if section else [""]
+    listed = inspect.cleandoc("\n" + section[1]) if section else ""
+    entries = re.split(r"^\*{0,2}(\w+): +", listed, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in zip(entries[1::2], entries[2::2], strict=True)}
 
 
@@ -139,12 +141,15 @@ def _kinds(annotation: Any) -> Iterator[type]:
         yield annotation
 
 
-def _literals(annotation: Any) -> Iterator[Any]:
+def _values(annotation: Any, sentence: str, owner: Any) -> Iterator[Any]:
+    """What a `Literal` in the annotation lists, and the keys of tables of the owner's module named in the sentence."""
     if typing.get_origin(annotation) is typing.Literal:
         yield from typing.get_args(annotation)
     else:
         for argument in typing.get_args(annotation):
-            yield from _literals(argument)
+            yield from _values(argument, "", owner)
+    for name in re.findall(r"`([A-Z_]{2,})`", sentence):
+        yield from getattr(sys.modules[owner.__module__], name, ())
 
 
 def _type_text(annotation: Any) -> str:

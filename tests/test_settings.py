@@ -48,7 +48,9 @@ def test_types_and_allowed_values_are_those_of_the_annotation():
     assert found["phases"].declaration == "phases: Sequence[Phase] = ()"
     assert found["run_dir"].declaration == "run_dir: str = (required)"
     assert found["init_from"].type == "str | None" and found["seed"].values == ()
-    assert list(settings._literals(Literal["a", "b"] | None)) == ["a", "b"]
+    assert list(settings._values(Literal["a", "b"] | None, "", settings.Setting)) == ["a", "b"]
+    size, *_ = settings.settings_of("model")
+    assert "'demo'" in size.values and "'llama2_7b'" in size.values
 
 
 @pytest.mark.parametrize(

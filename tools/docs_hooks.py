@@ -90,7 +90,7 @@ def settings_page() -> str:
             for setting in settings.settings_of(name):
                 default = code(setting.default) if setting.default else "required"
                 text = setting.sentence
-                text += f" One of {', '.join(f'`{value}`' for value in setting.values)}." if setting.values else ""
+                text += f" Values: {', '.join(f'`{value}`' for value in setting.values)}." if setting.values else ""
                 lines.append(f"| `{setting.name}` | {code(setting.type)} | {default} | {cell(text)} |")
             reached = [f"[{other}](#{other.lower()})" for other in settings.reached_by(name)[1:]]
             lines += ["", *([f"Takes settings of {', '.join(reached)}.", ""] if reached else [])]

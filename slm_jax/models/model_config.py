@@ -267,7 +267,7 @@ def model_config(size: str = "demo", **changes: Any) -> ModelConfig:
     For example `model.size = 'tinyllama_1_1b'` or `model.size = 'runs/tinyllama'`, with `model.num_layers = 2`.
 
     Args:
-      size: a name in `SIZES`, or a model directory.
+      size: a key of `SIZES`, or a model directory.
       **changes: fields of `ModelConfig`.
 
     Raises:

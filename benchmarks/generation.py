@@ -18,7 +18,7 @@ import numpy as np
 import torch_step
 
 from slm_jax import mesh as mesh_lib
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.models import forward
 from slm_jax.models.model_config import ModelConfig, model_config

@@ -20,8 +20,9 @@ import measure
 import sentencepiece
 
 from slm_jax.data.prepare import prepare
+from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
 from slm_jax.data.sources import Source, read_documents
-from slm_jax.data.vocabularies import VocabularyConfig, train_sentencepiece
+from slm_jax.data.vocabularies import VocabularyConfig
 from slm_jax.demo.corpora import write_demo_corpora
 
 TRAINING_DOCUMENTS = 2000

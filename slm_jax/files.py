@@ -74,7 +74,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
       UserError: `file-damaged`. A missing file is an OSError.
     """
     try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except ValueError as error:
         raise _damaged(path, "not JSON") from error
     if not isinstance(value, dict):

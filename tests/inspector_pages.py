@@ -13,7 +13,7 @@ import toy
 
 from slm_jax.data.corpus import Corpus, CorpusWriter
 from slm_jax.data.store import Store
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 
 SEQUENCE_LENGTH = 64
 KEPT = 18  # rows, of the 20 there are

@@ -10,7 +10,7 @@ import pytest
 from inspector_pages import TEXTS, data_of, unpacked
 
 from slm_jax.analyze.inspector_page import Column, Model, Rows, inspector_page
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from slm_jax.analyze.tables import of_values, plain
 from slm_jax.analyze.tokenizers import Fertility, added, analyze_tokenizers, bits_per_byte, fertility, texts_of
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
+from slm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
 from slm_jax.data.sources import Source
-from slm_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, train_sentencepiece
+from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.models.trained_model import load_model
 

@@ -18,7 +18,8 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.convert import export_model as export_model_module
 from slm_jax.convert.export_model import export_model
 from slm_jax.convert.import_model import import_model
-from slm_jax.data.vocabularies import ByteVocabulary, load_vocabulary
+from slm_jax.data.vocabularies import load_vocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.mesh import MeshConfig
 from slm_jax.models import weights
 from slm_jax.models.forward import param_shapes

@@ -10,14 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_jax.data.alignment import Aligned, Aligner, carried
+from slm_jax.data.sentencepiece_vocabulary import MODEL_FILE, SentencePieceVocabulary, train_sentencepiece
 from slm_jax.data.tokenizer_files import tokenizer_files
-from slm_jax.data.vocabularies import (
-    MODEL_FILE,
-    ByteVocabulary,
-    SentencePieceVocabulary,
-    Vocabulary,
-    train_sentencepiece,
-)
+from slm_jax.data.vocabulary import ByteVocabulary, Vocabulary
 
 WORDS = "ducks swim under the old stone bridge, näher 漢字 😀\n  while geese and hens wait for some corn".split(" ")
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=12)) + f" {i}\n" for i in range(300)]

@@ -16,8 +16,10 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.prepare import prepare
 from slm_jax.data.preprocess import tokenize_document
+from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
 from slm_jax.data.sources import Source, read_documents
-from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary, VocabularyConfig, train_sentencepiece
+from slm_jax.data.vocabularies import VocabularyConfig
+from slm_jax.data.vocabulary import ByteVocabulary, Vocabulary
 from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import Selection
 
@@ -161,7 +163,7 @@ def test_schemas_of_public_data_say_the_same(schema, tmp_path):
     as_json = {key: json.dumps(value) if isinstance(value, list) else value for key, value in record.items()}
     files = (write(tmp_path / "a.jsonl", record, as_json), str(tmp_path / "a.parquet"))
     for row in read(*files, schema=schema, template="tora"):
-        assert row["text"] == "<|user|>\n1+1?\n<|assistant|>\n2" and json.loads(row["loss_spans"]) == [[28, 29, False]]
+        assert row["text"] == "<|user|>\n1+1?\n<|assistant|>\n2" and row["loss_spans"] == [(28, 29, False)]
 
 
 def test_fields_of_other_names(tmp_path):
@@ -173,20 +175,24 @@ def test_fields_of_other_names(tmp_path):
 @pytest.mark.parametrize(
     "schema, record, reason",
     [
-        ("messages", {"messages": "hello"}, "not a list of turns with 'role' and 'content'"),
+        ("messages", {"messages": "hello"}, "not a list of turns (with 'role' and 'content')"),
         ("messages", {"messages": [["user", "hello"]]}, "not a list of turns"),
         (
             "messages",
             {"messages": [{"role": "tool", "content": "x"}]},
-            "a turn has 'role' 'tool': known are system, user",
+            "unknown role ('role' is 'tool'; known are system, user",
         ),
-        ("messages", {"messages": [{"from": "human", "value": "x"}]}, "a turn has 'role' None"),
-        ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "a turn has 'role' ['user']"),
+        ("messages", {"messages": [{"from": "human", "value": "x"}]}, "unknown role ('role' is None"),
+        ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "unknown role ('role' is ['user']"),
         ("messages", {"messages": "[" * 100_000}, "not a list of turns"),
-        ("messages", {"messages": [{"role": "user", "content": None}]}, "a turn has 'content' None: it is a text"),
+        ("messages", {"messages": [{"role": "user", "content": None}]}, "a turn without text ('content' is None)"),
         ("messages", {"text": "hello"}, "no field 'messages' (schema 'messages'; fields there: text)"),
         ("prompt_response", {"prompt": "x", "response": ["y"]}, "fields 'prompt' and 'response' are not both strings"),
         ("prompt_response", {"prompt": "x"}, "fields 'prompt' and 'response' are not both strings"),
+        ("prompt_response", {"prompt": None, "response": "y"}, "fields 'prompt' and 'response' are not both strings"),
+        ("prompt_response", {"prompt": 0, "response": "y"}, "fields 'prompt' and 'response' are not both strings"),
+        ("messages", {"messages": 0}, "not a list of turns"),
+        ("messages", {"messages": {}}, "not a list of turns"),
         ("prompt_response", {"prompt": "\ud800", "response": "y"}, "not valid Unicode"),
     ],
 )
@@ -194,8 +200,8 @@ def test_a_malformed_conversation_is_counted_and_then_named(schema, record, reas
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(RECORDS[schema]) + "\n" + json.dumps(record))
     settings = {"schema": schema, "template": "plain"}
-    assert [row["skipped"] for row in read(str(path), **settings)] == ["", "unreadable record"]
-    message = toy.refusal(read, str(path), bad_lines=0, **settings)
+    assert [row["skipped"] for row in read(str(path), **settings)] == ["", reason.partition(" (")[0]]
+    message = toy.refused("source-bad-lines", read, str(path), bad_lines=0, **settings)
     assert f"{path}:2: {reason}" in message
 
 
@@ -206,27 +212,25 @@ def test_a_conversation_without_a_response_is_skipped(tmp_path):
         {"prompt": "1+1?", "response": None},
         {"prompt": "1+1?", "response": " \n"},
         {"prompt": "", "response": "2"},
+        {"prompt": "1+1?", "response": "2"},
     )
-    assert {row["skipped"] for row in read(path, schema="prompt_response", template="tora")} == {
-        "no response",
-        "empty text",
-    }
+    found = [row["skipped"] for row in read(path, schema="prompt_response", template="tora")]
+    assert found == ["no response"] * 3 + ["empty text", ""]
 
 
 @pytest.mark.parametrize(
-    "named, reason",
+    "settings, named",
     [
-        ({"schema": "messages"}, "schema 'messages' has conversations: say with template which of plain, tora, chatml"),
-        ({"response_field": "answer"}, "schema 'plain' has conversations"),
-        ({"template": "tora"}, "a template is for conversations, schema 'plain' has a text"),
-        ({"schema": "messages", "template": "llama"}, "template 'llama' is not one of plain, tora, chatml"),
-        ({"schema": "messages", "template": "plain", "spans_field": "spans"}, "neither spans_field nor TFDS"),
-        ({"schema": "messages", "template": "plain", "files": ["tfds:c4:1.0.0:train"]}, "neither spans_field nor TFDS"),
+        ({"schema": "messages"}, "'messages' has conversations: set template to one of plain, tora, chatml"),
+        ({"response_field": "answer"}, "schema 'plain'"),
+        ({"template": "tora"}, "schema 'plain'"),
+        ({"schema": "messages", "template": "llama"}, "'llama' is not one of plain, tora, chatml"),
+        ({"schema": "messages", "template": "plain", "spans_field": "spans"}, "spans_field"),
     ],
 )
-def test_a_source_that_makes_no_sense(named, reason, tmp_path):
+def test_a_source_that_makes_no_sense(settings, named, tmp_path):
     path = write(tmp_path / "a.jsonl", RECORDS["messages"])
-    assert reason in toy.refusal(Source(**{"name": "s", "files": [path], **named}).check)
+    assert named in toy.refused("source-template", Source(**{"name": "s", "files": [path], **settings}).check)
 
 
 def test_roles_are_written_by_every_template():
@@ -252,8 +256,9 @@ def test_prepare_and_train_on_answers_alone(tmp_path):
             assert tokens[here][0] == BYTES.bos_id and tokens[here][-1] == BYTES.eos_id, "whole"
             answers.append(BYTES.decode(tokens[here & mask]))
     assert sorted(answers) == sorted(f"It is {i + 1}.\n```outputYes" for i in range(120))
-    refused = toy.refusal(prepare, tmp_path / "other", [source], **arguments, metadata=Metadata())
-    assert "has conversations (template 'tora'), before which no metadata stands" in refused
+    other = (tmp_path / "other", [source])
+    message = toy.refused("metadata-of-conversations", prepare, *other, **arguments, metadata=Metadata())
+    assert "template 'tora'" in message
     phases = [toy.phase(corpus, steps=2, selection=Selection("loss", ratio=0.5))]
     toy.train_here(tmp_path / "run", phases, model=dataclasses.replace(toy.MODEL, max_length=160))
     rows = RunDirectory(tmp_path / "run").metrics()

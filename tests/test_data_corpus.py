@@ -10,7 +10,7 @@ import toy
 
 from slm_jax.data.corpus import COLUMNS, Corpus, CorpusWriter
 from slm_jax.data.store import SHARD_ROWS, Store, disk_full_is_an_answer
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.errors import UserError
 
 ROWS, LENGTH = SHARD_ROWS + 44, 8
@@ -101,12 +101,12 @@ def test_a_corpus_that_cannot_be_opened(corpus, tmp_path):
     path = tmp_path / "corpus"
     assert str(tmp_path / "nothing") in toy.refused("corpus-not-found", Corpus.open, tmp_path / "nothing")
     assert "manifest.json" in toy.refused("corpus-not-one", Corpus.open, path / "vocabulary")
-    assert "only local paths" in refusal(Corpus.open, "ftp://host/corpus")
+    assert "ftp://host/corpus" in toy.refused("path-unsupported", Corpus.open, "ftp://host/corpus")
     manifest = path / "manifest.json"
     good = manifest.read_text()
-    for text, message in [(good[:-20], "is damaged (not JSON)"), ("[]", "not an object")]:
+    for text in (good[:-20], "[]"):
         manifest.write_text(text)
-        assert message in refusal(Corpus.open, path)
+        assert str(manifest) in toy.refused("file-damaged", Corpus.open, path)
     for code, text, named in [
         ("corpus-damaged", good.replace('"num_rows"', '"rows"'), "KeyError('num_rows')"),
         ("corpus-format", json.dumps(json.loads(good) | {"format_version": 99}), "format version 99"),
@@ -126,8 +126,7 @@ def test_a_score_is_written_in_ranges_and_read_beside_the_columns(corpus):
     assert score.pending() == [(0, SHARD_ROWS), (SHARD_ROWS, ROWS)] and not score.complete
     score.write(SHARD_ROWS, loss(44, 2.0))
     score.write(0, loss(10, 1.0))
-    message = refusal(corpus.score, "small")
-    assert f"half finished (54 of {ROWS} rows)" in message
+    assert f"54 of {ROWS} rows" in toy.refused("score-unfinished", corpus.score, "small")
     again = Corpus.open(corpus.path).create_score("small", reference=REFERENCE)
     assert again.finished().sum() == 54 and again.pending() == [(0, SHARD_ROWS)]
     again.write(0, loss(SHARD_ROWS, 1.0))
@@ -135,25 +134,23 @@ def test_a_score_is_written_in_ranges_and_read_beside_the_columns(corpus):
     assert corpus.score("small").reference == REFERENCE
     read = corpus.read(np.array([0, ROWS - 1]), ["tokens", "scores/small/loss"])
     assert read["scores/small/loss"][:, 0].tolist() == [1.0, 2.0]
-    assert "has no statistic 'entropy'" in refusal(corpus.read, np.array([0]), ["scores/small/entropy"])
+    message = toy.refused("score-no-statistic", corpus.read, np.array([0]), ["scores/small/entropy"])
+    assert "'entropy'" in message
 
 
 def test_score_refusals(corpus, tmp_path):
     corpus.create_score("small", ("loss", "entropy"), "float16", reference=REFERENCE)
-    assert "has no score 'large' (it has small)" in refusal(corpus.score, "large")
-    other = {"checkpoint": "large"}
-    assert "was begun with reference" in refusal(
-        corpus.create_score, "small", ("loss", "entropy"), "float16", reference=other
-    )
-    assert "was begun with dtype float16" in refusal(
-        corpus.create_score, "small", ("loss", "entropy"), reference=REFERENCE
-    )
-    assert "was begun with statistics" in refusal(corpus.create_score, "small", dtype="float16", reference=REFERENCE)
-    assert "use letters" in refusal(corpus.create_score, "../escape", reference=REFERENCE)
-    assert "dtype 'int8'" in refusal(corpus.create_score, "a", dtype="int8", reference=REFERENCE)
+    assert "'large' (it has small)" in toy.refused("score-not-found", corpus.score, "large")
+    changed = {"reference": {"checkpoint": "large"}, "dtype": "float32", "statistics": ("loss",)}
+    for key, value in changed.items():
+        same = {"statistics": ("loss", "entropy"), "dtype": "float16", "reference": REFERENCE}
+        message = toy.refused("score-other-settings", corpus.create_score, "small", **{**same, key: value})
+        assert f"with {key} " in message
+    assert "'../escape'" in toy.refused("score-name", corpus.create_score, "../escape", reference=REFERENCE)
+    assert "'int8'" in toy.refused("score-dtype", corpus.create_score, "a", dtype="int8", reference=REFERENCE)
     another = make(tmp_path / "another", seed=1)
     shutil.copytree(tmp_path / "corpus" / "scores", tmp_path / "another" / "scores")
-    message = refusal(another.score, "small")
+    message = toy.refused("score-other-corpus", another.score, "small")
     assert corpus.fingerprint[:12] in message and another.fingerprint[:12] in message
     score = corpus.create_score("good", reference=REFERENCE)
     with pytest.raises(IndexError, match="outside the score"):

@@ -9,18 +9,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizer_families import FAMILIES, HARD, SPECIAL, STORY, TEXTS, save, sentencepiece_of_llama
 from tokenizers import Tokenizer
-from toy import refusal
+from toy import refused
 
-from slm_jax.data.huggingface_vocabulary import HuggingFaceVocabulary
+from slm_jax.data.huggingface_vocabulary import BYTE_CHARACTERS, HuggingFaceVocabulary
+from slm_jax.data.prepare import prepare
 from slm_jax.data.preprocess import tokenize_document
+from slm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
+from slm_jax.data.seqio_tasks import to_seqio_vocabulary
+from slm_jax.data.sources import Source
 from slm_jax.data.tokenizer_files import tokenizer_files
-from slm_jax.data.vocabularies import (
-    ByteVocabulary,
-    SentencePieceVocabulary,
-    load_vocabulary,
-    to_seqio,
-    train_sentencepiece,
-)
+from slm_jax.data.vocabularies import VocabularyConfig, load_vocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 
 any_family = pytest.mark.parametrize("family", FAMILIES)
 BYTE_LEVEL = ("gpt_neox", "llama_3", "qwen")
@@ -181,44 +180,72 @@ def test_bos_and_eos_may_be_named_by_number(directories, tmp_path):
 
 
 def test_what_cannot_be_read_is_refused(directories, tmp_path):
-    def with_(change, family="llama_3") -> str:
+    def with_(code, change, family="llama_3") -> str:
         directory = tmp_path / "changed"
         shutil.copytree(directories[family], directory, dirs_exist_ok=True)
         content = json.loads((directory / "tokenizer.json").read_text())
         change(content, content["model"])
         (directory / "tokenizer.json").write_text(json.dumps(content))
-        line = refusal(load_vocabulary, directory)
+        line = refused(code, load_vocabulary, directory)
         assert line.startswith(f"{directory}/tokenizer.json")
         return line
 
-    assert "type Unigram: BPE is read" in with_(lambda _, model: model.update(type="Unigram"))
-    assert "type WordPiece: BPE is read" in with_(lambda _, model: model.update(type="WordPiece"))
-    assert "cannot say every text" in with_(lambda _, model: model["vocab"].pop("Ġ"))
-    assert "cannot say every text" in with_(lambda _, model: model.update(byte_fallback=False), "llama_2")
-    assert "cannot be read by tokenizers" in with_(lambda content, _: content.update(normalizer={"type": "Magic"}))
-    assert "is not a tokenizer.json" in with_(lambda content, _: content.update(model=[]))
+    assert "Unigram" in with_("vocabulary-unknown-kind", lambda _, model: model.update(type="Unigram"))
+    assert "WordPiece" in with_("vocabulary-unknown-kind", lambda _, model: model.update(type="WordPiece"))
+    with_("vocabulary-incomplete", lambda _, model: model["vocab"].pop("Ġ"))
+    with_("vocabulary-incomplete", lambda _, model: model.update(byte_fallback=False), "llama_2")
+    with_("vocabulary-incomplete", lambda _, model: model["vocab"].pop("<0xF4>"), "llama_2")
+    with_("vocabulary-damaged", lambda content, _: content.update(normalizer={"type": "Magic"}))
+    with_("vocabulary-damaged", lambda content, _: content.update(model=[]))
 
     def a_word_is_special(content, model):
         assert model["ignore_merges"]
         word = next(piece for piece in model["vocab"] if len(piece) > 1 and piece.isascii() and piece.isalpha())
         content["added_tokens"].append({**content["added_tokens"][0], "content": word, "id": model["vocab"][word]})
 
-    assert "a text can say its control token" in with_(a_word_is_special)
+    with_("vocabulary-control-token", a_word_is_special)
     shutil.copy(directories["llama_3"] / "tokenizer.json", tmp_path)
-    assert "nothing beside it names EOS" in refusal(load_vocabulary, tmp_path)
-    assert "no such file" in refusal(load_vocabulary, tmp_path / "nothing.json")
+    assert str(tmp_path) in refused("vocabulary-no-eos", load_vocabulary, tmp_path)
+    assert "nothing.json" in refused("vocabulary-not-found", load_vocabulary, tmp_path / "nothing.json")
     vocabulary = load_vocabulary(directories["llama_3"])
     vocabulary.save(tmp_path / "saved")
     (tmp_path / "saved" / "tokenizer.json").write_bytes((directories["qwen"] / "tokenizer.json").read_bytes())
-    assert "its content changed" in refusal(load_vocabulary, tmp_path / "saved")
+    assert str(tmp_path / "saved") in refused("vocabulary-damaged", load_vocabulary, tmp_path / "saved")
     (tmp_path / "saved" / "tokenizer.json").unlink()
-    assert "lost its tokenizer.json" in refusal(load_vocabulary, tmp_path / "saved")
+    assert "tokenizer.json is missing" in refused("vocabulary-damaged", load_vocabulary, tmp_path / "saved")
+
+
+def test_bytes_that_a_vocabulary_lacks_are_counted_where_they_occur(directories, tmp_path):
+    """SmolLM2 has pieces for 235 of the 256 bytes; the others never or hardly ever occur in UTF-8."""
+    content = json.loads((directories["llama_3"] / "tokenizer.json").read_text())
+    lacking = [0x00, 0x1B, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *range(0xF4, 0x100)]
+    names = [character for character, byte in BYTE_CHARACTERS.items() if byte in lacking]
+    last = max(content["model"]["vocab"].values())
+    for number, name in enumerate(names):  # their ids stay, with pieces that no text spells
+        content["model"]["vocab"][f"unused {number}"] = content["model"]["vocab"].pop(name)
+    assert max(content["model"]["vocab"].values()) == last
+    shutil.copytree(directories["llama_3"], tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(content))
+    whole, lacks = load_vocabulary(directories["llama_3"]), load_vocabulary(tmp_path / "model")
+    for text in [*HARD[:9], HARD[10]]:
+        assert lacks.encode(text) == whole.encode(text) and lacks.unspelled(text) == whole.unspelled(text) == ""
+    rare = "\U000e0000"  # F3 A0 80 80
+    text = f"one\x00 two {rare}{rare} three 😀"
+    assert lacks.unspelled(text) == f"\x00{rare}{rare}" and whole.unspelled(text) == ""
+    assert len(lacks.encode(text)) == len(whole.encode(text)) - 3  # the three bytes, and nothing else
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in (text, "four \x00", "five")))
+    config = VocabularyConfig(path=str(tmp_path / "model"))
+    made = prepare(tmp_path / "corpus", [Source("s", [str(tmp_path / "a.jsonl")])], config, 64, processes=1)
+    assert made.manifest["unspelled"] == {"U+0000": 2, "U+E0000": 2}
+    config = VocabularyConfig(path=str(directories["llama_3"]))
+    made = prepare(tmp_path / "whole", [Source("s", [str(tmp_path / "a.jsonl")])], config, 64, processes=1)
+    assert "unspelled" not in made.manifest
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama_2"])
 def test_seqio_has_the_same_ids(family, vocabularies):
     vocabulary = vocabularies[family]
-    theirs = to_seqio(vocabulary)
+    theirs = to_seqio_vocabulary(vocabulary)
     assert (theirs.bos_id, theirs.eos_id, theirs.pad_id) == (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id)
     assert theirs.vocab_size == vocabulary.size
     ids = vocabulary.encode(STORY)

@@ -21,7 +21,8 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata, domain, hashed, host, most_frequent, prefix_tokens, suffix
 from slm_jax.data.prepare import prepare
 from slm_jax.data.sources import Source, read_documents, text_fraction
-from slm_jax.data.vocabularies import ByteVocabulary, VocabularyConfig
+from slm_jax.data.vocabularies import VocabularyConfig
+from slm_jax.data.vocabulary import ByteVocabulary
 
 BYTES = VocabularyConfig(kind="bytes")
 HOSTS = ["en.wikipedia.org"] * 6 + ["www.bbc.co.uk"] * 3 + ["a.example.com"]
@@ -134,15 +135,15 @@ def test_what_stands_before_a_document(settings, own, expected):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "settings, code, named",
     [
-        ({"form": "path"}, "Metadata.form 'path' is not one of host, url, domain, suffix"),
-        ({"missing": "drop"}, "Metadata.missing 'drop' must be 'unknown' or 'none'"),
-        ({"top": 0}, "Metadata.top is 0"),
+        ({"form": "path"}, "metadata-form", "'path' is not one of host, url, domain, suffix"),
+        ({"missing": "drop"}, "metadata-missing", "'drop'"),
+        ({"top": 0}, "metadata-top", "Metadata.top is 0"),
     ],
 )
-def test_settings_that_make_no_sense(settings, message):
-    assert message in toy.refusal(Metadata, **settings)
+def test_settings_that_make_no_sense(settings, code, named):
+    assert named in toy.refused(code, Metadata, **settings)
 
 
 def record(number: int) -> dict:
@@ -242,7 +243,7 @@ def test_the_manifest_and_the_report_count(pair, source, tmp_path, capsys):
     assert everything.documents()["metadata"].to_pylist().count(None) == 3
     printed = capsys.readouterr().out
     assert (
-        "before each document: 'URL: ...' of the URL" in printed
+        "before each document: 'URL: ...' from the URL" in printed
         and "metadata of their own, web: no URL: 2 documents" in printed
     )
     assert f"metadata: {everything.manifest['metadata']['tokens']:,} tokens, 4 values" in printed
@@ -288,20 +289,22 @@ def test_the_same_again_and_other_settings(pair, source, capsys):
     again = {**settings, "metadata": Metadata(), "plain": plain, "plain_share": 0.25}
     assert prepare(where, [source], **again).fingerprint == pair[0].fingerprint
     assert capsys.readouterr().out.count("is there already") == 2
-    assert "metadata was {" in toy.refusal(prepare, where, [source], **{**again, "metadata": None})
-    assert "texts was" in toy.refusal(prepare, where, [source], **{**again, "plain": None})
+    for changed, named in [({"metadata": None}, "metadata was {"), ({"plain": None}, "texts was")]:
+        assert named in toy.refused("prepare-other-settings", prepare, where, [source], **{**again, **changed})
     other = where.parent / "other"
-    assert "texts was [0.0, 0.25], now [0.0, 0.5]" in toy.refusal(
-        prepare, other, [source], **{**again, "plain_share": 0.5}
-    )
+    message = toy.refused("prepare-other-settings", prepare, other, [source], **{**again, "plain_share": 0.5})
+    assert "texts was [0.0, 0.25], now [0.0, 0.5]" in message
     assert not other.exists()  # refused before the first corpus is made, not after
-    for changed, message in [({"plain_share": 1.0}, "plain_share is 1.0"), ({"plain": other}, "are both")]:
-        assert message in toy.refusal(prepare, other, [source], **{**again, **changed})
+    for changed, code, named in [
+        ({"plain_share": 1.0}, "prepare-plain-share", "1.0"),
+        ({"plain": other}, "prepare-same-directory", str(other)),
+    ]:
+        assert named in toy.refused(code, prepare, other, [source], **{**again, **changed})
 
 
 def test_a_source_that_cannot_have_the_metadata(source, tmp_path):
     def message(source: Source, metadata: Metadata) -> str:
-        return toy.refusal(prepare, tmp_path / "corpus", [source], BYTES, metadata=metadata)
+        return toy.refused("metadata-no-field", prepare, tmp_path / "corpus", [source], BYTES, metadata=metadata)
 
     files = source.files
     line = message(Source("web", files, url_field="link"), Metadata())
@@ -335,7 +338,7 @@ prepare.prepare(where + "/url", [Source("web", [file])], VocabularyConfig(kind="
 """
 
 
-def test_killed_within_the_second_it_goes_on_there(pair, source, tmp_path, capsys):
+def test_killed_within_the_second_it_continues_there(pair, source, tmp_path, capsys):
     command = [sys.executable, "-c", KILLED, str(tmp_path), source.files[0]]
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -344,7 +347,7 @@ def test_killed_within_the_second_it_goes_on_there(pair, source, tmp_path, capsy
     settings = {"vocabulary": BYTES, "sequence_length": 256, "packing": "complete", "processes": 1}
     where = {"plain": tmp_path / "plain", "plain_share": 0.25}
     prepare(tmp_path / "url", [source], metadata=Metadata(), **where, **settings)
-    assert "is there already" in (printed := capsys.readouterr().out) and "1 units were tokenized before" in printed
+    assert "is there already" in (printed := capsys.readouterr().out) and "1 shards were tokenized before" in printed
     for name, corpus in zip(("url", "plain"), pair, strict=True):
         finished = Corpus.open(tmp_path / name)
         assert (finished.fingerprint, finished.manifest) == (corpus.fingerprint, corpus.manifest)

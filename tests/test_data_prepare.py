@@ -13,13 +13,15 @@ import time
 
 import numpy as np
 import pytest
+import toy
+from toy import refused
 
 from slm_jax.data.corpus import COLUMNS, Corpus
 from slm_jax.data.packing import positions_from_segments
 from slm_jax.data.prepare import prepare
-from slm_jax.data.sources import Source
-from slm_jax.data.vocabularies import ByteVocabulary, VocabularyConfig
-from slm_jax.errors import UserError
+from slm_jax.data.sources import Source, read_documents
+from slm_jax.data.vocabularies import VocabularyConfig
+from slm_jax.data.vocabulary import ByteVocabulary
 
 REAL = pathlib.Path(__file__).parents[2] / "shared" / "data"
 WORDS = "a river runs under the old stone bridge where 12 boats wait, näher 漢字 and\n  indented lines".split(" ")
@@ -61,14 +63,6 @@ def corpus(files, tmp_path_factory) -> Corpus:
     return prepare(path, sources(files), VocabularyConfig(size=400), sequence_length=64, processes=1)
 
 
-def refusal(call, *arguments, **named) -> str:
-    with pytest.raises(UserError) as error:
-        call(*arguments, **named)
-    line, *behind = str(error.value).splitlines()
-    assert all("In call to configurable" in other for other in behind)  # gin's addition; the command line drops it
-    return line
-
-
 def test_every_document_is_there_once_and_whole(corpus, files):
     columns, vocabulary = everything(corpus), corpus.vocabulary()
     flat = columns["tokens"].reshape(-1)[columns["segment_ids"].reshape(-1) > 0]
@@ -86,7 +80,8 @@ def test_every_document_is_there_once_and_whole(corpus, files):
         assert row["bytes"] == len(originals[row["id"]].encode("utf-8"))
         begin += row["length"]
     assert begin == len(flat) == corpus.manifest["num_tokens"]
-    assert corpus.manifest["skipped"] == {"stories: unreadable record": 2, "stories: empty text": 1}
+    reasons = {"not JSON": 1, "not a JSON object": 1, "empty text": 1}
+    assert corpus.manifest["skipped"] == {"stories": {"stories.jsonl.gz": reasons}}
     corpus.verify()
 
 
@@ -154,13 +149,14 @@ def test_killed_at_any_moment_and_started_again(corpus, files, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
 
-    kill_when(lambda: any(path.glob("work/unit-???????")))
-    units = {unit: unit.stat().st_mtime_ns for unit in path.glob("work/unit-???????")}
-    assert units and "only half prepared" in refusal(Corpus.open, path)
-    message = refusal(prepare, path, sources(files), VocabularyConfig(size=400), sequence_length=32)
-    assert "half prepared with other settings (sequence_length was 64, now 32)" in message
+    kill_when(lambda: any(path.glob("work/shard-???????")))
+    shards = {shard: shard.stat().st_mtime_ns for shard in path.glob("work/shard-???????")}
+    assert shards and str(path) in toy.refusal(Corpus.open, path)
+    arguments = (path, sources(files), VocabularyConfig(size=400))
+    message = refused("prepare-other-settings", prepare, *arguments, sequence_length=32)
+    assert "sequence_length was 64, now 32" in message and str(path / "work") in message
     kill_when(lambda: (path / "columns" / "source_ids" / "c").exists())
-    assert all(unit.stat().st_mtime_ns == written for unit, written in units.items() if unit.exists())
+    assert all(shard.stat().st_mtime_ns == written for shard, written in shards.items() if shard.exists())
     finished = prepare(path, sources(files), VocabularyConfig(size=400), sequence_length=64, processes=1)
     assert finished.fingerprint == corpus.fingerprint
     assert finished.documents() == corpus.documents()
@@ -179,7 +175,7 @@ def test_the_same_again_says_so_and_anything_else_is_refused(corpus, files, caps
         ({"sources": [sources(files)[0], Source("marked", [files["stories"]])]}, "input files of source 'marked'"),
     ]:
         settings = {"sources": sources(files), "vocabulary": VocabularyConfig(size=400), "sequence_length": 64}
-        assert message in refusal(prepare, corpus.path, **{**settings, **changed})
+        assert message in refused("prepare-other-settings", prepare, corpus.path, **{**settings, **changed})
 
 
 def test_a_corpus_of_an_earlier_version_lacks_settings_that_are_off(corpus, files, tmp_path, capsys):
@@ -191,8 +187,8 @@ def test_a_corpus_of_an_earlier_version_lacks_settings_that_are_off(corpus, file
     (old / "manifest.json").write_text(json.dumps(manifest))
     prepare(old, sources(files), VocabularyConfig(size=400), sequence_length=64)
     assert "is there already" in capsys.readouterr().out
-    refused = refusal(prepare, old, sources(files), VocabularyConfig(size=400), sequence_length=32)
-    assert "(sequence_length was 64, now 32)" in refused
+    message = refused("prepare-other-settings", prepare, old, sources(files), VocabularyConfig(size=400), 32)
+    assert "(sequence_length was 64, now 32)" in message
 
 
 def test_seed_packing_and_a_given_vocabulary(corpus, files, tmp_path):
@@ -208,41 +204,65 @@ def test_seed_packing_and_a_given_vocabulary(corpus, files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    "changed, code, named",
     [
-        ({"sequence_length": 1 << 18}, "sequence_length is 262144"),
-        ({"sequence_length": 1}, "sequence_length is 1"),
-        ({"packing": "best"}, "packing is 'best', must be one of split, complete"),
-        ({"processes": -1}, "processes is -1"),
-        ({"vocabulary": VocabularyConfig(kind="words")}, "kind is 'words'"),
-        ({"vocabulary": VocabularyConfig(path="/nowhere")}, "vocabulary /nowhere: no such directory"),
-        ({"sources": [Source("a", ["/nowhere.jsonl"])]}, "source 'a': no such file: /nowhere.jsonl"),
+        ({"sequence_length": 1 << 18}, "prepare-sequence-length", "262144"),
+        ({"sequence_length": 1}, "prepare-sequence-length", "sequence_length is 1"),
+        ({"packing": "best"}, "prepare-packing", "'best', must be one of split, complete"),
+        ({"processes": -1}, "prepare-processes", "processes is -1"),
+        ({"vocabulary": VocabularyConfig(kind="words")}, "vocabulary-unknown-kind", "'words'"),
+        ({"vocabulary": VocabularyConfig(path="/nowhere")}, "vocabulary-not-found", "/nowhere"),
+        ({"vocabulary": VocabularyConfig(train_characters=0)}, "vocabulary-train-characters", "train_characters is 0"),
+        ({"sources": [Source("a", ["/nowhere.jsonl"])]}, "file-not-found", "source 'a': no such file: /nowhere.jsonl"),
+        ({"plain": "elsewhere", "plain_share": 1.0}, "prepare-plain-share", "plain_share is 1.0"),
     ],
 )
-def test_settings_are_checked_before_anything_is_done(changed, message, files, tmp_path):
+def test_settings_are_checked_before_anything_is_done(changed, code, named, files, tmp_path):
     settings = {"sources": sources(files), "vocabulary": BYTES, **changed}
-    assert message in refusal(prepare, tmp_path / "corpus", **settings)
+    assert named in refused(code, prepare, tmp_path / "corpus", **settings)
     assert not (tmp_path / "corpus").exists()
 
 
 def test_two_sources_of_one_name(files, tmp_path):
-    assert "two sources are called 'stories'" in refusal(prepare, tmp_path / "c", sources(files)[:1] * 2, BYTES)
+    assert "'stories'" in refused("prepare-same-name", prepare, tmp_path / "c", sources(files)[:1] * 2, BYTES)
 
 
-def test_bad_input_met_on_the_way(files, tmp_path):
-    def message(*lines, vocabulary=BYTES, **settings) -> str:
-        path = tmp_path / "a.jsonl"
-        path.write_text("\n".join(lines))
-        source = Source("a", [str(path)], **settings)
-        return refusal(prepare, tmp_path / f"c{random.random()}", [source], vocabulary, processes=1)
+def test_bad_input_met_on_the_way(tmp_path):
+    def write_lines(*lines) -> pathlib.Path:
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        return tmp_path / "a.jsonl"
 
-    assert "a.jsonl:2: not JSON" in message('{"text": "x"}', "{", bad_lines=0)
-    assert "no documents in a" in message('{"text": ""}')
-    assert "no field 'content'" in message('{"text": "x"}', schema="refinedweb", bad_lines=0)
-    assert "the largest possible is" in message('{"text": "x"}', vocabulary=VocabularyConfig())
-    assert "no documents to train" in message('{"text": ""}', vocabulary=VocabularyConfig())
+    def message(code, *lines, vocabulary=BYTES, **settings) -> str:
+        source = Source("a", [str(write_lines(*lines))], **settings)
+        return refused(code, prepare, tmp_path / f"c{random.random()}", [source], vocabulary, processes=1)
+
+    assert "a.jsonl:2: not JSON" in message("source-bad-lines", '{"text": "x"}', "{", bad_lines=0)
+    assert "a.jsonl:1: empty text" in message("source-file-without-document", '{"text": ""}')
+    assert "no field 'content'" in message("source-bad-lines", '{"text": "x"}', schema="refinedweb", bad_lines=0)
+    trained = VocabularyConfig()
+    assert "the largest possible is" in message("vocabulary-size", '{"text": "x"}', vocabulary=trained)
+    assert "a.jsonl:1" in message("source-file-without-document", '{"text": ""}', vocabulary=trained)
     kinds = [json.dumps({"text": "x", "kind": f"k{i}"}) for i in range(256)]
-    assert "at most 255" in message(*kinds, source_field="kind")
+    assert "256 source names" in message("prepare-too-many-sources", *kinds, source_field="kind")
+    path = write_lines('{"text": "x"}')
+    empty = next(part for part in ("0/2", "1/2") if not list(read_documents(Source("a", [str(path)], part=part))))
+    message("prepare-no-documents", '{"text": "x"}', part=empty)
+
+
+def test_what_is_skipped_is_counted_by_file_and_named_once(tmp_path, capsys):
+    for name, lines in {"a": ["{", "[", '{"text": ""}'], "b": ["{", '{"text": 3}']}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(['{"text": "x"}', *lines]))
+    made = prepare(tmp_path / "corpus", [Source("s", [f"{tmp_path}/?.jsonl"])], BYTES, 64, processes=1)
+    assert made.manifest["skipped"] == {
+        "s": {
+            "a.jsonl": {"not JSON": 2, "empty text": 1},
+            "b.jsonl": {"not JSON": 1, "field 'text' is not a string": 1},
+        }
+    }
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  skipped")]
+    assert len(lines) == 3
+    assert "s: not JSON: 3," in lines[2] and f"{tmp_path}/a.jsonl:2: " in lines[2]
+    assert f"{tmp_path}/b.jsonl:3: field 'text' is not a string (it is 3)" in lines[1]
 
 
 def test_two_at_once_are_refused(files, tmp_path):
@@ -251,12 +271,13 @@ def test_two_at_once_are_refused(files, tmp_path):
     (tmp_path / "work").mkdir()
     with open(tmp_path / "work" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another `prepare` is writing" in refusal(prepare, tmp_path, sources(files), BYTES)
+        assert str(tmp_path) in refused("in-use", prepare, tmp_path, sources(files), BYTES)
 
 
 def test_a_directory_that_cannot_be_written(files, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert "cannot write to" in refusal(prepare, tmp_path / "file" / "corpus", sources(files), BYTES)
+    corpus = tmp_path / "file" / "corpus"
+    assert str(corpus) in refused("prepare-not-writable", prepare, corpus, sources(files), BYTES)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -266,8 +287,8 @@ def test_a_full_disk_and_then_more_space(files, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting is not permitted")
     try:
-        message = refusal(prepare, disk / "corpus", sources(files), BYTES, sequence_length=64, processes=1)
-        assert "disk full while writing" in message and "finished units" in message
+        message = refused("disk-full", prepare, disk / "corpus", sources(files), BYTES, 64, processes=1)
+        assert str(disk / "corpus" / "work") in message
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         resumed = prepare(disk / "corpus", sources(files), BYTES, sequence_length=64, processes=1)
         assert resumed.fingerprint == prepare(tmp_path / "c", sources(files), BYTES, 64, processes=1).fingerprint

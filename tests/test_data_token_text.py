@@ -5,8 +5,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
 from slm_jax.data.token_text import CONTEXT, TokenText
-from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
+from slm_jax.data.vocabulary import ByteVocabulary
 
 STORY = "The quick brown fox   jumps over 1234 lazy dogs.\n\n\tNaïve café: x = f(y) + 2;\nשלום 漢字 😀\n"
 VOCABULARIES = {

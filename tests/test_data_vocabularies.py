@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizer_families import sentencepiece_of_llama
+from toy import refused
 
 from slm_jax.data.preprocess import tokenize_document
-from slm_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, load_vocabulary, train_sentencepiece
-from slm_jax.errors import UserError
+from slm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
+from slm_jax.data.vocabularies import load_vocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 
 STORY = "The quick brown fox   jumps over 1234 lazy dogs.\n\n\tNaïve café: x = f(y) + 2;\nשלום 漢字 😀\n"
 TEXTS = [STORY.replace("fox", f"fox number {number}") for number in range(50)]
@@ -76,36 +79,34 @@ def test_long_documents_are_trained_on():
 
 
 @pytest.mark.parametrize(
-    "texts, size, message",
+    "texts, size, code, named",
     [
-        (["abc"], 300, "size 300 is too large for this text: the largest possible is 267"),
-        (["abc"], 100, "size 100 is too small: bytes and characters of this text need 264"),
-        ([], 300, "no text"),
-        (["", ""], 300, "no text"),
+        (["abc"], 300, "vocabulary-size", "size 300 is too large for this text: the largest possible is 267"),
+        (["abc"], 100, "vocabulary-size", "size 100 is too small: bytes and characters of this text need 264"),
+        ([], 300, "vocabulary-no-text", ""),
+        (["", ""], 300, "vocabulary-no-text", ""),
     ],
 )
-def test_training_says_what_is_possible(texts, size, message):
-    with pytest.raises(UserError, match=message):
-        train_sentencepiece(texts, size)
+def test_training_says_what_is_possible(texts, size, code, named):
+    assert named in refused(code, train_sentencepiece, texts, size)
 
 
 def test_loading_says_what_is_wrong(tmp_path):
-    def message(path) -> str:
-        with pytest.raises(UserError) as error:
-            load_vocabulary(path)
-        assert "\n" not in str(error.value)
-        return str(error.value)
+    def message(code, path) -> str:
+        text = refused(code, load_vocabulary, path)
+        assert str(path) in text
+        return text
 
-    assert "no such directory" in message(tmp_path / "nothing")
-    assert "No such file" in message(tmp_path / "nothing.model")
+    message("vocabulary-not-found", tmp_path / "nothing")
+    message("vocabulary-not-found", tmp_path / "nothing.model")
     (tmp_path / "wrong.model").write_bytes(b"not a model")
-    assert "is not a SentencePiece model" in message(tmp_path / "wrong.model")
-    assert "holds no vocabulary.json" in message(tmp_path)
+    message("vocabulary-not-sentencepiece", tmp_path / "wrong.model")
+    message("vocabulary-not-found", tmp_path)
     VOCABULARIES["sentencepiece"].save(tmp_path)
     (tmp_path / "sentencepiece.model").write_bytes(train_sentencepiece(TEXTS, 350).model)
-    assert "its content changed" in message(tmp_path)
+    message("vocabulary-damaged", tmp_path)
     (tmp_path / "vocabulary.json").write_text('{"kind": "words"}')
-    assert "kind 'words' is not known" in message(tmp_path)
+    assert "'words'" in message("vocabulary-unknown-kind", tmp_path)
 
 
 @any_vocabulary
@@ -134,7 +135,10 @@ def test_a_prefix_does_not_merge_with_the_text_and_its_spans():
 
 
 def test_the_light_modules_import_no_tensorflow_and_no_jax():
-    modules = "corpus metadata packing prepare preprocess readers scores sources store tasks units vocabularies".split()
+    modules = (
+        "corpus metadata packing prepare preprocess readers scores seqio_records seqio_tasks sources store".split()
+    )
+    modules += ["store", "tokenized_shards", "vocabularies"]
     program = "import sys, " + ", ".join(f"slm_jax.data.{module}" for module in modules)
     program += "\nprint(sorted({'tensorflow', 'seqio', 'tensorflow_datasets', 'jax'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -142,14 +146,28 @@ def test_the_light_modules_import_no_tensorflow_and_no_jax():
 
 
 def test_seqio_has_the_same_ids():
-    from slm_jax.data.vocabularies import to_seqio
+    from slm_jax.data.seqio_tasks import to_seqio_vocabulary
 
     for vocabulary in VOCABULARIES.values():
-        theirs = to_seqio(vocabulary)
+        theirs = to_seqio_vocabulary(vocabulary)
         assert (theirs.bos_id, theirs.eos_id, theirs.pad_id) == (vocabulary.bos_id, vocabulary.eos_id, 0)
         assert theirs.vocab_size == vocabulary.size
         assert list(theirs.encode(STORY)) == vocabulary.encode(STORY)
         assert np.array(theirs.encode_tf(STORY)).tolist() == vocabulary.encode(STORY)
+
+
+def test_a_literal_space_symbol_and_a_model_that_puts_a_space_before_texts():
+    """SentencePiece reads U+2581 as a space. Cut there, each part would gain the space that begins a text."""
+    import sentencepiece
+
+    model = sentencepiece_of_llama()
+    theirs, ours = sentencepiece.SentencePieceProcessor(model_proto=model), SentencePieceVocabulary(model)
+    for text in ("The\u2581fox", "\u2581", "fox\u2581\u2581 dogs", "\u2581The fox 漢\u2581"):
+        ids, offsets = ours.encode_with_offsets(text)
+        assert ours.encode(text) == ids == theirs.encode(text)
+        assert ours.decode(ids) == text.replace("\u2581", " ")
+        assert {place for begin, end in offsets for place in range(begin, end)} == set(range(len(text)))
+    assert ours.decode(ours.encode("The\u2581fox")) == "The fox"
 
 
 def test_a_model_without_padding_pads_with_unknown(tmp_path):

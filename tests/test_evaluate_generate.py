@@ -8,7 +8,7 @@ import pytest
 import toy
 
 from slm_jax import mesh as mesh_lib
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.evaluate import generate as stage
 from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.jsonl import ResumableJsonl

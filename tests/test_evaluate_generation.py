@@ -11,7 +11,7 @@ from test_models_families import FAMILIES
 from toy import refusal, refused
 
 from slm_jax import mesh as mesh_lib
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.evaluate.generation import Generator, Sampling, decode_steps
 from slm_jax.mesh import MeshConfig
 from slm_jax.models import forward

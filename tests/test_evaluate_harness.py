@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.generation import Sampling
 from slm_jax.evaluate.harness import Harness

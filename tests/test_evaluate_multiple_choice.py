@@ -14,7 +14,8 @@ import pytest
 import toy
 
 from slm_jax import mesh as mesh_lib
-from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
+from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
+from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.generation import Sampling
 from slm_jax.evaluate.likelihood import Likelihood, Likelihoods, Pair, encode_pair, head_ids, widths

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import refused
 
-from slm_jax.data.vocabularies import ByteVocabulary, train_sentencepiece
+from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
+from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.evaluate.generation import GrowingText, Sampling, row_keys, sample_tokens
 
 COUNT = 4000

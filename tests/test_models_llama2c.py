@@ -12,8 +12,7 @@ from tokenizer_families import HARD, sentencepiece_of_llama
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.convert.import_model import import_model
-from slm_jax.data.llama2c_vocabulary import read_tokenizer_bin
-from slm_jax.data.vocabularies import SentencePieceVocabulary
+from slm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary, read_tokenizer_bin
 from slm_jax.models import forward
 from slm_jax.models.llama2c import MAGIC
 from slm_jax.models.trained_model import load_model, run_vocabulary
@@ -178,10 +177,10 @@ def test_a_damaged_vocabulary_is_refused(tmp_path):
     path = tokenizer_bin(tmp_path / "tokenizer.bin", as_characters=False)
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    assert "is no tokenizer.bin of llama2.c, or damaged" in toy.refusal(read_tokenizer_bin, path)
+    assert str(path) in toy.refused("vocabulary-damaged", read_tokenizer_bin, path)
     path.write_bytes(content[:200])
-    assert "no tokenizer.bin" in toy.refusal(read_tokenizer_bin, path)
+    assert str(path) in toy.refused("vocabulary-damaged", read_tokenizer_bin, path)
     path.write_bytes(content.replace(b"<0x41>", b"<0x42>"))
-    assert "token 68 is '<0x42>', not the byte 65" in toy.refusal(read_tokenizer_bin, path)
+    assert "token 68 is '<0x42>', not the byte 65" in toy.refused("vocabulary-damaged", read_tokenizer_bin, path)
     path.unlink()
-    assert "No such file or directory" in toy.refusal(read_tokenizer_bin, path)
+    assert str(path) in toy.refused("vocabulary-not-found", read_tokenizer_bin, path)

@@ -16,7 +16,7 @@ from slm_jax import mesh
 from slm_jax.convert.export_model import export_model
 from slm_jax.convert.import_model import import_model
 from slm_jax.data.batches import make_batch
-from slm_jax.data.vocabularies import ByteVocabulary
+from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.models import forward
 from slm_jax.models.huggingface import tensors, to_ours

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused(corpus_copy, reference, tmp_path):
 
 def test_another_reference_or_another_corpus_does_not_mix_into_a_column(corpus_copy, scored, reference, tmp_path):
     score_here(corpus_copy, reference)
-    assert "was begun with reference" in toy.refusal(score_here, corpus_copy, reference, step=3)
+    assert "reference" in toy.refused("score-other-settings", score_here, corpus_copy, reference, step=3)
     other = toy.write_corpus(tmp_path / "other", seed=9)
     shutil.copytree(Path(scored.path) / "scores", Path(other.path) / "scores")
     assert "was made for a corpus with fingerprint" in toy.refusal(score_here, other, reference)

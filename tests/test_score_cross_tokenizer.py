@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from slm_jax.data.batches import read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
-from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary, train_sentencepiece
+from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
+from slm_jax.data.vocabulary import ByteVocabulary, Vocabulary
 from slm_jax.score.cross_tokenizer import windows
 from slm_jax.score.score_corpus import score
 

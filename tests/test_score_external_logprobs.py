@@ -15,7 +15,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.packing import positions_from_segments
 from slm_jax.data.readers import BadRecord
-from slm_jax.data.vocabularies import train_sentencepiece
+from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
 from slm_jax.score.external_logprobs import answer_of
 from slm_jax.score.score_corpus import score
 
@@ -237,7 +237,7 @@ def test_again_is_the_same_column_and_another_file_is_not(bytes_corpus, tmp_path
     at(bytes_corpus, external_logprobs=file, name="twice")
     assert "is complete already" in capsys.readouterr().out
     other = write(tmp_path / "other.jsonl", records[::-1])
-    assert "was begun with reference" in toy.refusal(at, bytes_corpus, external_logprobs=other, name="twice")
+    assert "reference" in toy.refused("score-other-settings", at, bytes_corpus, external_logprobs=other, name="twice")
     doubled = write(tmp_path / "doubled.jsonl", [*records, records[0]])
     refused = toy.refusal(at, bytes_corpus, external_logprobs=doubled, name="doubled")
     assert f"{doubled}:41: document {answers[0][0]!r} was there before: keep one" in refused

@@ -28,8 +28,8 @@ from slm_jax.data.metadata import Metadata, with_metadata
 from slm_jax.data.mixture import MixtureComponent
 from slm_jax.data.packing import pack_split
 from slm_jax.data.store import SHARD_ROWS, Store
-from slm_jax.data.tokenized_shards import Documents, write_unit
-from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary
+from slm_jax.data.tokenized_shards import Documents, write_shard
+from slm_jax.data.vocabulary import ByteVocabulary, Vocabulary
 from slm_jax.data.write_corpus import write_rows
 from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig
@@ -110,10 +110,10 @@ def write_documents(
 ) -> Corpus:
     """The corpus that `prepare` makes of records with text and url, without what reads files; in bytes by default."""
     vocabulary = vocabulary or ByteVocabulary()
-    about = {"field": "", "source": "web", "spans": "[]", "loss_spans": ""}
+    about = {"field": "", "source": "web", "spans": [], "loss_spans": None}
     rows = [{**about, **record, "index": i} for i, record in enumerate(records)]
     (path / "work").mkdir(parents=True)
-    write_unit(path / "work", 0, list(with_metadata(rows, metadata, None, Counter())), vocabulary)
+    write_shard(path / "work", 0, list(with_metadata(rows, metadata, None, Counter())), vocabulary)
     names = dict.fromkeys(row["source"] for row in rows)
     settings = {
         "sources": [{"name": name} for name in names],
@@ -122,7 +122,7 @@ def write_documents(
         "packing": packing,
     }
     settings |= {"metadata": dataclasses.asdict(metadata)} if metadata else {}
-    counts = {"skipped": Counter(), "without": Counter()}
+    counts = {"skipped": {}, "without": Counter()}
     return write_rows(Store(path), Documents(path / "work", 1), vocabulary, settings, counts)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from slm_jax.analyze.page import render, script_json
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.token_text import TokenText
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.evaluate.prefix import segments_of
 from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.score.token_loss import predicted

@@ -18,7 +18,8 @@ from slm_jax.checkpoint import read_about, saved_steps
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.sources import Source, read_documents
 from slm_jax.data.store import SHARD_ROWS
-from slm_jax.data.vocabularies import ByteVocabulary, Vocabulary, load_vocabulary
+from slm_jax.data.vocabularies import load_vocabulary
+from slm_jax.data.vocabulary import ByteVocabulary, Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.prefix import segments_of
 from slm_jax.files import write_json, write_text

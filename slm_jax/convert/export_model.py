@@ -15,8 +15,9 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.data.huggingface_vocabulary import TOKENIZER_FILE
+from slm_jax.data.sentencepiece_vocabulary import MODEL_FILE
 from slm_jax.data.tokenizer_files import tokenizer_files
-from slm_jax.data.vocabularies import MODEL_FILE, Vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.files import write_json
 from slm_jax.mesh import MeshConfig

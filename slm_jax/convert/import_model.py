@@ -15,8 +15,9 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.checkpoint import save_params
-from slm_jax.data.llama2c_vocabulary import read_tokenizer_bin
-from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
+from slm_jax.data.sentencepiece_vocabulary import read_tokenizer_bin
+from slm_jax.data.vocabularies import load_vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.files import read_json, to_json, write_json
 from slm_jax.mesh import MeshConfig

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from slm_jax.data.preprocess import encode_within
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 
 CUT = "\ufffd"  # how a decoder shows bytes that are no character
 CHARACTER_BYTES = 4  # of UTF-8, at most: a cut leaves up to three of them

@@ -1,4 +1,4 @@
-"""Conversations as documents: their text, and which of its characters a model learns to say."""
+"""Conversations as documents: their text, and which of its characters carry loss."""
 
 import json
 import re
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from slm_jax.data.readers import BadRecord
 
-# What public data sets call the one who speaks.
+# Names of the roles in public data sets.
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
-# What a tool answered, as ToRA's responses quote it. The fence that opens it is the model's own: so it asks for it.
+# A tool's result as ToRA's responses quote it. The model itself writes the fence that opens it, to ask for the result.
 _RESULT = re.compile(r"(?<=```output)\n(?:(?:.*?\n)??```\n?|.*)", re.DOTALL)
 
 
@@ -21,7 +21,7 @@ class Turn(NamedTuple):
 
 
 class LossSpan(NamedTuple):
-    """Characters [begin, end) of a text that carry loss. `ends`: EOS follows them, with loss, although text goes on."""
+    """Characters [begin, end) of a text that carry loss. `ends`: EOS follows them, with loss, even before more text."""
 
     begin: int
     end: int
@@ -30,15 +30,14 @@ class LossSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """How the turns of a conversation are written one after the other.
+    """How to write the turns of a conversation one after the other.
 
     Attributes:
-        opens: what stands before the words of each role.
-        closes: what stands behind everybody's words; the model learns to say it behind its own.
-        between: what stands between two turns.
-        ends: EOS follows every response and not only the last: how the model says that it has finished where `closes`
-            does not.
-        results: blocks of a tool's results within a response carry no loss.
+        opens: the text before the words of each role.
+        closes: the text after everybody's words; it carries loss after the model's own.
+        between: the text between two turns.
+        ends: EOS follows every response, not only the last: it tells the model to stop where `closes` does not.
+        results: a tool's results within a response carry no loss.
     """
 
     opens: Mapping[str, str]
@@ -64,11 +63,11 @@ TEMPLATES = {
 
 
 def turns_of(value: Any, names: Sequence[str]) -> list[Turn]:
-    """The turns of a list of objects, or of a JSON string of one.
+    """The turns of a list of objects, or of a list written as a JSON string.
 
     Args:
-        value: what a record has.
-        names: of the two fields of a turn: who speaks, and what.
+        value: the field of a record.
+        names: of the fields of a turn for the role and the words.
 
     Raises:
         BadRecord: it is no such list, or a role is not one of `ROLES`.
@@ -80,19 +79,19 @@ def turns_of(value: Any, names: Sequence[str]) -> list[Turn]:
             value = None
     role, content = names
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise BadRecord(f"not a list of turns with {role!r} and {content!r}")
+        raise BadRecord(f"not a list of turns (with {role!r} and {content!r})")
     for turn in value:
-        if turn.get(role) not in list(ROLES):  # a list, since what is there may be anything
-            raise BadRecord(f"a turn has {role!r} {turn.get(role)!r}: known are {', '.join(ROLES)}")
+        if turn.get(role) not in list(ROLES):  # a list, since the value may be unhashable
+            raise BadRecord(f"unknown role ({role!r} is {turn.get(role)!r}; known are {', '.join(ROLES)})")
         if not isinstance(turn.get(content), str):
-            raise BadRecord(f"a turn has {content!r} {turn.get(content)!r}: it is a text")
+            raise BadRecord(f"a turn without text ({content!r} is {turn.get(content)!r})")
     return [Turn(ROLES[turn[role]], turn[content]) for turn in value]
 
 
 def written(turns: Sequence[Turn], template: Template) -> tuple[str, list[LossSpan]]:
-    """The text of a conversation up to its last response, and what of it carries loss: the responses.
+    """The text of a conversation up to its last response, and the responses, which carry loss.
 
-    The EOS behind the whole text carries loss too, and is not among the spans' own.
+    The EOS after the whole text carries loss too; it belongs to no span.
     """
     text, spans = "", []
     last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
@@ -107,7 +106,7 @@ def written(turns: Sequence[Turn], template: Template) -> tuple[str, list[LossSp
 
 
 def _learned(content: str, begin: int, end: int, template: Template, ends: bool) -> list[LossSpan]:
-    """A response that stands at characters [begin, end): all of them but the results that it quotes."""
+    """The characters [begin, end) of a response without the results that it quotes."""
     results = [result.span() for result in _RESULT.finditer(content)] if template.results else []
     borders = [0, *(border for span in results for border in span), end - begin]
     *before, (first, last) = zip(borders[::2], borders[1::2], strict=True)

@@ -22,7 +22,8 @@ from jaxtyping import Integer
 from slm_jax.data.preprocess import token_dtype
 from slm_jax.data.scores import ScoreColumn, create_score, open_score, score_names
 from slm_jax.data.store import SHARD_ROWS, Store
-from slm_jax.data.vocabularies import Vocabulary, load_vocabulary
+from slm_jax.data.vocabularies import load_vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.renamed import with_new_keys
 

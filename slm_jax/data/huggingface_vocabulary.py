@@ -1,19 +1,18 @@
 """A vocabulary from a `tokenizer.json` of Hugging Face: byte-level BPE (Llama 3, Qwen, GPT-NeoX) and BPE with byte
 fallback (Llama 2, TinyLlama, Mistral).
 
-Text cannot say control tokens. Those that `tokenizer.json` marks as special, and BOS, EOS and padding, are never looked
-for in a text: "</s>" within a document is four characters, as with `split_special_tokens` of transformers. Added tokens
-that are not special (GPT-NeoX's runs of spaces) are ordinary vocabulary and are found.
+No text becomes a control token. Tokens that `tokenizer.json` marks as special, and BOS, EOS and padding, are never
+searched for in a text: "</s>" within a document is four characters, as with `split_special_tokens` of transformers.
+Added tokens that are not special (GPT-NeoX's runs of spaces) are ordinary vocabulary and are found.
 
 BOS, EOS, padding and unknown are those that `tokenizer_config.json` beside it names, else `special_tokens_map.json`,
-else by their numbers `generation_config.json` and `config.json`. Where there is no BOS (Qwen), EOS stands in its place,
-as between the documents that such models were trained on; GPT-NeoX names one token as both. Padding that nothing names
-is unknown, else EOS: it is never looked at.
+else the numbers in `generation_config.json` and `config.json`. Without a BOS (Qwen), EOS serves as BOS, as between the
+documents that such models were trained on; GPT-NeoX names one token as both. Without padding, unknown or else EOS pads:
+it is never read.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
@@ -22,36 +21,41 @@ import tokenizers
 from jaxtyping import Int
 
 from slm_jax.data.store import Store
-from slm_jax.data.vocabularies import DESCRIPTION_FILE, SPACE
+from slm_jax.data.vocabulary import SPACE, Vocabulary
 from slm_jax.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
 _NAMES, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _KEPT = (_NAMES, _MAP, "chat_template.jinja")  # what transformers reads beside it: kept for an export
 _ROLES = ("bos", "eos", "pad", "unk")
-# What decides ids; the rest of tokenizer.json adds control tokens, pads and cuts, none of which is asked of it here.
+# The parts that decide ids. The rest of tokenizer.json adds control tokens, pads and truncates, which we never ask for.
 _CONTENT = ("added_tokens", "normalizer", "pre_tokenizer", "decoder", "model")
+_NEEDED_BYTES = {*range(0x20, 0x7F), *b"\t\n"}  # without these no English text can be spelled
 
 
-class HuggingFaceVocabulary:
+class HuggingFaceVocabulary(Vocabulary):
     """A BPE tokenizer of Hugging Face's library, held as the bytes of its `tokenizer.json`.
 
     Args:
         tokenizer: content of `tokenizer.json`.
         ids: 'bos_id', 'eos_id' and the like, as far as they are known.
-        beside: name -> content of the files beside it, which come along when it is saved.
-        name: what an error message calls it.
+        beside: name -> content of the files beside it, which are saved with it.
+        name: how error messages call it.
 
     Raises:
-        UserError: damaged, of another kind than BPE, not able to say every text, or without EOS.
+        UserError: damaged, not BPE, unable to spell ordinary text, or without EOS.
     """
 
-    kind: str = "huggingface"
+    kind = "huggingface"
 
     def __init__(self, tokenizer: bytes, ids: dict[str, int], beside: dict[str, bytes], name: str = TOKENIZER_FILE):
         content = _content(tokenizer, name)
         self._tokenizer_file, self._beside = tokenizer, beside
-        self.eos_id = _eos(ids, name)
+        if "eos_id" not in ids:
+            raise UserError(
+                "vocabulary-no-eos", f"{name}: no file beside it names EOS: put eos_token into a {_NAMES} there"
+            )
+        self.eos_id = ids["eos_id"]
         self.bos_id = ids.get("bos_id", self.eos_id)
         self.unk_id = ids.get("unk_id")
         self.pad_id = ids.get("pad_id", self.eos_id if self.unk_id is None else self.unk_id)
@@ -60,14 +64,31 @@ class HuggingFaceVocabulary:
         named = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
         canonical = json.dumps(_without_defaults(content | named), sort_keys=True, separators=(",", ":"))
         self.content_hash = hashlib.sha256(canonical.encode("utf-8")).hexdigest()
-        self._byte_level = _is_byte_level(content, name)
+        # Byte-level pieces are written in bytes; in other tokenizers, unknown characters fall back to bytes.
+        vocab, self._missing = content["model"]["vocab"], set[int]()
+        self._byte_level = any('"ByteLevel"' in json.dumps(content[part]) for part in ("pre_tokenizer", "decoder"))
+        if self._byte_level:
+            # SmolLM2 and others lack bytes that hardly occur in UTF-8: see `unspelled`.
+            self._missing = {byte for character, byte in BYTE_CHARACTERS.items() if character not in vocab}
+            complete = self._missing.isdisjoint(_NEEDED_BYTES)
+        else:
+            fallback = content["model"].get("byte_fallback")
+            complete = fallback and all(f"<0x{byte:02X}>" in vocab for byte in range(256))
+        if not complete:
+            raise UserError(
+                "vocabulary-incomplete",
+                f"{name} cannot spell every text: it is neither byte-level nor falls back to bytes; use another",
+            )
+        self._spelled = bytes(set(range(256)) - self._missing)
         self._added = {token["id"]: token["content"] for token in content["added_tokens"]}
-        self._tokenizer = _load(content, self._control, name)
-        self.size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._tokenizer = _load(content, self._control, name, drop_unknown=self._byte_level)
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         for token in sorted(self._control):
             text = self._tokenizer.id_to_token(token)
             if text and token in self.encode(text):
-                raise UserError(f"{name}: a text can say its control token {text!r}, so it is not read")
+                raise UserError(
+                    "vocabulary-control-token", f"{name}: the text {text!r} becomes a control token; use another"
+                )
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -75,10 +96,15 @@ class HuggingFaceVocabulary:
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         offsets = list(encoding.offsets)
-        for i in reversed(range(len(offsets) - 1)):  # a space that the tokenizer put there itself
+        for i in reversed(range(len(offsets) - 1)):  # a space that the tokenizer itself put there
             if offsets[i][0] == offsets[i][1]:
                 offsets[i] = offsets[i + 1]
         return encoding.ids, offsets
+
+    def unspelled(self, text: str) -> str:
+        if not self._missing or not text.encode("utf-8").translate(None, self._spelled):
+            return ""
+        return "".join(character for character in text if not self._missing.isdisjoint(character.encode("utf-8")))
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         kept = [i for i in map(int, ids) if i not in self._control]
@@ -88,7 +114,7 @@ class HuggingFaceVocabulary:
         return np.array([len(self._bytes(i) or b"") for i in range(self.size)], np.int64)
 
     def _bytes(self, token: int) -> bytes | None:
-        """What an id stands for; None for control ids and numbers that the vocabulary leaves out."""
+        """The bytes of an id; None for control ids and numbers that the vocabulary leaves out."""
         piece = self._tokenizer.id_to_token(token)
         if piece is None or token in self._control:
             return None
@@ -109,27 +135,22 @@ class HuggingFaceVocabulary:
         except UnicodeDecodeError:  # part of a character
             return "".join(f"<0x{byte:02X}>" for byte in content)
 
-    def files(self) -> dict[str, bytes]:
-        description = {"kind": self.kind, "size": self.size, "content_hash": self.content_hash}
-        description |= {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id, "unk_id": self.unk_id}
-        last = {DESCRIPTION_FILE: (json.dumps(description, indent=2) + "\n").encode("utf-8")}
-        return {TOKENIZER_FILE: self._tokenizer_file, **self._beside, **last}
+    def description(self) -> dict[str, Any]:
+        return super().description() | {f"{role}_id": getattr(self, f"{role}_id") for role in _ROLES}
 
-    def save(self, directory: str | os.PathLike) -> None:
-        store = Store(directory)
-        for name, content in self.files().items():
-            store.write(name, content)
+    def model_files(self) -> dict[str, bytes]:
+        return {TOKENIZER_FILE: self._tokenizer_file, **self._beside}
 
 
-def read_vocabulary(
+def read_tokenizer_json(
     store: Store, file: str = TOKENIZER_FILE, description: dict[str, Any] | None = None
 ) -> HuggingFaceVocabulary | None:
     """The vocabulary of a directory that holds a `tokenizer.json`; None where there is none.
 
     Args:
         store: the directory.
-        file: how the `tokenizer.json` is called there.
-        description: what `save` wrote beside it; without it, BOS, EOS and padding are looked up as said above.
+        file: the name of the `tokenizer.json` there.
+        description: what `save` wrote beside it; without it, the files beside it name BOS, EOS and padding.
 
     Raises:
         UserError: as HuggingFaceVocabulary.
@@ -167,7 +188,7 @@ def _named_ids(store: Store, content: dict[str, Any]) -> dict[str, int]:
 
 
 def _content(tokenizer: bytes, name: str) -> dict[str, Any]:
-    """The parts of a `tokenizer.json` that decide ids, with merges as pairs, as its newer versions have them."""
+    """The parts of a `tokenizer.json` that decide ids, with merges as pairs, as newer versions write them."""
     try:
         whole = json.loads(tokenizer)
         content = {part: whole.get(part) for part in _CONTENT}
@@ -179,43 +200,27 @@ def _content(tokenizer: bytes, name: str) -> dict[str, Any]:
         assert isinstance(model["vocab"], (dict, list))
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise UserError(
-            f"{name} is not a tokenizer.json of Hugging Face: pass the file that `tokenizers` saved"
+            "vocabulary-damaged",
+            f"{name} is not a tokenizer.json of Hugging Face: pass the file that `tokenizers` saved",
         ) from error
     if kind != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise UserError(f"{name} is a tokenizer of type {kind}: BPE is read, on bytes or with byte fallback")
+        raise UserError(
+            "vocabulary-unknown-kind",
+            f"{name} is a tokenizer of type {kind}; only BPE is read, byte-level or with byte fallback",
+        )
     return content | {"model": model}
 
 
-def _is_byte_level(content: dict[str, Any], name: str) -> bool:
-    """Whether pieces are written in bytes; otherwise unknown characters fall back to bytes.
-
-    Raises:
-        UserError: neither, or bytes are missing: some texts could not be said.
-    """
-    byte_level = any('"ByteLevel"' in json.dumps(content[part]) for part in ("pre_tokenizer", "decoder"))
-    bytes_said = BYTE_CHARACTERS if byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
-    missing = [piece for piece in bytes_said if piece not in content["model"]["vocab"]]
-    if missing or not (byte_level or content["model"].get("byte_fallback")):
-        raise UserError(f"{name} cannot say every text: it is neither on all 256 bytes nor falls back to them")
-    return byte_level
-
-
-def _eos(ids: dict[str, int], name: str) -> int:
-    if "eos_id" not in ids:
-        raise UserError(f"{name}: nothing beside it names EOS: put eos_token into a {_NAMES} there")
-    return ids["eos_id"]
-
-
 def _without_defaults(value: Any) -> Any:
-    """Without what is null or false: newer versions of the library write more of it."""
+    """Without nulls and false: newer versions of the library write more of them."""
     if isinstance(value, dict):
         return {name: _without_defaults(item) for name, item in value.items() if item is not None and item is not False}
     return [_without_defaults(item) for item in value] if isinstance(value, list) else value
 
 
-def _load(content: dict[str, Any], control: set[int], name: str) -> tokenizers.Tokenizer:
-    """The tokenizer, without the means to make a control token of a text."""
-    model = content["model"]
+def _load(content: dict[str, Any], control: set[int], name: str, drop_unknown: bool) -> tokenizers.Tokenizer:
+    """The tokenizer, without the merges that would make a control token from a text."""
+    model = content["model"] | ({"unk_token": None} if drop_unknown else {})
     unsaid = {piece for piece, token in model["vocab"].items() if token in control}
     merges = [merge for merge in model["merges"] if "".join(merge) not in unsaid]
     added = [token | {"special": token["id"] in control} for token in content["added_tokens"]]
@@ -225,7 +230,9 @@ def _load(content: dict[str, Any], control: set[int], name: str) -> tokenizers.T
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(whole))
     except Exception as error:  # the library raises nothing more specific
         reason = str(error).splitlines()[0]
-        raise UserError(f"{name} cannot be read by tokenizers {tokenizers.__version__}: {reason}") from error
+        raise UserError(
+            "vocabulary-damaged", f"{name} cannot be read by tokenizers {tokenizers.__version__}: {reason}"
+        ) from error
     tokenizer.encode_special_tokens = True
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""What a document says of its origin, and the line that says so before it (MeCo, arXiv 2501.01956, section 2)."""
+"""The origin of a document, and the line before the document that names it (MeCo, arXiv 2501.01956, section 2)."""
 
 import functools
 import hashlib
@@ -20,12 +20,12 @@ FORMS = ("host", "url", "domain", "suffix")
 UNKNOWN = "unknown"
 
 # Scheme and user information, host, port, and the rest. Only after a scheme can there be user information:
-# mailto:name@example.org is no page.
+# mailto:name@example.org is not a page.
 _URL = re.compile(
     r"(?:(?:[a-z][a-z0-9+.-]*:)?//(?:[^/?#@\s]*@)?)?(?P<host>\[[0-9a-f:.]+\]|[^/?#@:\s\[\]]+)(?::\d*)?(?:[/?#][^\r\n]*)?",
     re.IGNORECASE,
 )
-_LABEL = re.compile(r"(?:[\w-]|[^\x00-\x7f]){1,63}")  # not all letters of all scripts are of \w
+_LABEL = re.compile(r"(?:[\w-]|[^\x00-\x7f]){1,63}")  # \w lacks some letters of some scripts
 
 
 @gin.configurable
@@ -52,30 +52,30 @@ class Metadata:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise UserError(f"Metadata.form {self.form!r} is not one of {', '.join(FORMS)}")
+            raise UserError("metadata-form", f"Metadata.form {self.form!r} is not one of {', '.join(FORMS)}")
         if self.missing not in (UNKNOWN, "none"):
-            raise UserError(f"Metadata.missing {self.missing!r} must be 'unknown' or 'none'")
+            raise UserError("metadata-missing", f"Metadata.missing {self.missing!r} must be 'unknown' or 'none'")
         if self.top is not None and self.top < 1:
-            raise UserError(f"Metadata.top is {self.top}; use a positive number or None")
+            raise UserError("metadata-top", f"Metadata.top is {self.top}; use a positive number or None")
 
     @property
     def label(self) -> str:
-        """`name`, or what it is by default."""
+        """`name`, or its default."""
         return self.name or (self.field.split(".")[-1].capitalize() if self.field else "URL")
 
     @property
     def what(self) -> str:
-        """Where the value is taken from, for messages."""
+        """Where the value comes from, for messages."""
         return f"field {self.field!r}" if self.field else "URL"
 
     def own_value(self, url: str, field: str) -> str | None:
-        """The value that a document's URL or field has; None where it is missing or malformed."""
+        """The value of a document's URL or field; None where it is missing or malformed."""
         if self.field:
             return field or None
         return {"host": host, "url": _whole, "domain": domain, "suffix": suffix}[self.form](url)
 
     def shown(self, value: str | None, kept: frozenset[str] | None = None) -> str | None:
-        """What a document shows for its own value: None for no prefix. `kept`: the values that stay; None for all."""
+        """The value that a document shows, None for no prefix. `kept`: the values that stay; None for all."""
         if value is None:
             return UNKNOWN if self.missing == UNKNOWN else None
         if kept is not None and value not in kept:
@@ -88,11 +88,11 @@ class Metadata:
 
 
 def host(url: str) -> str | None:
-    """The host of a URL, www. and subdomains included, in lower case; None where there is none.
+    """The host of a URL, with www. and subdomains, in lower case; None where there is none.
 
-    The paper drops the scheme and takes what stands before the first '/'. User information, a port and a final dot
-    are no part of the host here. A URL without a scheme begins with its host. International names stay as they are
-    written, in Unicode or in Punycode; IPv6 addresses keep their brackets. A name without a dot is no host.
+    The paper drops the scheme and takes everything before the first '/'. User information, a port and a final dot are
+    dropped too. A URL without a scheme begins with its host. International names stay as written, in Unicode or in
+    Punycode; IPv6 addresses keep their brackets. A name without a dot is not a host.
     """
     found = _URL.fullmatch(url.strip())
     if not found:
@@ -105,7 +105,7 @@ def host(url: str) -> str | None:
 
 
 def domain(url: str) -> str | None:
-    """The registered domain with its public suffix, bbc.co.uk of www.bbc.co.uk; an address for itself."""
+    """The registered domain with its public suffix, bbc.co.uk of www.bbc.co.uk; an address stays as it is."""
     name = host(url)
     if name is None or _is_address(name.strip("[]")):
         return name
@@ -119,14 +119,14 @@ def suffix(url: str) -> str | None:
 
 
 def hashed(value: str) -> str:
-    """A string like 7dsjuj3a-olp0 for each value, the same on every machine."""
+    """A random-looking string such as 7dsjuj3a-olp0, the same for a value on every machine."""
     number = int.from_bytes(hashlib.sha256(value.encode("utf-8")).digest(), "big")
     letters = [np.base_repr(number // 36**place % 36, 36).lower() for place in range(12)]
     return "".join(letters[:8]) + "-" + "".join(letters[8:])
 
 
 def most_frequent(values: Iterable[str | None], top: int) -> frozenset[str]:
-    """The `top` values that occur most often; among equally frequent ones the first in the order of their texts."""
+    """The `top` values that occur most often; ties are broken alphabetically."""
     counts = Counter(value for value in values if value is not None)
     return frozenset(sorted(counts, key=lambda value: (-counts[value], value))[:top])
 
@@ -134,20 +134,24 @@ def most_frequent(values: Iterable[str | None], top: int) -> frozenset[str]:
 def with_metadata(
     rows: Iterable[dict[str, Any]], metadata: Metadata | None, kept: frozenset[str] | None, without: Counter
 ) -> Iterator[dict[str, Any]]:
-    """Adds `metadata`, the value shown (None for none), and `prefix` to the rows of `tasks.documents`.
+    """Adds `metadata`, the value shown (None for none), and `prefix` to the rows of `read_documents`.
 
     Args:
-        rows: what was read.
+        rows: documents.
         metadata: None adds None and ''.
         kept: the values that stay; None for all.
-        without: counts, by source and reason, the documents that do not show a value of their own.
+        without: counts, by source and reason, the documents that show no value of their own.
     """
     for row in rows:
         if metadata is None:
             yield row | {"metadata": None, "prefix": ""}
             continue
-        value = metadata.own_value(row["url"], row["field"])
-        if reason := _why_not_own(row, value, kept, metadata):
+        value, reason = metadata.own_value(row["url"], row["field"]), ""
+        if value is None:
+            reason = f"{'malformed' if row['url'] and not metadata.field else 'no'} {metadata.what}"
+        elif kept is not None and value not in kept:
+            reason = f"rare {metadata.what}"
+        if reason:
             without[f"{row['source'].partition('/')[0]}: {reason}"] += 1
         shown = metadata.shown(value, kept)
         yield row | {"metadata": shown, "prefix": metadata.prefix(shown)}
@@ -158,15 +162,9 @@ def prefix_tokens(
 ) -> Bool[np.ndarray, "B L"]:
     """Which tokens of packed rows are metadata: without loss, in a segment, and not its first, which is the BOS.
 
-    Packing 'split' may cut within a prefix; its rest then begins a segment, whose first token is not counted.
+    Packing 'split' may cut a prefix; the remainder then begins a segment, whose first token is not counted.
     """
     return ~loss_mask & (positions_from_segments(segment_ids) > 0)
-
-
-def _why_not_own(row: dict[str, Any], value: str | None, kept: frozenset[str] | None, metadata: Metadata) -> str:
-    if value is None:
-        return f"malformed {metadata.what}" if row["url"] and not metadata.field else f"no {metadata.what}"
-    return f"rare {metadata.what}" if kept is not None and value not in kept else ""
 
 
 def _whole(url: str) -> str | None:
@@ -181,7 +179,7 @@ def _is_address(name: str) -> bool:
     return True
 
 
-# The hosts of a corpus repeat, and a look-up costs more than all else that is done to a URL.
+# The hosts of a corpus repeat, and a look-up costs more than everything else done to a URL.
 @functools.lru_cache(maxsize=1 << 16)
 def _split(name: str):
     return _extractor()(name)
@@ -189,7 +187,7 @@ def _split(name: str):
 
 @functools.cache
 def _extractor():
-    import tldextract  # here, because it takes a while to import and training needs none
+    import tldextract  # slow to import, and training does not need it
 
     # The list that comes with the package: no network, no cache on disk, and the same answer on every machine.
     return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)

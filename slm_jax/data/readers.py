@@ -1,8 +1,10 @@
-"""Records out of files: JSON lines, Parquet and text, compressed or not, one at a time."""
+"""Records from files: JSON lines, Parquet and text, compressed or not, one at a time."""
 
+import codecs
 import glob
 import gzip
 import io
+import itertools
 import json
 import os
 import zlib
@@ -16,19 +18,33 @@ import zstandard
 from slm_jax.errors import UserError
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".txt")
+MAX_LINE_BYTES = 64 << 20
+
+# How content begins that is no UTF-8 text -> what it is, and the remedy. UTF-32 begins like UTF-16, so it comes first.
+_OTHER_FORMATS = {
+    b"version https://git-lfs": ("a Git LFS pointer", "download the file itself with `git lfs pull`"),
+    b"\x1f\x8b": ("gzip data", "end its name in .gz, or decompress it once more"),
+    b"\x28\xb5\x2f\xfd": ("zstd data", "end its name in .zst, or decompress it once more"),
+    b"PAR1": ("Parquet data", "end its name in .parquet"),
+    codecs.BOM_UTF32_LE: ("UTF-32 text", "convert it with `iconv -f UTF-32 -t UTF-8`"),
+    codecs.BOM_UTF32_BE: ("UTF-32 text", "convert it with `iconv -f UTF-32 -t UTF-8`"),
+    codecs.BOM_UTF16_LE: ("UTF-16 text", "convert it with `iconv -f UTF-16 -t UTF-8`"),
+    codecs.BOM_UTF16_BE: ("UTF-16 text", "convert it with `iconv -f UTF-16 -t UTF-8`"),
+}
+_NOT_UTF8 = "not UTF-8 (convert the file, for example with `iconv -f LATIN1 -t UTF-8`)"
 
 
 class BadRecord(Exception):
-    """A record that cannot be a document; the message says why."""
+    """A record that cannot be a document; the message says why, with details in parentheses at its end."""
 
 
 class Record(NamedTuple):
-    """One record of a file, or why it is none.
+    """One record of a file, or the reason why it cannot be read.
 
     Attributes:
         place: 'file:line' for messages.
         fields: the record; None where it cannot be read.
-        problem: why it cannot be read.
+        problem: why it cannot be read, as in BadRecord.
         bytes_read: bytes of the file consumed so far, compressed, for progress.
     """
 
@@ -41,68 +57,93 @@ class Record(NamedTuple):
 def resolve(files: Sequence[str], owner: str) -> list[str]:
     """The existing files that paths and globs name, in the order given, each glob sorted.
 
+    A path that exists is taken literally, and so are the directories at the begin of a glob that exist, even with
+    brackets in their names.
+
     Raises:
-        UserError: no match, an empty file, or an ending that is not read; `owner` is named in the message.
+        UserError: no match, an empty file, or an unknown ending; the message names `owner`.
     """
     paths: list[str] = []
-    for pattern in files:
-        found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    for file in files:
+        pattern = os.path.expanduser(file)
+        directory, rest = pattern, ""
+        while directory and not os.path.exists(directory):
+            directory, name = os.path.split(directory)
+            rest = os.path.join(name, rest) if rest else name
+        found = sorted(glob.glob(os.path.join(glob.escape(directory), rest), recursive=True)) if rest else [pattern]
         if not found:
-            what = "no file matches" if glob.has_magic(pattern) else "no such file:"
-            raise UserError(f"{owner}: {what} {pattern}; check the path (now in {os.getcwd()})")
+            what = "no file matches" if glob.has_magic(rest) else "no such file:"
+            raise UserError("file-not-found", f"{owner}: {what} {file}; check the path (now in {os.getcwd()})")
         paths += found
     for path in paths:
         if not os.path.isfile(path):
-            raise UserError(f"{owner}: {path} is not a file; name the files in it, such as {path}/*.jsonl.gz")
+            raise UserError(
+                "file-is-directory", f"{owner}: {path} is not a file; name the files in it, such as {path}/*.jsonl.gz"
+            )
         if os.path.getsize(path) == 0:
-            raise UserError(f"{owner}: {path} is empty; remove it from the source or make it again")
-        if not _plain_name(path).endswith(ENDINGS):
-            raise UserError(f"{owner}: {path} has an ending that is not read; use {', '.join(ENDINGS)} (or .gz, .zst)")
+            raise UserError("file-empty", f"{owner}: {path} is empty; remove it from the source or make it again")
+        if not (plain := _plain_name(path)).endswith(ENDINGS) or (plain != path and plain.endswith(".parquet")):
+            raise UserError(
+                "file-unknown-ending",
+                f"{owner}: {path} has an ending that is not read; use {', '.join(ENDINGS)} (or .gz, .zst, except of "
+                "Parquet, which is compressed inside)",
+            )
     if repeated := {path for path in paths if paths.count(path) > 1}:
-        raise UserError(f"{owner}: {min(repeated)} is named twice; name each file once")
+        raise UserError("file-named-twice", f"{owner}: {min(repeated)} is named twice; name each file once")
     return paths
 
 
-def records(path: str, columns: Sequence[str]) -> Iterator[Record]:
+def records(path: str, columns: Sequence[str], max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record]:
     """All records of one file.
 
     Args:
-        path: its ending says the format.
+        path: its ending determines the format.
         columns: the top-level fields that are needed; Parquet reads no others.
+        max_line_bytes: maximum decompressed size of a line of JSON, or of a text file.
 
     Raises:
-        UserError: the file as a whole cannot be read (cut off, not what its ending says).
+        UserError: the file as a whole cannot be read: cut off, not what its ending says, not UTF-8, a line too long.
     """
     name = _plain_name(path)
+    with open(path, "rb") as file:
+        if (first := file.read(32)).startswith(b"version https://git-lfs"):
+            _refuse_other_formats(path, first)
     try:
         if name.endswith(".parquet"):
             yield from _parquet(path, columns)
         elif name.endswith(".txt"):
-            yield _text(path)
+            yield _text(path, max_line_bytes)
         else:
-            yield from _json_lines(path)
+            yield from _json_lines(path, max_line_bytes)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise UserError(f"{path} is cut off or damaged ({error}): copy or download it again") from error
+        raise UserError("file-damaged", f"{path} is cut off or damaged ({error}): copy or download it again") from error
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a readable Parquet file: copy or download it again") from error
+        raise UserError("file-damaged", f"{path} is not a readable Parquet file: copy or download it again") from error
 
 
 def _plain_name(path: str) -> str:
     return path.removesuffix(".gz").removesuffix(".zst")
 
 
-def _open(path: str) -> tuple[io.BufferedIOBase, io.BufferedReader]:
+def _refuse_other_formats(path: str, first: bytes) -> None:
+    for begin, (what, remedy) in _OTHER_FORMATS.items():
+        if first.startswith(begin):
+            raise UserError("file-wrong-format", f"{path} holds {what}: {remedy}")
+
+
+def _open(path: str) -> tuple[io.BufferedReader, io.BufferedReader]:
     """The decompressed stream and the file below it."""
-    file = open(path, "rb")  # noqa: SIM115
+    stream = file = open(path, "rb")  # noqa: SIM115
     if path.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20), file
-    if path.endswith(".zst"):
-        return io.BufferedReader(_ZstdStream(file), 1 << 20), file
-    return file, file
+        stream = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20)  # pyright: ignore[reportArgumentType]
+    elif path.endswith(".zst"):
+        stream = io.BufferedReader(_ZstdStream(file), 1 << 20)
+    _refuse_other_formats(path, stream.peek(32))
+    return stream, file
 
 
 class _ZstdStream(io.RawIOBase):
-    """Several zstd frames as one stream. zstandard's own reader takes a file that is cut off for one that ends."""
+    """Several zstd frames as one stream. zstandard's own reader takes a truncated file for a complete one."""
 
     def __init__(self, file: io.BufferedReader):
         self._file = file
@@ -130,23 +171,37 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-def _json_lines(path: str) -> Iterator[Record]:
+def _limited(place: str, content: bytes, max_line_bytes: int) -> bytes:
+    if len(content) > max_line_bytes:
+        raise UserError(
+            "file-line-too-long",
+            f"{place}: more than max_line_bytes = {max_line_bytes:,} decompressed bytes: split the document, or raise "
+            "Source.max_line_bytes",
+        )
+    return content
+
+
+def _json_lines(path: str, max_line_bytes: int) -> Iterator[Record]:
     stream, file = _open(path)
     with file, stream:
-        for number, line in enumerate(stream, 1):
+        for number in itertools.count(1):
+            # Never reads much more than the limit: a small file may hold a line of many gigabytes, compressed.
+            if not (line := _limited(f"{path}:{number}", stream.readline(max_line_bytes + 1), max_line_bytes)):
+                return
             fields, problem = None, ""
             try:
-                fields = json.loads(line.decode("utf-8"))
+                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if not isinstance(fields, dict):
+                    hint = " (an array: write one object per line)" if isinstance(fields, list) else ""
+                    fields, problem = None, f"not a JSON object{hint}"
             except UnicodeDecodeError:
-                problem = "not UTF-8"
+                problem = _NOT_UTF8
             except (ValueError, RecursionError) as error:
                 if not line.strip():
-                    continue  # an empty line between records is no mistake
+                    continue  # empty lines between records are harmless
                 problem = f"not JSON ({error})"
-            if fields is not None and not isinstance(fields, dict):
-                fields, problem = None, "not a JSON object"
-            elif fields is None and not problem:
-                problem = "not a JSON object"
+                if b"\r" in line.rstrip():
+                    problem = r"not JSON (its lines end with CR alone: convert it with `tr '\r' '\n'`)"
             yield Record(f"{path}:{number}", fields, problem, file.tell())
 
 
@@ -161,11 +216,11 @@ def _parquet(path: str, columns: Sequence[str]) -> Iterator[Record]:
                 yield Record(f"{path}:row {number}", fields, "", size * number // rows)
 
 
-def _text(path: str) -> Record:
+def _text(path: str, max_line_bytes: int) -> Record:
     stream, file = _open(path)
     with file, stream:
-        content = stream.read()
+        content = _limited(path, stream.read(max_line_bytes + 1), max_line_bytes)
     try:
-        return Record(path, {"text": content.decode("utf-8")}, "", os.path.getsize(path))
+        return Record(path, {"text": content.decode("utf-8-sig")}, "", os.path.getsize(path))
     except UnicodeDecodeError:
-        return Record(path, None, "not UTF-8", os.path.getsize(path))
+        return Record(path, None, _NOT_UTF8, os.path.getsize(path))

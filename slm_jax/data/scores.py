@@ -1,5 +1,4 @@
-"""Score columns: float arrays [num_rows, sequence_length] that a reference model adds to a corpus, row range by row
-range.
+"""Score columns: float arrays [num_rows, sequence_length] that a reference model adds to a corpus, in ranges of rows.
 
 scores/NAME/manifest.json   corpus fingerprint, reference, statistics, dtype
 scores/NAME/STATISTIC       zarr3 array [num_rows, sequence_length]; NaN where nothing was written
@@ -26,7 +25,7 @@ class ScoreColumn:
     Attributes:
         name, statistics, reference: as given to `Corpus.create_score`.
         num_rows: rows of the corpus.
-        chunk_rows: write whole multiples of this many rows where possible: they share a file.
+        chunk_rows: write multiples of this many rows where possible: they share a file.
     """
 
     chunk_rows = SHARD_ROWS
@@ -40,7 +39,8 @@ class ScoreColumn:
             array = store.open_array(f"scores/{name}/{key}")
             if array is None:
                 raise UserError(
-                    f"score {name!r} of {store.path} has lost {key!r}: delete scores/{name} and score again"
+                    "score-damaged",
+                    f"score {name!r} of {store.path} has lost {key!r}: delete scores/{name} and score again",
                 )
             self._arrays[key] = array
         self.num_rows: int = self._arrays["finished"].shape[0]
@@ -48,7 +48,10 @@ class ScoreColumn:
     def array(self, statistic: str):
         """The TensorStore array of one statistic."""
         if statistic not in self.statistics:
-            raise UserError(f"score {self.name!r} has no statistic {statistic!r}: {', '.join(self.statistics)}")
+            raise UserError(
+                "score-no-statistic",
+                f"score {self.name!r} has no statistic {statistic!r}: it has {', '.join(self.statistics)}",
+            )
         return self._arrays[statistic]
 
     def finished(self) -> Bool[np.ndarray, "N"]:
@@ -81,12 +84,12 @@ class ScoreColumn:
             writing.append(array[start:end].write(np.asarray(value, array.dtype.numpy_dtype)))
         for future in writing:
             future.result()
-        # Only now: a kill in between costs these rows, it never marks rows that are not there.
+        # Only now: a kill in between loses these rows, but never marks rows that are not on disk.
         self._arrays["finished"][start:end].write(np.ones(end - start, np.uint8)).result()
 
 
 def score_names(store: Store) -> list[str]:
-    """Names of the columns that were begun, finished or not, sorted."""
+    """Names of the columns, finished or not, sorted."""
     return sorted({key.split("/")[1] for key in store.keys("scores/") if key.endswith("/manifest.json")})
 
 
@@ -95,26 +98,28 @@ def open_score(store: Store, name: str, fingerprint: str) -> ScoreColumn:
     manifest = _manifest(store, name)
     if manifest is None:
         raise UserError(
+            "score-not-found",
             f"corpus {store.path} has no score {name!r} (it has {', '.join(score_names(store)) or 'none'}): "
-            "make it with the stage `score`"
+            "make it with the stage `score`",
         )
     _check_corpus(store, name, manifest, fingerprint)
     column = ScoreColumn(store, name, manifest)
     finished = int(column.finished().sum())
     if finished < column.num_rows:
         raise UserError(
+            "score-unfinished",
             f"score {name!r} of {store.path} is half finished ({finished} of {column.num_rows} rows): "
-            "run the same `score` again, it continues"
+            "run the same `score` again to continue",
         )
     return column
 
 
 def check_column(name: str, dtype: str) -> None:
-    """Refuses what cannot be a column's name or type."""
+    """Refuses invalid names and types of columns."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"score name {name!r}: use letters, digits, '.', '_' and '-'")
+        raise UserError("score-name", f"score name {name!r}: use letters, digits, '.', '_' and '-'")
     if dtype not in ("float16", "float32"):
-        raise UserError(f"score {name!r}: dtype {dtype!r} is not one of float16, float32")
+        raise UserError("score-dtype", f"score {name!r}: dtype {dtype!r} is not one of float16, float32")
 
 
 def create_score(
@@ -126,7 +131,7 @@ def create_score(
     fingerprint: str,
     shape: tuple[int, int],
 ) -> ScoreColumn:
-    """Creates a column, or reopens one begun with the same arguments. See `Corpus.create_score`."""
+    """Creates a column, or reopens one started with the same arguments. See `Corpus.create_score`."""
     check_column(name, dtype)
     wanted = {"statistics": list(statistics), "dtype": dtype, "reference": json.loads(json.dumps(reference))}
     manifest = _manifest(store, name)
@@ -143,8 +148,9 @@ def create_score(
             was, value = ({of: about.get(of) for of in ("fingerprint", "prefix")} for about in (was, value))
         if was != value:
             raise UserError(
-                f"score {name!r} of {store.path} was begun with {key} {was}, now {value}: "
-                f"choose another name or delete {store.path}/scores/{name}"
+                "score-other-settings",
+                f"score {name!r} of {store.path} was started with {key} {was}, now {value}: "
+                f"choose another name or delete {store.path}/scores/{name}",
             )
     return ScoreColumn(store, name, manifest)
 
@@ -153,7 +159,10 @@ def _manifest(store: Store, name: str) -> dict[str, Any] | None:
     path = f"scores/{name}/manifest.json"
     manifest = store.read_json(path)
     if manifest is not None and manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{store.path}/{path} is of a format this version does not read: delete it and score again")
+        raise UserError(
+            "score-format",
+            f"{store.path}/{path} has a format unknown to this version: delete it and score again",
+        )
     return manifest
 
 
@@ -161,6 +170,7 @@ def _check_corpus(store: Store, name: str, manifest: dict[str, Any], fingerprint
     made_for = manifest["corpus_fingerprint"]
     if made_for != fingerprint:
         raise UserError(
+            "score-other-corpus",
             f"score {name!r} was made for a corpus with fingerprint {made_for[:12]}, {store.path} has "
-            f"{fingerprint[:12]}: score this corpus again"
+            f"{fingerprint[:12]}: score this corpus again",
         )

@@ -1,4 +1,4 @@
-"""Where documents come from: sources, the row schemas of public corpora, and reading their files."""
+"""Where documents come from: sources, the row schemas of public corpora, and reading them."""
 
 import hashlib
 import itertools
@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import gin
@@ -20,10 +20,10 @@ from slm_jax.errors import UserError
 
 
 class Schema(NamedTuple):
-    """Dotted paths of the fields of a record; a path goes into objects, and into objects written as JSON strings.
+    """Dotted paths of the fields of a record; a path enters objects, and objects written as JSON strings.
 
-    Records that are conversations have either a list of turns in the place of the text, and `turn` names who speaks and
-    what; or what was asked in the place of the text, and the answer in `response`.
+    A record that is a conversation has in place of the text either a list of turns, of which `turn` names the fields
+    for the speaker and the words, or a prompt, whose answer is in `response`.
     """
 
     text: str = "text"
@@ -57,13 +57,14 @@ SCHEMAS = {
 }
 
 FIRST_RECORDS = 1000  # enough to tell a field that is absent from one that is rare
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TFDS = re.compile(r"tfds:(?P<name>[^:]+:\d+\.\d+\.\d+):(?P<split>.+)")
 
 
 @gin.configurable
 @dataclass(frozen=True)
 class Source:
-    """Documents of one origin.
+    """Documents of one origin: files, a data set of TensorFlow Datasets, or a seqio Task or Mixture.
 
     Attributes:
       name: name of the source in the corpus: letters, digits, '.', '_' and '-'.
@@ -85,10 +86,16 @@ class Source:
       spans_field: field with [[begin, end], ...] in characters of the text; tokens in these spans get the source
         NAME/noise.
       bad_lines: number of unreadable records that are skipped and counted before the source is refused.
+      max_line_bytes: maximum decompressed size of a line of JSON, or of a text file; larger ones are refused.
+      max_document_characters: maximum length of a document; longer ones are refused.
+      seqio: name of a registered seqio Task or Mixture to read instead of files. The text is its feature `targets`,
+        unless text_field names another.
+      seqio_module: Python module to import first, which registers the Task or Mixture.
+      seqio_split: split of the Task or Mixture to read.
     """
 
     name: str
-    files: Sequence[str]
+    files: Sequence[str] = ()
     directory: str = ""
     schema: str = "plain"
     text_field: str | None = None
@@ -101,6 +108,11 @@ class Source:
     max_characters: int | None = None
     spans_field: str | None = None
     bad_lines: int = 10
+    max_line_bytes: int = readers.MAX_LINE_BYTES
+    max_document_characters: int = 20_000_000
+    seqio: str | None = None
+    seqio_module: str | None = None
+    seqio_split: str = "train"
 
     @property
     def tfds(self) -> tuple[str, str] | None:
@@ -110,8 +122,9 @@ class Source:
 
     def fields(self) -> Schema:
         schema = SCHEMAS[self.schema]
+        text = "targets" if self.seqio and self.schema == "plain" else schema.text
         return Schema(
-            self.text_field or schema.text,
+            self.text_field or text,
             self.url_field or schema.url,
             self.source_field or schema.source,
             schema.turn,
@@ -119,98 +132,140 @@ class Source:
         )
 
     def paths(self) -> list[str]:
-        return (
-            []
-            if self.tfds
-            else readers.resolve([os.path.join(self.directory, file) for file in self.files], f"source {self.name!r}")
-        )
+        """The files; none for TFDS and seqio."""
+        if self.tfds or self.seqio:
+            return []
+        return readers.resolve([os.path.join(self.directory, file) for file in self.files], f"source {self.name!r}")
+
+    def described(self) -> dict[str, Any]:
+        """The settings that determine the documents, as JSON, but for the content of the files."""
+        settings = {**asdict(self), "files": list(self.files), "directory": None}
+        for limit in ("max_line_bytes", "max_document_characters"):
+            del settings[limit]
+        if self.seqio is None:  # as before there were these settings
+            for name in ("seqio", "seqio_module", "seqio_split"):
+                del settings[name]
+        return settings
 
     def check(self) -> None:
-        """Raises UserError for settings that make no sense and for files that are missing."""
+        """Raises UserError for invalid settings and for files or Tasks that are missing."""
         where = f"source {self.name!r}"
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise UserError(f"{where}: name must be letters, digits, '.', '_' and '-'")
-        if isinstance(self.files, str) or not self.files:
-            raise UserError(f"{where}: files must be a list of paths or globs, not {self.files!r}")
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            raise UserError("source-name", f"{where}: name must be letters, digits, '.', '_' and '-'")
+        if isinstance(self.files, str) or bool(self.files) == bool(self.seqio):
+            raise UserError(
+                "source-files", f"{where}: files must be a list of paths or globs, not {self.files!r}, or seqio be set"
+            )
         if self.schema not in SCHEMAS:
-            raise UserError(f"{where}: schema {self.schema!r} is not one of {', '.join(SCHEMAS)}")
-        for field in ("max_documents", "max_characters"):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise UserError(f"{where}: {field} is {getattr(self, field)}; use a positive number or None")
-        self._check_template(where)
-        _part(self)
-        if self.tfds and (self.part or self.max_documents or self.max_characters or self.spans_field):
+            raise UserError("source-unknown-schema", f"{where}: schema {self.schema!r} is not one of {_all(SCHEMAS)}")
+        for field in ("max_documents", "max_characters", "max_line_bytes", "max_document_characters"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise UserError("source-limit", f"{where}: {field} is {value}; use a positive number")
+        has_conversations = self.fields().turn or self.fields().response
+        if self.template is None and has_conversations:
             raise UserError(
-                f"{where}: part, max_documents, max_characters and spans_field are for files; "
-                "slice in TFDS instead, such as tfds:NAME:VERSION:train[:50%]"
+                "source-template",
+                f"{where}: schema {self.schema!r} has conversations: set template to one of {_all(TEMPLATES)}",
             )
-        if any(str(file).startswith("tfds:") for file in self.files) and not self.tfds:
-            raise UserError(f"{where}: {self.files[0]!r} must be one 'tfds:NAME:VERSION:SPLIT', alone in the list")
-        self.paths()
-
-    def _check_template(self, where: str) -> None:
-        fields, known = self.fields(), ", ".join(TEMPLATES)
-        has_turns = fields.turn or fields.response
-        if self.template is None and has_turns:
-            raise UserError(f"{where}: schema {self.schema!r} has conversations: say with template which of {known}")
         if self.template is not None and self.template not in TEMPLATES:
-            raise UserError(f"{where}: template {self.template!r} is not one of {known}")
-        if self.template and not has_turns:
+            raise UserError("source-template", f"{where}: template {self.template!r} is not one of {_all(TEMPLATES)}")
+        if self.template and not has_conversations:
             raise UserError(
-                f"{where}: a template is for conversations, schema {self.schema!r} has a text: take the schema "
-                "messages, conversations or prompt_response, or name a response_field"
+                "source-template",
+                f"{where}: a template is for conversations, but schema {self.schema!r} has texts: use the schema "
+                "messages, conversations or prompt_response, or name a response_field",
             )
-        if self.template and (self.spans_field or self.tfds):
-            raise UserError(f"{where}: neither spans_field nor TFDS goes with a template: leave one of them out")
+        if self.template and self.spans_field:
+            raise UserError("source-template", f"{where}: spans_field does not go with a template: remove one of them")
+        if any(str(file).startswith("tfds:") for file in self.files) and not self.tfds:
+            raise UserError(
+                "source-tfds", f"{where}: {self.files[0]!r} must be one 'tfds:NAME:VERSION:SPLIT', alone in the list"
+            )
+        _part(self)
+        self.paths()
+        if self.seqio:
+            from slm_jax.data.seqio_records import registered
+
+            registered(self.seqio, self.seqio_module, self.seqio_split, where)
+
+
+def _all(names) -> str:
+    return ", ".join(names)
 
 
 def has_field(source: Source, path: str) -> bool:
-    """Whether one of the `FIRST_RECORDS` of a source has the field, be it empty. TFDS has not looked yet: True."""
-    found = (record for file in source.paths() for record in readers.records(file, [path.split(".")[0]]))
+    """Whether any of the first `FIRST_RECORDS` of a source has the field, even if empty."""
+    found = (record for *_, records in _inputs(source, [path.split(".")[0]]) for record in records)
     first = itertools.islice(found, FIRST_RECORDS)
-    return bool(source.tfds) or any(
-        record.fields is not None and _field(record.fields, path) is not _MISSING for record in first
-    )
+    return any(record.fields is not None and _field(record.fields, path) is not _MISSING for record in first)
+
+
+def _inputs(source: Source, columns: Sequence[str]) -> Iterator[tuple[str, int, Iterator[readers.Record]]]:
+    """(name, bytes, records) of each file, Task or data set."""
+    if source.seqio:
+        from slm_jax.data.seqio_records import registered, task_records
+
+        task = registered(source.seqio, source.seqio_module, source.seqio_split, f"source {source.name!r}")
+        yield f"seqio {source.seqio}", 0, task_records(task, source.seqio_split, columns)
+    elif source.tfds:
+        from slm_jax.data.seqio_records import tfds_records
+
+        yield source.files[0], 0, tfds_records(*source.tfds, columns)
+    for path in source.paths():
+        yield path, os.path.getsize(path), readers.records(path, columns, source.max_line_bytes)
 
 
 def read_documents(source: Source, field: str | None = None) -> Iterator[dict[str, Any]]:
-    """Reads the files of a source, in order, without TensorFlow.
+    """Reads a source in order. Imports TensorFlow only for TFDS and seqio.
 
     Args:
         source: what to read.
         field: dotted path of one more field of the records, a text, a number or a list of them.
 
     Yields:
-        text; url ('' for none); field (as text, '' for none); source (NAME or NAME/VALUE); spans (JSON); loss_spans
-        (JSON; '' where all of the text has loss); index (number of the record in the source); skipped (why this record
-        gives no document, '' for documents); bytes_read (of all files so far).
+        text; url ('' for none); field (as text, '' for none); source (NAME or NAME/VALUE); spans (list of [begin,
+        end]); loss_spans (list of LossSpan; None where all of the text carries loss); index (number of the record in
+        the source); skipped (the kind of reason why this record gives no document, '' for documents); problem (place
+        and reason of a skipped record); file; bytes_read (of all files so far).
 
     Raises:
-        UserError: a file cannot be read, or more than `bad_lines` records cannot.
+        UserError: a file cannot be read or yields no document, a document is too long, or more than `bad_lines` records
+            are unreadable.
     """
     fields = source.fields()
     paths = (fields.text, fields.url, fields.source, fields.response, source.spans_field, field)
     columns = [path.split(".")[0] for path in paths if path]
     first, last, parts = _part(source)
     index, bad, taken, characters, bytes_before = -1, 0, 0, 0, 0
-    for path in source.paths():
-        for record in readers.records(path, columns):
+    for file, size, records in _inputs(source, columns):
+        has_documents, first_problem = False, ""
+        for record in records:
             index += 1
-            row = {"text": "", "url": "", "field": "", "source": source.name, "spans": "[]", "index": index}
-            row |= {"loss_spans": "", "skipped": "", "bytes_read": bytes_before + record.bytes_read}
+            row = {"text": "", "url": "", "field": "", "source": source.name, "spans": [], "loss_spans": None}
+            row |= {"index": index, "file": file, "bytes_read": bytes_before + record.bytes_read}
+            row |= {"skipped": "", "problem": ""}
             try:
                 row |= _document(record, source, fields, field)
-            except BadRecord as problem:
+            except BadRecord as error:
                 bad += 1
-                row["skipped"] = "unreadable record"
+                row |= _skipped(record.place, str(error))
                 if bad > source.bad_lines:
                     raise UserError(
-                        f"{record.place}: {problem}; source {source.name!r} allows bad_lines = {source.bad_lines}: "
-                        "repair the file, name the right fields, or allow more"
+                        "source-bad-lines",
+                        f"{row['problem']}; source {source.name!r} allows bad_lines = {source.bad_lines}: repair the "
+                        "file, name the right fields, or allow more",
                     ) from None
             if row["skipped"]:
+                first_problem = first_problem or row["problem"]
                 yield row
                 continue
+            has_documents = True
+            if len(row["text"]) > source.max_document_characters:
+                raise UserError(
+                    "source-document-too-long",
+                    f"{record.place}: a document of {len(row['text']):,} characters is longer than "
+                    f"max_document_characters = {source.max_document_characters:,}: split it, or raise the limit",
+                )
             if parts > 1 and not first <= _text_hash(row["text"]) % parts <= last:
                 continue
             yield row
@@ -218,7 +273,19 @@ def read_documents(source: Source, field: str | None = None) -> Iterator[dict[st
             characters += len(row["text"])
             if taken == source.max_documents or (source.max_characters and characters >= source.max_characters):
                 return
-        bytes_before += os.path.getsize(path)
+        # The tolerance is for lines. A file without a single document is no accident.
+        if not has_documents:
+            raise UserError(
+                "source-file-without-document",
+                f"source {source.name!r}: {file} yields no document ({first_problem or 'no records'}): repair it, or "
+                "remove it from the source",
+            )
+        bytes_before += size
+
+
+def _skipped(place: str, problem: str) -> dict[str, str]:
+    """The kind of a problem is its text before the details in parentheses."""
+    return {"skipped": problem.partition(" (")[0], "problem": f"{place}: {problem}"}
 
 
 def _document(record: readers.Record, source: Source, fields: Schema, field: str | None) -> dict[str, Any]:
@@ -228,42 +295,51 @@ def _document(record: readers.Record, source: Source, fields: Schema, field: str
     if text is _MISSING:
         there = ", ".join(sorted(record.fields)) or "none"
         raise BadRecord(f"no field {fields.text!r} (schema {source.schema!r}; fields there: {there})")
-    if not text:
-        return {"skipped": "empty text"}
-    loss_spans = ""
+    loss_spans = None
+    # Types come before emptiness: 0, false and {} are mistakes, and only null is as empty as "".
     if source.template:
-        text, learned = conversations.written(_turns(record.fields, text, fields), TEMPLATES[source.template])
-        loss_spans = json.dumps(learned)
+        turns = _turns(record.fields, text, fields)
+        if turns is None:
+            return _skipped(record.place, "empty text")
+        text, loss_spans = conversations.written(turns, TEMPLATES[source.template])
         if not text:
-            return {"skipped": "no response"}
-    if not isinstance(text, str):
-        raise BadRecord(f"field {fields.text!r} is not a string")
+            return _skipped(record.place, "no response")
+    elif not isinstance(text, str | None):
+        raise BadRecord(f"field {fields.text!r} is not a string (it is {repr(text)[:40]})")
+    if not text:
+        return _skipped(record.place, "empty text")
     url = _field(record.fields, fields.url) if fields.url else None
     value = _field(record.fields, fields.source) if fields.source else None
     more = _as_text(_field(record.fields, field)) if field else ""
     for string in (text, url, value, more):
-        if isinstance(string, str) and not _is_unicode(string):
-            raise BadRecord("not valid Unicode (half of a surrogate pair)")
-    spans = _field(record.fields, source.spans_field) if source.spans_field else None
+        if isinstance(string, str):
+            try:
+                string.encode("utf-8")
+            except UnicodeEncodeError:
+                raise BadRecord("not valid Unicode (half of a surrogate pair)") from None
     return {
         "text": text,
         "url": url if isinstance(url, str) else "",
         "field": more,
         "source": f"{source.name}/{value}" if isinstance(value, str) and value else source.name,
-        "spans": json.dumps(_checked_spans(spans, len(text), source.spans_field)),
+        "spans": _spans(record.fields, source.spans_field, len(text)) if source.spans_field else [],
         "loss_spans": loss_spans,
     }
 
 
-def _turns(record: dict[str, Any], value: Any, fields: Schema) -> list[Turn]:
-    """The conversation of a record; nothing where a response says nothing."""
+def _turns(record: dict[str, Any], value: Any, fields: Schema) -> list[Turn] | None:
+    """The conversation of a record; no turns where a response is empty, None where there is no conversation."""
     if fields.response is None:
         assert fields.turn is not None
+        if value in (None, "", []):
+            return None
         turns = conversations.turns_of(value, fields.turn)
     else:
         response = _field(record, fields.response)
         if not isinstance(value, str) or not isinstance(response, str | None):
             raise BadRecord(f"fields {fields.text!r} and {fields.response!r} are not both strings")
+        if not value:
+            return None
         turns = [Turn("user", value), Turn("assistant", response or "")]
     return [] if any(turn.role == "assistant" and not turn.content.strip() for turn in turns) else turns
 
@@ -276,7 +352,7 @@ def _field(fields: Any, path: str) -> Any:
         if isinstance(fields, str):  # some mirrors write nested objects as JSON
             try:
                 fields = json.loads(fields)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return _MISSING
         if not isinstance(fields, dict) or key not in fields:
             return _MISSING
@@ -285,14 +361,15 @@ def _field(fields: Any, path: str) -> Any:
 
 
 def _as_text(value: Any) -> str:
-    """A text on one line, of a text, a number, or a list of them; '' for everything else."""
+    """A text on one line, from a text, a number, or a list of them; '' for everything else."""
     if isinstance(value, list):
         return ", ".join(filter(None, map(_as_text, value)))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return " ".join(str(value).split()) if isinstance(value, str) or is_number else ""
 
 
-def _checked_spans(spans: Any, length: int, field: str | None) -> list[list[int]]:
+def _spans(record: dict[str, Any], field: str, length: int) -> list[list[int]]:
+    spans = _field(record, field)
     if spans is None or spans is _MISSING:
         return []
     try:
@@ -300,16 +377,8 @@ def _checked_spans(spans: Any, length: int, field: str | None) -> list[list[int]
     except (TypeError, ValueError):
         raise BadRecord(f"field {field!r} is not a list of [begin, end]") from None
     if any(not 0 <= begin <= end <= length for begin, end in spans):
-        raise BadRecord(f"field {field!r} has a span outside the text of {length} characters")
+        raise BadRecord(f"field {field!r} has a span outside the text (of {length} characters)")
     return spans
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _part(source: Source) -> tuple[int, int, int]:
@@ -319,13 +388,14 @@ def _part(source: Source) -> tuple[int, int, int]:
     first, last, parts = (int(found[1] or found[2]), int(found[2]), int(found[3])) if found else (1, 0, 0)
     if not first <= last < parts:
         raise UserError(
-            f"source {source.name!r}: part {source.part!r} must be 'K/N' with K < N, such as '0/2', or 'J-K/N'"
+            "source-part",
+            f"source {source.name!r}: part {source.part!r} must be 'K/N' with K < N, such as '0/2', or 'J-K/N'",
         )
     return first, last, parts
 
 
 def text_fraction(text: str) -> float:
-    """A number in [0, 1) that a text hashes to; tells nothing of the `part` that it falls into."""
+    """A number in [0, 1) that a text hashes to, independent of the `part` that the text falls into."""
     return int(mix(np.array([_text_hash(text)], np.uint64) ^ salt("fraction"))[0] >> np.uint64(11)) / (1 << 53)
 
 

@@ -1,4 +1,4 @@
-"""Where a corpus lies: a local directory, gs:// or s3://, through TensorStore, with the same code for all three."""
+"""Files and arrays in a local directory, gs:// or s3://, through TensorStore, with the same code for all three."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ class Store:
         self.remote = self.path.startswith(("gs://", "s3://"))
         if not self.remote:
             if "://" in self.path:
-                raise UserError(f"{self.path}: only local paths, gs:// and s3:// are supported")
+                raise UserError("path-unsupported", f"{self.path}: only local paths, gs:// and s3:// are supported")
             self.path = os.path.abspath(os.path.expanduser(self.path))
 
     def local(self) -> pathlib.Path | None:
@@ -50,10 +50,14 @@ class Store:
             return None
         try:
             value = json.loads(content)
-        except ValueError as error:
-            raise UserError(f"{self.path}/{key} is damaged (not JSON): restore it or make the corpus again") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                "file-damaged", f"{self.path}/{key} is damaged (not JSON): restore it or make it again"
+            ) from error
         if not isinstance(value, dict):
-            raise UserError(f"{self.path}/{key} is damaged (not an object): restore it or make the corpus again")
+            raise UserError(
+                "file-damaged", f"{self.path}/{key} is damaged (not an object): restore it or make it again"
+            )
         return value
 
     def write_json(self, key: str, value: Mapping) -> None:
@@ -63,7 +67,7 @@ class Store:
         """All files whose name starts with `prefix`, sorted."""
         if not self.remote and not os.path.isdir(self.path):
             return []
-        after = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""  # the first name behind all of them
+        after = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""  # the first name after all of them
         return sorted(name.decode("utf-8") for name in self._files().list(ts.KvStore.KeyRange(prefix, after)).result())
 
     def create_array(self, key: str, dtype: str, shape: tuple[int, ...]) -> ts.TensorStore:
@@ -86,7 +90,7 @@ class Store:
         return ts.open(spec, create=True, delete_existing=True, context=_CONTEXT).result()
 
     def open_array(self, key: str, immutable: bool = False) -> ts.TensorStore | None:
-        """An existing array or None. `immutable`: what was read once need not be checked again for changes."""
+        """An existing array or None. `immutable`: once read, it is not checked again for changes."""
         spec = {"driver": "zarr3", "kvstore": self._kvstore(key)}
         try:
             return ts.open(
@@ -95,7 +99,7 @@ class Store:
         except ValueError as error:
             if "NOT_FOUND" in str(error):
                 return None
-            raise UserError(f"{self.path}/{key} is damaged: restore it or make it again") from error
+            raise UserError("file-damaged", f"{self.path}/{key} is damaged: restore it or make it again") from error
 
     def _kvstore(self, key: str) -> dict | str:
         path = f"{self.path}/{key}".rstrip("/") + "/"
@@ -107,11 +111,11 @@ class Store:
 
 @contextlib.contextmanager
 def disk_full_is_an_answer(what: str, remedy: str) -> Iterator[None]:
-    """Turns 'no space left', from the system or from TensorStore, into one line that says what to do."""
+    """Turns 'no space left', from the system or from TensorStore, into one line with the remedy."""
     try:
         yield
     except (OSError, ValueError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if not full and "No space left" not in str(error) and "quota exceeded" not in str(error):
             raise
-        raise UserError(f"disk full while writing {what}: {remedy}") from error
+        raise UserError("disk-full", f"disk full while writing {what}: {remedy}") from error

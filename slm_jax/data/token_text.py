@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 
 CONTEXT = 16  # tokens decoded before a token, so that a vocabulary that joins neighbours is heard
 CUT = "\ufffd"  # how a decoder writes bytes that are no character yet

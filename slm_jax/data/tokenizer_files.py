@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 from slm_jax.data.huggingface_vocabulary import BYTE_CHARACTERS, TOKENIZER_FILE
-from slm_jax.data.vocabularies import SPACE, ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from slm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
+from slm_jax.data.vocabulary import SPACE, ByteVocabulary, Vocabulary
 
 
 def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:

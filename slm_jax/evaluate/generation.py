@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.prefix import KERNEL_ROWS
 from slm_jax.models import forward

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import Batch, make_batch
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import power_of_two
 from slm_jax.evaluate.prefix import KERNEL_ROWS

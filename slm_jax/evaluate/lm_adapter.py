@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.evaluate.likelihood import Likelihood, Likelihoods, Pair, encode_pair, head_ids

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import gin
 from jax.sharding import Mesh
 
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.evaluate.perplexity import Measure

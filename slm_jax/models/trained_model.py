@@ -7,7 +7,8 @@ from jax.sharding import Mesh
 
 from slm_jax.checkpoint import params_fingerprint, read_about, restore_params
 from slm_jax.data.corpus import Corpus
-from slm_jax.data.vocabularies import DESCRIPTION_FILE, Vocabulary, load_vocabulary
+from slm_jax.data.vocabularies import load_vocabulary
+from slm_jax.data.vocabulary import DESCRIPTION_FILE, Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.models.forward import Params, param_shapes
 from slm_jax.models.model_config import ModelConfig

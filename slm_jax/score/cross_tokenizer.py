@@ -18,7 +18,7 @@ from slm_jax.data.batches import Batch, read_ahead, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import prefix_tokens
 from slm_jax.data.packing import pack_whole
-from slm_jax.data.vocabularies import Vocabulary
+from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig
 

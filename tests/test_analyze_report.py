@@ -86,7 +86,7 @@ def test_figures_of_arms(tmp_path: Path):
     """Target against general, both over the operations spent, and what was selected from each source."""
     figures = arm_figures([CAUSAL, SELECTIVE], MEASURES)
     assert [figure.title for figure in figures] == [
-        "target loss against general loss", "target loss over TFLOP", "general loss over TFLOP",
+        "Target loss against general loss", "Target loss over TFLOP", "General loss over TFLOP",
         "Selected by source, selective"]  # fmt: skip
     against, target = figures[0].hover, figures[1].hover
     assert not against["together"] and [line["name"] for line in against["lines"]] == ["causal", "selective"]

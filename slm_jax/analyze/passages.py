@@ -20,6 +20,7 @@ class Segment(NamedTuple):
     length: int
     source: str
     url: str
+    begins: bool  # false for a piece that continues a document
 
 
 def segments(rows: Rows) -> list[Segment]:
@@ -27,10 +28,11 @@ def segments(rows: Rows) -> list[Segment]:
     found, names = segments_of(rows.segment_ids), rows.table.source_names
     documents = rows.table.documents().select(["row", "start", "url"])
     documents = documents.filter(pyarrow.array(np.asarray(documents["row"]) < len(rows.valid))).to_pylist()
-    urls = {(about["row"], about["start"]): about["url"] or "" for about in documents}
+    begun = {(about["row"], about["start"]): about["url"] or "" for about in documents}
     return [
-        Segment(row, start, length, names[rows.source_ids[row, start]], urls.get((row, start), ""))
+        Segment(row, start, length, names[rows.source_ids[row, start]], begun.get(at, ""), at in begun)
         for row, start, length in zip(*(x.tolist() for x in found), strict=True)
+        for at in [(row, start)]
     ]
 
 

@@ -202,7 +202,12 @@ def _figure(
             kept = np.unique(np.linspace(0, len(x) - 1, HOVER_POINTS).astype(int))
             at = axes.transData.transform(np.stack([x[kept], y[kept]], axis=1)) * 72 / canvas.dpi
             points = [
-                [round(px, 1), round(tall - py, 1), f"{names[0]} {a:,.6g}", f"{b:.4g}"]
+                [
+                    round(px, 1),
+                    round(tall - py, 1),
+                    f"{names[0]} {a:,.0f}" if a == int(a) else f"{names[0]} {a:.4g}",
+                    f"{b:.4g}",
+                ]
                 for (px, py), a, b in zip(at.tolist(), x[kept].tolist(), y[kept].tolist(), strict=True)
             ]
             lines.append({"name": name, "colour": colour, "points": points})

@@ -164,6 +164,7 @@ def _shown(passage: Passage) -> dict[str, Any]:
         "tokens": tokens,
         "kept": " and ".join(shares),
         "has_noise": has_noise,
+        "has_out": any(token.kept is None for token in passage.tokens),
     }
 
 
@@ -187,14 +188,15 @@ def arm_figures(arms: Sequence[Arm], measures: Sequence[str], where: str = "") -
         caption += " Large: mean over seeds; small: each seed." * several
         points = [Point(arm.name, _ends(arm, measures[0], measures[1]), colour) for colour, arm in enumerate(arms)]
         title = f"{heading(measures[0])} against {heading(measures[1])}{where}"
-        found.append(plots.pareto(title, caption, points, (heading(measures[0]), heading(measures[1]))))
+        found.append(plots.pareto(_capital(title), caption, points, (heading(measures[0]), heading(measures[1]))))
     known = [run.flops for arm in arms for run in arm.runs if run.flops]
     unit, per = _flop_unit(max((sum(flops) for flops in known), default=0.0))
     for name in measures:
         lines = [_over_flops(arm, name, colour, per) for colour, arm in enumerate(arms)]
         caption = "Training and scoring counted." + " Mean over seeds; band: lowest to highest." * several
         title = f"{heading(name)} over {unit}{where}"
-        found.append(plots.curves(title, caption, [line for line in lines if line], (unit, heading(name))))
+        lines = [line for line in lines if line]
+        found.append(plots.curves(_capital(title), caption, lines, (unit, heading(name))))
     for arm in arms:
         training = arm.runs[0].training if arm.runs else {}
         names = sorted(name for name in training if name.startswith("selected_share/"))
@@ -266,6 +268,10 @@ def _flop_unit(most: float) -> tuple[str, float]:
     """The unit in which the largest number has one to three digits before the point."""
     units = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18, "ZFLOP": 1e21}
     return next(((unit, per) for unit, per in reversed(units.items()) if most >= per), ("GFLOP", 1e9))
+
+
+def _capital(title: str) -> str:
+    return title[:1].upper() + title[1:]
 
 
 def heading(measure: str) -> str:

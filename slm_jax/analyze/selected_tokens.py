@@ -28,7 +28,7 @@ from slm_jax.run_directory import RunDirectory
 from slm_jax.score import selection as selection_lib
 from slm_jax.score.selection import COMBINE, CombinedSelection, Selection, selection_of
 
-SHOWN_TOKENS = 60  # of a passage in a report
+SHOWN_TOKENS = 90  # of a passage in a report
 
 
 class Selector(NamedTuple):
@@ -217,6 +217,8 @@ def passages_of_run(run: str, count: int = 6) -> list[Passage]:
 
         found, reader = [], TokenText(rows.table.vocabulary())
         whole = [segment for segment in segments(rows) if segment.length >= SHOWN_TOKENS // 2]
+        # Documents that begin here read better than pieces.
+        whole = [segment for segment in whole if segment.begins] or whole
         for segment in sorted(varied(whole, len(whole)), key=share_of_noise, reverse=True)[:count]:
             places = np.arange(segment.start, segment.start + min(segment.length, SHOWN_TOKENS))
             texts = reader.texts(rows.tokens[segment.row, places].tolist())
@@ -231,7 +233,9 @@ def passages_of_run(run: str, count: int = 6) -> list[Passage]:
                 )
                 for i, text in zip(at, texts, strict=True)
             ]
-            found.append(Passage(segment.source, segment.url, tokens, RunDirectory(run).path.name))
+            found.append(
+                Passage(segment.source.removesuffix("/noise"), segment.url, tokens, RunDirectory(run).path.name)
+            )
         if found:
             return found
     return []

@@ -6,7 +6,7 @@
     checkpoints/    STEP/: parameters, optimizer state, counters
     metrics.jsonl   one row per logged step or evaluation
     tensorboard/    the same numbers
-    token_losses/   EVALUATOR/STEP.npy: per-token losses [rows, L] of evaluators that keep them
+    token_losses/   EVALUATOR/STEP.npy: per-token losses [rows, L] of evaluators of earlier versions; now score columns
     samples/        EVALUATOR/STEP.jsonl: texts that evaluators generated
     summary.json    written at the end of the run
     plan.png        drawn by `train --dry_run`
@@ -50,11 +50,8 @@ class RunDirectory:
     def __str__(self) -> str:
         return str(self.path)
 
-    def token_losses_file(self, evaluator: str, step: int) -> Path:
-        return self.token_losses / evaluator / f"{step}.npy"
-
     def token_losses_files(self, evaluator: str) -> dict[int, Path]:
-        """Step -> file of the per-token losses that an evaluator kept, in the order of steps."""
+        """Step -> file of the per-token losses that an evaluator of an earlier version kept, in the order of steps."""
         return dict(sorted((int(file.stem), file) for file in (self.token_losses / evaluator).glob("*.npy")))
 
     def samples_file(self, evaluator: str, step: int) -> Path:

@@ -202,16 +202,17 @@ def traced(corpus, tmp_path_factory) -> Path:
     from slm_jax.evaluate.perplexity import HeldOut
 
     run = tmp_path_factory.mktemp("traced") / "run"
+    corpus = Corpus.open(shutil.copytree(corpus.path, run.parent / "corpus"))
     evaluators = [HeldOut("trace", corpus.path, rows=4, keep_tokens=True)]
     phases = [toy.phase(corpus, steps=4)]
     toy.train_here(run, phases, evaluators=evaluators, evaluate_every=2, checkpoint_every=4, keep_checkpoints=1)
     return run
 
 
-def test_losses_stored_in_training_serve_as_well(traced, corpus):
+def test_losses_stored_in_training_serve_as_well(traced):
     record = analyze_dynamics(run=str(traced), trace="trace")
     assert [about["step"] for about in record["checkpoints"]] == [0, 2, 4] and record["rows"] == 4
-    assert record["classes"]["H→L"]["share"] > 0.5 and record["corpus"] == corpus.path
+    assert record["classes"]["H→L"]["share"] > 0.5 and record["corpus"] == str(traced.parent / "corpus")
     assert (traced / "dynamics" / "text.html").exists()
 
 

@@ -180,12 +180,12 @@ def test_examples_that_have_no_room_are_left_out_from_the_front():
     style, question = STYLES["words"], "How many?"
     texts = [few_shot(style, style.examples[first:], question).text for first in range(9)]
     for first, text in enumerate(texts):
-        prompt = fitting(style, style.examples, question, len, room=len(text))
+        prompt = fitting(style, style.examples, question, lambda other, text=text: len(other) <= len(text))
         assert prompt is not None and prompt.text == text and prompt.shots == 8 - first
         if first < 8:
-            smaller = fitting(style, style.examples, question, len, room=len(text) - 1)
+            smaller = fitting(style, style.examples, question, lambda other, text=text: len(other) < len(text))
             assert smaller is not None and smaller.shots == 7 - first
-    assert fitting(style, style.examples, question, len, room=len(texts[-1]) - 1) is None
+    assert fitting(style, style.examples, question, lambda text: len(text) < len(texts[-1])) is None
 
 
 def test_examples_of_the_user(tmp_path):

@@ -45,7 +45,7 @@ def token_losses(model: TrainedModel, corpus: Corpus, **held_out) -> np.ndarray:
     with toy.one_device():
         held = HeldOut("held", str(corpus.path), keep_tokens=True, **held_out)
         measure = held.bind(model.config, model.vocabulary_hash, mesh_lib.make_mesh())
-        return dict(measure(model.params))["held/tokens"]
+        return dict(measure(model.params))["held/tokens"].losses
 
 
 def by_document(corpus: Corpus, losses: np.ndarray) -> dict[str, np.ndarray]:

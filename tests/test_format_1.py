@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import toy
 
+from slm_jax.analyze.columns import read_kept_losses
 from slm_jax.analyze.runs import read_run
 from slm_jax.data.corpus import Corpus
 from slm_jax.run_directory import RunDirectory
@@ -212,13 +213,18 @@ def test_the_same_commands_find_corpora_and_column_complete(command, folder):
     assert files(folder / "corpora") == before
 
 
-def test_the_unfinished_run_resumes(command, folder):
+def test_the_unfinished_run_resumes(command, folder, monkeypatch):
     run = folder / "runs" / "selective"
     assert "from step 4" in command("train", MODEL, SELECTIVE)
     assert_as_recorded(run, EXPECTED["runs"]["selective"])
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
-    assert {int(path.stem) for path in (run / "token_losses" / "held").iterdir()} == {0, 2, 4, 6}
+    # Kept as files up to step 4, from there on as columns of the corpus.
+    assert {int(path.stem) for path in (run / "token_losses" / "held").iterdir()} == {0, 2, 4}
+    monkeypatch.chdir(folder)
+    path, kept = read_kept_losses("runs/selective", "held")
+    assert (path, kept.steps, kept.values.shape) == ("corpora/plain", [0, 2, 4, 6], (4, 6, 32))
+    np.testing.assert_allclose(np.nanmean(kept.values, axis=(1, 2)), [row[1] for row in held_out(run)], rtol=1e-6)
     assert {int(path.stem) for path in (run / "samples" / "samples").iterdir()} == {0, 2, 4, 6}
 
 
@@ -244,7 +250,7 @@ def test_analyses_read_the_runs(command, folder):
     assert (selective.done, selective.planned, selective.finished) == (4, 6, False)
     assert (child.done, child.planned, child.finished) == (7, 7, True)
     command("analyze report runs/selective runs/child")
-    losses = (folder / "report" / "tables" / "losses.csv").read_text()
+    losses = (folder / "report" / "tables" / "losses_by_source.csv").read_text()
     assert "selective" in losses and "child" in losses
     assert (folder / "report" / "report.html").stat().st_size > 1000
     command("analyze dynamics", DYNAMICS)

@@ -33,7 +33,7 @@ def test_steps_are_in_order(tmp_path):
     run = RunDirectory(tmp_path)
     for step in (10, 9, 100):
         (run.checkpoints / str(step)).mkdir(parents=True)
-        file = run.token_losses_file("held", step)
+        file = run.token_losses / "held" / f"{step}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     (run.checkpoints / "damaged-11").mkdir()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slm_jax.analyze.columns import read_kept_losses
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.token_text import TokenText
 from slm_jax.run_directory import RunDirectory
@@ -37,11 +38,9 @@ class Token(NamedTuple):
 def noisy_document(run: Path) -> list[Token]:
     """The document of the traced rows that is noisiest without being mostly noise, with what the run's last evaluation
     keeps of it."""
-    run_directory = RunDirectory(run)
-    phase = run_directory.settings()["phases"][0]
+    phase = RunDirectory(run).settings()["phases"][0]
     corpus, selection = Corpus.open(phase["mixture"][0]["corpus"]), phase["selection"]
-    *_, last = run_directory.token_losses_files("trace").values()
-    loss = np.load(last, allow_pickle=False)  # [rows, L]
+    loss = read_kept_losses(str(run), "trace")[1].values[-1]  # [rows, L]
     rows = np.arange(len(loss))
     column = f"scores/{selection['reference']}/loss"
     columns = corpus.read(rows, ["tokens", "segment_ids", "source_ids", column])

@@ -22,6 +22,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
 from slm_jax.models.trained_model import load_model
 from slm_jax.run_directory import RunDirectory
+from slm_jax.score.kept_losses import kept_column
 from slm_jax.score.score_corpus import score
 from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.score.token_loss import predicted
@@ -209,21 +210,36 @@ def read_losses(rows: Rows, names: Sequence[str]) -> Losses:
 
 
 def read_kept_losses(run: str, name: str) -> tuple[str, Losses]:
-    """What a HeldOut with keep_tokens stored while the run trained: its corpus, and the losses of its first rows.
+    """What a HeldOut with keep_tokens kept while the run trained: its corpus, and the losses of its first rows.
+
+    They are score columns of the corpus; earlier versions stored token_losses/NAME/STEP.npy in the run directory.
 
     Raises:
-      UserError: `kept-losses-not-found`: the run has no such evaluator, or it stored nothing.
+      UserError: `kept-losses-not-found`: the run has no such evaluator, or it kept nothing.
     """
     directory = RunDirectory(run)
     evaluators = directory.settings().get("evaluators") or []
     corpora = {about["name"]: about["corpus"] for about in evaluators if about.get("keep_tokens")}
-    files = directory.token_losses_files(name)
-    if name not in corpora or not files:
-        there = ", ".join(sorted(path.name for path in directory.token_losses.glob("*"))) or "none"
+    found: dict[int, np.ndarray] = {}  # step -> [N, L]
+    if name in corpora:
+        files = directory.token_losses_files(name)
+        found = {step: np.load(file, allow_pickle=False) for step, file in files.items()}
+        corpus = Corpus.open(corpora[name])
+        columns = set(corpus.score_names())
+        # Only steps in metrics.jsonl: an earlier run in the same directory may have left columns of others.
+        for step in (row["step"] for row in directory.metrics() if f"{name}/loss" in row):
+            if (column := kept_column(run, name, step)) in columns:
+                score = corpus.score(column, partial=True)
+                rows = score.reference["rows"]
+                if score.finished()[:rows].all():  # else a kill came while it was written
+                    found[step] = np.asarray(score.array("loss")[:rows].read().result())
+    if not found:
         raise UserError(
             "kept-losses-not-found",
-            f"{run} stored no token losses of an evaluator {name!r} (it has {there}): train with "
+            f"{run} kept no token losses of an evaluator {name!r} (it has {', '.join(corpora) or 'none'}): train with "
             "HeldOut.keep_tokens = True, or score its checkpoints",
         )
-    values = np.stack([np.load(file, allow_pickle=False) for file in files.values()])
-    return corpora[name], Losses([f"{name}-{step}" for step in files], list(files), values)
+    steps = sorted(found)
+    rows = min(map(len, found.values()))  # a run may have been resumed with other rows
+    values = np.stack([found[step][:rows] for step in steps])
+    return corpora[name], Losses([f"{name}-{step}" for step in steps], steps, values)

@@ -154,13 +154,13 @@ class Corpus:
         """Names of the score columns, finished or not, sorted."""
         return score_names(self._store)
 
-    def score(self, name: str) -> ScoreColumn:
-        """The finished score column `name`, made for exactly this content.
+    def score(self, name: str, partial: bool = False) -> ScoreColumn:
+        """The score column `name`, made for exactly this content; `partial`: even if only some rows are finished.
 
         Raises:
             UserError: missing, half finished, or made for another corpus.
         """
-        return open_score(self._store, name, self.fingerprint)
+        return open_score(self._store, name, self.fingerprint, partial)
 
     def create_score(
         self, name: str, statistics: Sequence[str] = ("loss",), dtype: str = "float32", *, reference: Mapping[str, Any]

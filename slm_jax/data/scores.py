@@ -93,8 +93,8 @@ def score_names(store: Store) -> list[str]:
     return sorted({key.split("/")[1] for key in store.keys("scores/") if key.endswith("/manifest.json")})
 
 
-def open_score(store: Store, name: str, fingerprint: str) -> ScoreColumn:
-    """Opens a finished column made for the content `fingerprint`, else UserError. See `Corpus.score`."""
+def open_score(store: Store, name: str, fingerprint: str, partial: bool = False) -> ScoreColumn:
+    """Opens a column made for the content `fingerprint`, else UserError. See `Corpus.score`."""
     manifest = _manifest(store, name)
     if manifest is None:
         raise UserError(
@@ -105,7 +105,7 @@ def open_score(store: Store, name: str, fingerprint: str) -> ScoreColumn:
     _check_corpus(store, name, manifest, fingerprint)
     column = ScoreColumn(store, name, manifest)
     finished = int(column.finished().sum())
-    if finished < column.num_rows:
+    if finished < column.num_rows and not partial:
         raise UserError(
             "score-unfinished",
             f"score {name!r} of {store.path} is half finished ({finished} of {column.num_rows} rows): "

@@ -1,4 +1,4 @@
-"""A trained model behind the three requests of lm-evaluation-harness, in text; knows nothing of the harness.
+"""Answers the three kinds of request of lm-evaluation-harness, in text, with a trained model.
 
 Every text comes after BOS and a prefix, which is conditional inference where models were trained with metadata (MeCo,
 arXiv 2501.01956, section 3.3). Answers are kept as JSON lines as they come, so that a second command repeats no

@@ -16,16 +16,18 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import make_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
+from slm_jax.data.scores import check_column
 from slm_jax.errors import UserError
 from slm_jax.evaluate.prefix import Repacked, conditioned
 from slm_jax.metrics import mean
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.trained_model import check_fits
+from slm_jax.score.kept_losses import KeptLosses, kept_column
 from slm_jax.score.token_loss import batch_loss, predicted
 
-# Called on parameters, yields (name, value): a number; an array, which the loop stores as a file; or a list of JSON
-# values, which it stores as lines.
+# Called on parameters, yields (name, value): a number; KeptLosses, which the loop stores as a score column; or a list
+# of JSON values, which it stores as lines.
 Measure = Callable[[Params], Iterator[tuple[str, Any]]]
 
 
@@ -42,8 +44,8 @@ class HeldOut:
       corpus: path of the corpus.
       rows: number of rows, from the first; None takes all.
       batch_size: rows that go through the model at a time.
-      keep_tokens: also store the loss of every token, as one array [rows, L] with NaN where a token has none, in
-        `token_losses/<name>/<step>.npy` of the run.
+      keep_tokens: while a run trains, also keep the loss of every token in score columns of the corpus; analyses find
+        them by the run and this evaluator's name.
       prefix: text placed after the BOS of every document, such as "URL: en.wikipedia.org" and an empty line.
       metadata: in place of `prefix`, each document's own metadata.
       shuffled: use another document's metadata instead.
@@ -71,28 +73,28 @@ class HeldOut:
             config_lib.at_least(1, **{"HeldOut.rows": self.rows})
 
     def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
-        """Opens and checks the corpus; the result, called on parameters, yields (name, value)."""
+        """Opens and checks the corpus; the returned function of parameters yields (name, value)."""
         table = Corpus.open(self.corpus)
+        if self.keep_tokens:
+            check_column(kept_column("", self.name, 0), "float32")
         check_fits(model, vocabulary_hash, table, "the model")
         mesh_lib.check_batch(mesh, self.batch_size, f"HeldOut {self.name}")
         num_rows = self._num_rows(table)
-        rows = self._conditioned(table, model)[0]
+        repacked = self._conditioned(table, model)[0]
         compute = jax.jit(lambda params, batch: batch_loss(params, model, batch))
         token_bytes = table.vocabulary().token_bytes()
 
         def run(params: Params) -> Iterator[tuple[str, Any]]:
             batch = table.read(np.arange(num_rows))
             valid = batch["loss_mask"] & np.asarray(predicted(jnp.asarray(batch["segment_ids"], jnp.int32)))
-            tokens, segment_ids = (
-                (batch["tokens"], batch["segment_ids"]) if rows is None else (rows.tokens, rows.segment_ids)
-            )
+            tokens, segment_ids = repacked[:2] if repacked else (batch["tokens"], batch["segment_ids"])
             losses = mesh_lib.map_rows(
                 lambda batch: compute(params, batch),
                 lambda rows: make_batch(tokens[rows], segment_ids[rows]),
                 *(len(tokens), self.batch_size, mesh),
             )
-            if rows is not None:
-                losses = rows.restore(losses, valid.shape)
+            if repacked:
+                losses = repacked.restore(losses, valid.shape)  # [R, W] -> [N, L]
             total, count = losses[valid].sum(dtype=np.float64), int(valid.sum())
             num_bytes = int(token_bytes[batch["tokens"][valid]].sum())
             yield f"{self.name}/loss", mean(total, count)
@@ -104,18 +106,19 @@ class HeldOut:
                     yield f"{self.name}/loss/{source}", mean(total, mine.sum())
                     yield f"{self.name}/bits_per_byte/{source}", mean(total / math.log(2), num_bytes)
             if self.keep_tokens:
-                yield f"{self.name}/tokens", np.where(valid, losses, np.nan).astype(np.float32)
+                kept = np.where(valid, losses, np.nan).astype(np.float32)
+                yield f"{self.name}/tokens", KeptLosses(self.corpus, kept)
 
         return run
 
     def about(self, model: ModelConfig, vocabulary_hash: str) -> dict[str, Any]:
-        """What is measured on, down to the first ids: whether BOS stands there decides a perplexity."""
+        """The corpus, down to its first ids: a perplexity depends on whether there is a BOS."""
         table = Corpus.open(self.corpus)
         first = table.read(np.zeros(1, np.int64), ["tokens"])["tokens"][0, :8].tolist()
         return {"fingerprint": table.fingerprint, "rows": table.num_rows, "first_ids": first}
 
     def about_prefix(self, model: ModelConfig) -> dict[str, Any] | None:
-        """What stood behind the BOS: text and ids of the first document's prefix, and how many different ones."""
+        """What comes after BOS: text and ids of the first document's prefix, and the number of different ones."""
         return self._conditioned(Corpus.open(self.corpus), model)[1]
 
     def _num_rows(self, table: Corpus) -> int:

@@ -1,7 +1,7 @@
-"""The suites of the papers as tables: each column, and the tasks of lm-evaluation-harness that measure it.
+"""The suites of the papers as tables: their columns, and the tasks of lm-evaluation-harness that measure each.
 
-A paper's own pipeline is often another one. Where shots, metric or wording are not stated, or the harness has no such
-task, the note says so.
+A paper's own pipeline often differs. A note says where the paper does not state shots, metric or wording, and where the
+harness has no such task.
 """
 
 import dataclasses
@@ -10,16 +10,21 @@ from typing import Any
 
 from slm_jax.data.metadata import Metadata
 
-UNCONDITIONAL = "unconditional"  # log p(choice | question) - log p(choice | "Answer:"), which lm_eval has not
+UNCONDITIONAL = "unconditional"  # log p(choice | question) - log p(choice | "Answer:"), which lm_eval lacks
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """One way to put a column's questions.
+    """One way to ask a column's questions.
 
-    task: a task, group or tag of lm_eval. metric: its metric and filter, or UNCONDITIONAL. label: tells the forms of a
-    column apart. shots: None as the task says. sampled: of each task, at most so many questions, drawn with a fixed
-    seed. changes: of the task's settings. runs_code: the metric runs what the model wrote.
+    Attributes:
+      task: a task, group or tag of lm_eval.
+      metric: its metric and filter, or UNCONDITIONAL.
+      label: distinguishes the forms of a column.
+      shots: few-shot examples; None as the task says.
+      sampled: maximum number of questions per task, drawn with a fixed seed; None takes all.
+      changes: to the task's settings.
+      runs_code: whether the metric runs code written by the model.
     """
 
     task: str
@@ -33,8 +38,13 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The best of its forms; without any, nothing here measures it. `group`: what it is averaged with. `suite`: where
-    several are asked together, its own."""
+    """A column, whose value is that of its best form; without forms it is not measured.
+
+    Attributes:
+      note: printed under the table.
+      group: columns of a group are averaged.
+      suite: name of its suite where several run together.
+    """
 
     name: str
     forms: tuple[Form, ...] = ()
@@ -65,12 +75,12 @@ HOSTS = {
 
 
 def host_prefix(host: str) -> str:
-    """What stands behind BOS for a host: what `prepare` puts before a document of it."""
+    """The text after BOS for a host: what `prepare` puts before its documents."""
     return Metadata().prefix(host)
 
 
 # OLMES (arXiv 2406.08446), which MeCo uses: the better of two forms, five fixed examples before each question. Examples
-# are the first five of the training split here, and the wording is ours where the paper's layout leaves it open.
+# are the first five of the training split here, and the wording is ours where the paper leaves it open.
 ACCURACIES = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
 OLMES = {"fewshot_config": {"sampler": "first_n"}, "metric_list": ACCURACIES}
 RAW, PER_CHARACTER = "acc,none", "acc_norm,none"
@@ -79,14 +89,14 @@ TEXTS, ENDINGS = LIST.replace("OF", "choices.text"), LIST.replace("OF", "choices
 
 
 def _choices(task: str, question: str, options: str, letters: int | None, sampled: int | None = None) -> Form:
-    """Lettered choices, of which the letter is the answer. letters: how many; None: as many as there are texts."""
+    """Lettered choices, answered by letter. letters: their number; None for as many as there are texts."""
     answers = "{{'ABCDE'[:choices.text|length]|list}}" if letters is None else list("ABCDE"[:letters])
     changes = {**OLMES, "doc_to_text": f"Question: {question}{options}\nAnswer:", "doc_to_choice": answers}
     return Form(task, RAW, "choices", 5, sampled, changes)
 
 
 def _cloze(task: str, metric: str, question: str = "", sampled: int | None = None) -> Form:
-    """Each choice's text as the answer. question: '' as the task puts it."""
+    """Each choice's text as the answer. question: '' keeps the task's wording."""
     changes = {**OLMES, "doc_to_text": f"Question: {question}\nAnswer:"} if question else OLMES
     return Form(task, metric, "cloze", 5, sampled, changes)
 

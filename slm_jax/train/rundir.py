@@ -7,7 +7,6 @@ from typing import Any
 
 import gin
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
@@ -17,6 +16,7 @@ from slm_jax.files import read_json, to_json, write_json, write_json_lines
 from slm_jax.metrics import MetricsWriter
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.run_directory import RunDirectory
+from slm_jax.score.kept_losses import KeptLosses, write_kept_losses
 from slm_jax.train import plan_summary, resume
 from slm_jax.train.plan import Plan
 from slm_jax.train.record import Record
@@ -127,8 +127,8 @@ def describe(run_dir: str, model: ModelConfig, plan: Plan, devices: Mesh, step: 
 def write_evaluation(
     run_dir: str, writer: MetricsWriter, step: int, results: Iterable[Iterable[tuple[str, Any]]]
 ) -> None:
-    """One metric row of all evaluators' numbers; their arrays as `token_losses/<name>/<step>.npy`, their lists as the
-    lines of `samples/<name>/<step>.jsonl`.
+    """One metric row of all evaluators' numbers; their token losses as score columns, their lists as the lines of
+    `samples/<name>/<step>.jsonl`.
 
     All processes evaluate, the first writes.
     """
@@ -137,10 +137,8 @@ def write_evaluation(
         for name, value in result:
             if not processes.first():
                 continue
-            if isinstance(value, np.ndarray):
-                path = Path(run_dir) / "token_losses" / name.split("/")[0] / f"{step}.npy"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.save(path, value)
+            if isinstance(value, KeptLosses):
+                write_kept_losses(run_dir, name.split("/")[0], step, value)
             elif isinstance(value, list):
                 write_json_lines(Path(run_dir) / "samples" / name.split("/")[0] / f"{step}.jsonl", value)
             else:

@@ -25,7 +25,7 @@ from slm_jax.evaluate.math.equality import Grader
 from slm_jax.evaluate.math.examples import Example
 from slm_jax.evaluate.math.prompts import Prompt
 from slm_jax.evaluate.math.questions import SETS, Question, find_file, read_questions
-from slm_jax.evaluate.math.results import Row, summarise
+from slm_jax.evaluate.math.results import summarise
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.tool_use import STOP as TOOL_STOP
 from slm_jax.evaluate.math.tool_use import attempts_with_tools, tool_prompt
@@ -53,12 +53,9 @@ class _Asking:
     rounds: int | None  # programs per answer; None without tools
     sandbox: Sandbox
 
-    def room(self) -> int:
-        """Tokens of the longest prompt, including BOS."""
-        return self.generator.model.max_length - self.sampling.max_new_tokens
-
     def fits(self, text: str) -> bool:
-        return len(self.generator.encode(text)) <= self.room()
+        """Whether the model can read a prompt and write an answer after it."""
+        return len(self.generator.encode(text)) + self.sampling.max_new_tokens <= self.generator.model.max_length
 
     def examples_of(self, name: str) -> tuple[Example, ...]:
         """The worked examples before a question of the set."""
@@ -73,9 +70,7 @@ class _Asking:
         if self.rounds is not None:
             return lambda question: prompt if self.fits((prompt := tool_prompt(question.text)).text) else None
         style = prompts_lib.STYLES[SETS[name].style]
-        return lambda question: prompts_lib.fitting(
-            style, examples, question.text, lambda text: len(self.generator.encode(text)), self.room()
-        )
+        return lambda question: prompts_lib.fitting(style, examples, question.text, self.fits)
 
     def attempts(self, texts: Sequence[str], seed: int) -> list[Attempt]:
         sampling = dataclasses.replace(self.sampling, seed=seed)
@@ -161,7 +156,7 @@ def evaluate_math(
     about = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "max_new_tokens": new}
     about |= {"temperature": temperature, "top_p": top_p, "seed": seed, "samples": samples, "stop": stop}
     about |= {"rounds": asking.rounds, "sandbox": sandbox if tools else None, "batch_size": batch_size}
-    about["graders"] = _versions()
+    about["graders"] = {package: importlib.metadata.version(package) for package in GRADERS}
     results = {}
     with jax.set_mesh(devices):
         for name in sets:
@@ -227,7 +222,8 @@ def _evaluate_set(
         for answered in rounds:
             file.append([judged(*one, judge) if processes.first() else {} for one in answered])
             bar.update(len(answered))
-        summary = processes.on_first(lambda: {"first_ids": ids, **summarise(_rows(file.path))})
+        rows = (record.fields or {} for record in readers.records(str(file.path), ()))
+        summary = processes.on_first(lambda: {"first_ids": ids, **summarise(list(rows))})
     low, high = summary["interval"]
     print(f"  {name}: {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}) of {summary['questions']}", end="")
     print(f", majority {summary['majority']['accuracy']:.3f}" if "majority" in summary else "")
@@ -247,11 +243,3 @@ def _write_summary(path: Path, about: dict[str, Any], record: dict[str, Any]) ->
 
 def _hash(texts: Sequence[Question] | Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-
-
-def _rows(path: Path) -> list[Row]:
-    return [record.fields or {} for record in readers.records(str(path), ())]
-
-
-def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in GRADERS}

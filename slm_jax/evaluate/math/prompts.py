@@ -45,21 +45,11 @@ def few_shot(style: Style, examples: Sequence[Example], question: str) -> Prompt
     return Prompt(BETWEEN.join([*map(style.show, examples), style.ask(question)]), len(examples))
 
 
-def fitting(
-    style: Style, examples: Sequence[Example], question: str, tokens: Callable[[str], int], room: int
-) -> Prompt | None:
-    """The prompt with as many examples, the last ones, as fit; None where not even the question fits.
-
-    Args:
-        style: the style of the question.
-        examples: all examples wanted.
-        question: its text.
-        tokens: measures the length of a text in tokens.
-        room: maximum length of a prompt in tokens.
-    """
+def fitting(style: Style, examples: Sequence[Example], question: str, fits: Callable[[str], bool]) -> Prompt | None:
+    """The prompt with as many of the last examples as fit; None where not even the question fits."""
     for first in range(len(examples) + 1):
         prompt = few_shot(style, examples[first:], question)
-        if tokens(prompt.text) <= room:
+        if fits(prompt.text):
             return prompt
     return None
 

@@ -76,14 +76,14 @@ sys.stdout.flush()
 
 
 class Ran(NamedTuple):
-    """What became of a program. ended: 'done', 'error', 'time', or 'output' (it wrote too much)."""
+    """The result of a program. ended: 'done', 'error', 'time', or 'output' (too much output)."""
 
     output: str
     error: str
     ended: str
 
     def shown(self, characters: int) -> str:
-        """What the model is told: the output, or the error in one line; of a long text its beginning and its end."""
+        """What the model reads: the output, or the error in one line; of a long text the beginning and the end."""
         text = self.output.strip() if self.ended in ("done", "output") else self.error.strip()
         half = characters // 2
         return text if len(text) <= characters else f"{text[:half]}...{text[-half:]}"

@@ -1,6 +1,6 @@
-"""The inside of the sandbox: gives up what it may do, then runs the program that comes through its standard input.
+"""The inside of the sandbox: drops its privileges, then runs the program that it reads from standard input.
 
-Run as a file, by `sandbox.Sandbox` alone. It imports nothing of this package.
+Run as a file, by `sandbox.Sandbox` only. It imports nothing from this package.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ CLONE, CLONE3 = (56, 220), 435
 
 
 def give_up_root(user: int) -> None:
-    """A user instead of root, whose processes the kernel does not count; nobody where that user cannot be."""
+    """Becomes `user` instead of root, whose processes the kernel does not limit; nobody where that user is unknown."""
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     try:
@@ -85,7 +85,7 @@ def limit(memory: int, cpu_seconds: int, file_bytes: int, processes: int) -> Non
 
 
 def refuse_system_calls() -> None:
-    """A filter of the kernel: what is in REFUSED fails with 'operation not permitted'.
+    """Installs a seccomp filter: the calls in REFUSED fail with 'operation not permitted'.
 
     Raises:
         KeyError: a machine whose numbers are not known here.
@@ -124,7 +124,7 @@ def refuse_system_calls() -> None:
 
 
 def main() -> None:
-    """Arguments: limits as JSON. The program's errors become one line, without the frames of this file."""
+    """Takes the limits as JSON in its argument. An error of the program is printed as one line, without traceback."""
     limits = json.loads(sys.argv[1])
     with open("program.py", "wb") as file:
         file.write(sys.stdin.buffer.read())

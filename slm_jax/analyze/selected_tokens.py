@@ -62,7 +62,8 @@ def of_tokens(
       selector: how.
       downstream: (steps, values) of each run.
       classes: of the tokens, as `analyze dynamics` writes them.
-      scores, references: compared, under the last checkpoint, with those of the selection itself.
+      scores: other scores to compare with the selection's own, under the last checkpoint.
+      references: other references to compare with its own, likewise.
     """
     first, own = next(iter(losses.items()))
     values = own.values[:, rows.valid]  # [C, N, L] -> [C, T]

@@ -67,7 +67,8 @@ def read_batch(
 
     Args:
       corpora: of one sequence length L.
-      which, rows: which corpus, and which of its rows.
+      which: index of each row's corpus.
+      rows: number of each row in its corpus.
       score_columns: columns to read as scores, for example "scores/reference/loss".
       source_maps: for each corpus, its own source ids -> ids in the list of all sources.
     """

@@ -43,8 +43,10 @@ class Corpus:
         path: its directory or URL.
         manifest: everything recorded when it was made.
         fingerprint: of the content, 64 hexadecimal digits; equal content gives equal fingerprints.
-        num_rows, sequence_length: shape of every column.
-        vocabulary_hash, vocab_size: of the vocabulary that its tokens belong to.
+        num_rows: number of rows N; every column is [N, L].
+        sequence_length: tokens per row L.
+        vocabulary_hash: hash of the vocabulary's content.
+        vocab_size: number of ids of the vocabulary.
         source_names: the source of each value of `source_ids`.
         metadata: settings of the `Metadata` that its documents carry; None for plain documents.
     """

@@ -23,7 +23,9 @@ class ScoreColumn:
     """One score of a corpus, from `Corpus.score` (finished) or `Corpus.create_score` (to be written).
 
     Attributes:
-        name, statistics, reference: as given to `Corpus.create_score`.
+        name: as given to `Corpus.create_score`.
+        statistics: likewise.
+        reference: likewise.
         num_rows: rows of the corpus.
         chunk_rows: write multiples of this many rows where possible: they share a file.
     """

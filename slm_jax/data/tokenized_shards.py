@@ -161,9 +161,14 @@ class Documents:
     """All documents of finished shards, in the order of the input.
 
     Attributes:
-        id, source, url: lists of strings.
-        metadata: list of strings, None where a document carries none.
-        index, bytes, length, noisy: arrays [D].
+        id: identifiers.
+        source: source names.
+        url: URLs, as the records give them.
+        metadata: metadata, None where a document carries none.
+        index: number of each document in the input, [D].
+        bytes: length in bytes, [D].
+        length: length in tokens, [D].
+        noisy: whether it has tokens in noise spans, [D].
         unspelled: how often each character occurs that the vocabulary cannot spell.
     """
 

@@ -27,7 +27,10 @@ class Vocabulary(abc.ABC):
     Attributes:
         kind: 'bytes', 'sentencepiece' or 'huggingface'.
         size: number of ids.
-        bos_id, eos_id, pad_id, unk_id: control ids; `unk_id` is None where no id means unknown.
+        bos_id: id that begins a document.
+        eos_id: id that ends a document.
+        pad_id: id of padding.
+        unk_id: id of what the vocabulary cannot write; None where no id means unknown.
         content_hash: equal for vocabularies that give the same ids.
     """
 

@@ -36,8 +36,10 @@ class RequestStats:
     Attributes:
       requests: all of them.
       known: those answered before.
-      truncated: those cut on the left, which lost `dropped_tokens` in all.
-      first_ids, first_text: how the first request begins.
+      truncated: those cut on the left.
+      dropped_tokens: tokens that these lost in all.
+      first_ids: the first ids of the first request.
+      first_text: the text of these ids.
     """
 
     requests: int = 0

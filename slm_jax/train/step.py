@@ -52,8 +52,8 @@ def make_step(
       model: the architecture.
       selection: which tokens train; None for all of them (causal).
       optimizer: its updates are scaled by -learning rate here.
-      schedule, keep_ratio: learning rate and share of tokens kept at step t of the run, counted from 1; keep_ratio
-        replaces selection.ratio.
+      schedule: learning rate at step t of the run, counted from 1.
+      keep_ratio: fraction of tokens kept at step t, in place of selection.ratio.
       seed: of random scores and dropout.
       gradient_accumulation_steps: micro-batches per step; same result, less memory.
       l2_to_init: see Phase; the state then carries the parameters that the phase began with.

@@ -11,8 +11,8 @@ from slm_jax.data.packing import (
     pack_complete,
     pack_split,
     pack_whole,
-    positions_from_segments,
 )
+from slm_jax.data.segments import positions_from_segments
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=0, max_size=60).map(lambda lengths: np.array(lengths, np.int64))
 SEQUENCE_LENGTH = st.integers(1, 24)

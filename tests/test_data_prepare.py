@@ -17,8 +17,8 @@ import toy
 from toy import refused
 
 from slm_jax.data.corpus import COLUMNS, Corpus
-from slm_jax.data.packing import positions_from_segments
 from slm_jax.data.prepare import prepare
+from slm_jax.data.segments import positions_from_segments
 from slm_jax.data.sources import Source, read_documents
 from slm_jax.data.vocabularies import VocabularyConfig
 from slm_jax.data.vocabulary import ByteVocabulary

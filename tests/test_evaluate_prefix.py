@@ -13,10 +13,11 @@ from slm_jax import mesh as mesh_lib
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.packing import PACKINGS
+from slm_jax.data.segments import segments_of
 from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.perplexity import HeldOut
-from slm_jax.evaluate.prefix import conditioned, document_prefixes, repack, row_width, segments_of
+from slm_jax.evaluate.prefix import conditioned, document_prefixes, repack, row_width
 from slm_jax.models.trained_model import TrainedModel, load_model
 from slm_jax.run_directory import RunDirectory
 

@@ -13,8 +13,8 @@ import toy
 
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
-from slm_jax.data.packing import positions_from_segments
 from slm_jax.data.readers import BadRecord
+from slm_jax.data.segments import positions_from_segments
 from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
 from slm_jax.score.external_logprobs import answer_of
 from slm_jax.score.score_corpus import score

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from slm_jax.data.batches import make_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
-from slm_jax.data.packing import positions_from_segments
+from slm_jax.data.segments import positions_from_segments
 from slm_jax.score.score_corpus import score
 from slm_jax.score.strip_metadata import put_back, remove_prefix
 

@@ -19,6 +19,7 @@ from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.checkpoint import read_about, saved_steps
 from slm_jax.data.corpus import Corpus
+from slm_jax.data.scores import ScoreName
 from slm_jax.errors import UserError
 from slm_jax.models.trained_model import load_model
 from slm_jax.run_directory import RunDirectory
@@ -78,7 +79,7 @@ def read_columns(
     with contextlib.suppress(UserError):  # a selection by its own loss needs no reference
         for name in (name for part in selection.parts for name in part.references):
             table.score(name)
-            names.append(f"scores/{name}/loss")
+            names.append(str(ScoreName(name)))
     names = list(dict.fromkeys(names))
     return {name: column.astype(np.float32) for name, column in (table.read(rows, names) if names else {}).items()}
 
@@ -203,7 +204,7 @@ def read_losses(rows: Rows, names: Sequence[str]) -> Losses:
                 "checkpoint once",
             )
         made_by[model] = name
-        column = f"scores/{name}/loss"
+        column = str(ScoreName(name))
         loss = rows.table.read(np.arange(len(rows.valid)), [column])[column].astype(np.float32)
         values[place] = np.where(rows.valid, loss, np.nan)
     return Losses(list(names), [_step(rows.table, name) for name in names], values)

@@ -20,6 +20,7 @@ from slm_jax.analyze.selected_tokens import reference_losses, select
 from slm_jax.checkpoint import saved_steps
 from slm_jax.data.batches import Batch, make_batch
 from slm_jax.data.corpus import Corpus
+from slm_jax.data.scores import ScoreName
 from slm_jax.errors import UserError
 from slm_jax.files import write_text
 from slm_jax.mesh import MeshConfig
@@ -107,7 +108,7 @@ def analyze_inspect(
     for name in columns:
         # A column belongs to the run and step in its manifest; one without them is a model by itself.
         about = table.score(name).reference
-        values = table.read(wanted, [f"scores/{name}/loss"])[f"scores/{name}/loss"].astype(np.float32)
+        values = table.read(wanted, [str(ScoreName(name))])[str(ScoreName(name))].astype(np.float32)
         column = Column(int(about.get("step") or 0), f"score column {name}", values)
         models.setdefault(os.path.normpath(about.get("run") or name), []).append(column)
     devices = mesh_lib.make_mesh(mesh)

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 
 from slm_jax.analyze.page import render, script_json
 from slm_jax.data.corpus import Corpus
+from slm_jax.data.segments import segments_of
 from slm_jax.data.token_text import TokenText
 from slm_jax.data.vocabulary import Vocabulary
-from slm_jax.evaluate.prefix import segments_of
 from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.score.token_loss import predicted
 
@@ -156,7 +156,7 @@ def _documents(rows: Rows) -> tuple[list[dict[str, Any]], Int[np.ndarray, " T"],
     found: list[dict[str, Any]] = []
     places, spans = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)]
     first, reader = 0, TokenText(rows.vocabulary)
-    for row, start, length in zip(*(x.tolist() for x in segments_of(rows.segment_ids)), strict=True):
+    for row, start, length in segments_of(rows.segment_ids).each():
         text, characters = reader.spans(rows.tokens[row, start : start + length].tolist())
         units = np.cumsum([0, *(2 if ord(character) > 0xFFFF else 1 for character in text)])
         about = rows.documents.get((int(rows.numbers[row]), start))

@@ -8,8 +8,8 @@ import pyarrow
 
 from slm_jax.analyze.columns import Rows
 from slm_jax.analyze.page import visible
+from slm_jax.data.segments import segments_of
 from slm_jax.data.token_text import TokenText
-from slm_jax.evaluate.prefix import segments_of
 
 
 class Segment(NamedTuple):
@@ -31,7 +31,7 @@ def segments(rows: Rows) -> list[Segment]:
     begun = {(about["row"], about["start"]): about["url"] or "" for about in documents}
     return [
         Segment(row, start, length, names[rows.source_ids[row, start]], begun.get(at, ""), at in begun)
-        for row, start, length in zip(*(x.tolist() for x in found), strict=True)
+        for row, start, length in found.each()
         for at in [(row, start)]
     ]
 

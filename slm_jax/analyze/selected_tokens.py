@@ -19,7 +19,8 @@ from slm_jax.analyze.dynamics import CLASSES
 from slm_jax.analyze.passages import Segment, segments, varied
 from slm_jax.analyze.report import Passage, ShownToken
 from slm_jax.analyze.selection_metrics import fitted
-from slm_jax.data.packing import positions_from_segments
+from slm_jax.data.scores import ScoreName
+from slm_jax.data.segments import positions_from_segments
 from slm_jax.data.token_text import TokenText
 from slm_jax.errors import UserError
 from slm_jax.files import read_json
@@ -291,7 +292,7 @@ def reference_losses(
     """The reference losses to show: of the first part of the selection whose columns are there, several references
     combined as it says. None where there are none."""
     for part in selection.parts:
-        names = [f"scores/{name}/loss" for name in part.references]
+        names = [str(ScoreName(name)) for name in part.references]
         if all(name in columns for name in names):
             # [references, N, L] -> [N, L]
             return np.asarray(COMBINE[part.combine](np.stack([columns[name].astype(np.float32) for name in names])))

@@ -16,12 +16,12 @@ from slm_jax.analyze import plots, tables
 from slm_jax.analyze.columns import Rows, read_losses, read_rows, score_columns
 from slm_jax.checkpoint import read_about, saved_steps
 from slm_jax.data.corpus import Corpus
+from slm_jax.data.segments import segments_of
 from slm_jax.data.sources import Source, read_documents
 from slm_jax.data.store import SHARD_ROWS
 from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.data.vocabulary import ByteVocabulary, Vocabulary
 from slm_jax.errors import UserError
-from slm_jax.evaluate.prefix import segments_of
 from slm_jax.files import write_json, write_text
 from slm_jax.metrics import progress
 
@@ -233,7 +233,7 @@ def texts_of(corpus: Corpus) -> Iterator[tuple[str, str]]:
     source = ""
     for first in range(0, corpus.num_rows, SHARD_ROWS):
         columns = corpus.read(np.arange(first, min(first + SHARD_ROWS, corpus.num_rows)))
-        for row, start, length in zip(*(x.tolist() for x in segments_of(columns["segment_ids"])), strict=True):
+        for row, start, length in segments_of(columns["segment_ids"]).each():
             tokens = columns["tokens"][row, start : start + length]
             if tokens[0] == vocabulary.bos_id:
                 if pieces:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from slm_jax.data.corpus import Corpus
-from slm_jax.data.packing import positions_from_segments
+from slm_jax.data.segments import positions_from_segments
 
 
 class Batch(NamedTuple):

@@ -20,7 +20,7 @@ import pyarrow.parquet
 from jaxtyping import Integer
 
 from slm_jax.data.preprocess import token_dtype
-from slm_jax.data.scores import ScoreColumn, create_score, open_score, score_names
+from slm_jax.data.scores import ScoreColumn, ScoreName, create_score, open_score, score_names
 from slm_jax.data.store import SHARD_ROWS, Store
 from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.data.vocabulary import Vocabulary
@@ -207,13 +207,12 @@ class Corpus:
     def _column(self, name: str):
         if name in self._columns:
             return self._columns[name]
-        prefix, _, rest = name.partition("/")
-        score, _, statistic = rest.partition("/")
-        if prefix != "scores" or not statistic:
+        if not name.startswith("scores/"):
             raise UserError(
                 "corpus-no-column",
                 f"corpus {self.path} has no column {name!r}: {', '.join(COLUMNS)} or scores/NAME/STATISTIC",
             )
+        score, statistic = ScoreName.parse(name)
         if score not in self._scores:
             self._scores[score] = self.score(score)
         return self._scores[score].array(statistic)

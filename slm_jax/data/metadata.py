@@ -13,7 +13,7 @@ import gin
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from slm_jax.data.packing import positions_from_segments
+from slm_jax.data.segments import positions_from_segments
 from slm_jax.errors import UserError
 
 FORMS = ("host", "url", "domain", "suffix")

@@ -9,8 +9,8 @@ from jaxtyping import Int, Integer
 class Pieces(NamedTuple):
     """Pieces of documents in rows, in row order; all arrays are [P].
 
-    Piece p is `length[p]` tokens of document `document[p]` from its token `start[p]` on, and lies in row `row[p]` from
-    place `offset[p]` on. It is segment `segment[p]` of its row, counted from 1.
+    Piece p is tokens [start[p], start[p] + length[p]) of document `document[p]`, at `offset[p]` of row `row[p]`. It is
+    segment `segment[p]` of its row, counted from 1.
     """
 
     document: Int[np.ndarray, "P"]
@@ -43,9 +43,9 @@ def pack_split(lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Piece
 
 
 def pack_complete(lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Pieces:
-    """MeCo's packing (arXiv 2501.01956, A.3): every row begins with the begin of a document.
+    """MeCo's packing (arXiv 2501.01956, A.3): every row starts with the start of a document.
 
-    Documents are appended until the row is full, what hangs over is discarded, the next row begins with the next
+    Documents are appended until the row is full, the overhang is discarded, and the next row starts with the next
     document. The last row is padded. Arguments as in `pack_split`.
     """
     lengths = _checked(lengths, sequence_length)
@@ -56,9 +56,9 @@ def pack_complete(lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Pi
 
 
 def pack_whole(lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Pieces:
-    """No document is cut: one that does not fit in what is left of a row begins the next, and the row is padded.
+    """No document is cut: one that does not fit into the rest of a row starts the next, and the row is padded.
 
-    Only of a document that is longer than a row, what hangs over is discarded. Arguments as in `pack_split`.
+    A document that is longer than a row loses its overhang. Arguments as in `pack_split`.
     """
     lengths = np.minimum(_checked(lengths, sequence_length), sequence_length)
     ends = np.cumsum(lengths)
@@ -68,19 +68,10 @@ def pack_whole(lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Piece
 PACKINGS = {"split": pack_split, "complete": pack_complete, "whole": pack_whole}
 
 
-def positions_from_segments(segment_ids: Integer[np.ndarray, "B L"]) -> Int[np.ndarray, "B L"]:
-    """int32 positions that restart at 0 with every segment, as the rotary embedding reads them; 0 in the padding."""
-    place = np.arange(segment_ids.shape[1], dtype=np.int32)
-    begins = np.ones(segment_ids.shape, bool)
-    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    latest = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
-    return np.where(segment_ids > 0, place - latest, 0).astype(np.int32)
-
-
 def _row_by_row(lengths: np.ndarray, sequence_length: int, following: np.ndarray) -> Pieces:
-    """If a row begins with document d, the next begins with document `following[d]`.
+    """Rows of documents, where a row that starts with document d is followed by one with document `following[d]`.
 
-    Every row follows from the one before, so the chain is walked; all that can be computed at once is.
+    Each row depends on the one before, so this walks the chain; everything else is vectorised.
     """
     firsts, first, chain = [], 0, following.tolist()
     while first < len(lengths):

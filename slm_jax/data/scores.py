@@ -8,7 +8,7 @@ scores/NAME/finished        zarr3 array [num_rows] of 0 and 1; set after the val
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -17,6 +17,28 @@ from slm_jax.data.store import SHARD_ROWS, Store
 from slm_jax.errors import UserError
 
 FORMAT_VERSION = 1
+
+
+class ScoreName(NamedTuple):
+    """The array of one statistic as a column of a corpus: `str(ScoreName("reference", "loss"))` is
+    "scores/reference/loss"."""
+
+    name: str
+    statistic: str = "loss"
+
+    def __str__(self) -> str:
+        return f"scores/{self.name}/{self.statistic}"
+
+    @classmethod
+    def parse(cls, column: str) -> "ScoreName":
+        """The parts of "scores/NAME/STATISTIC".
+
+        Raises:
+            UserError: `column` has another form.
+        """
+        if not (found := re.fullmatch(r"scores/([^/]+)/([^/]+)", column)):
+            raise UserError("corpus-no-column", f"{column!r} is no column: name a score as scores/NAME/STATISTIC")
+        return cls(*found.groups())
 
 
 class ScoreColumn:
@@ -38,7 +60,7 @@ class ScoreColumn:
         self.reference: dict[str, Any] = manifest["reference"]
         self._arrays = {}
         for key in (*self.statistics, "finished"):
-            array = store.open_array(f"scores/{name}/{key}")
+            array = store.open_array(str(ScoreName(name, key)))
             if array is None:
                 raise UserError(
                     "score-damaged",
@@ -92,7 +114,8 @@ class ScoreColumn:
 
 def score_names(store: Store) -> list[str]:
     """Names of the columns, finished or not, sorted."""
-    return sorted({key.split("/")[1] for key in store.keys("scores/") if key.endswith("/manifest.json")})
+    found = (re.fullmatch(r"scores/([^/]+)/manifest\.json", key) for key in store.keys("scores/"))
+    return sorted(match[1] for match in found if match)
 
 
 def open_score(store: Store, name: str, fingerprint: str, partial: bool = False) -> ScoreColumn:
@@ -139,8 +162,8 @@ def create_score(
     manifest = _manifest(store, name)
     if manifest is None:
         for statistic in statistics:
-            store.create_array(f"scores/{name}/{statistic}", dtype, shape)
-        store.create_array(f"scores/{name}/finished", "uint8", shape[:1])
+            store.create_array(str(ScoreName(name, statistic)), dtype, shape)
+        store.create_array(str(ScoreName(name, "finished")), "uint8", shape[:1])
         manifest = {"format_version": FORMAT_VERSION, "corpus_fingerprint": fingerprint, **wanted}
         store.write_json(f"scores/{name}/manifest.json", manifest)
     _check_corpus(store, name, manifest, fingerprint)

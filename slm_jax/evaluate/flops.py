@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from slm_jax.data.corpus import Corpus
+from slm_jax.data.scores import ScoreName
 from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.run_directory import RunDirectory
@@ -82,7 +83,7 @@ def _scored(settings: Mapping[str, Any], steps: int | None) -> tuple[int, list[t
     read, corpora, references = 0, {}, {}
     for phase, done in _first_phases(settings, steps):
         selection = selection_of(phase["selection"])
-        names = {column.split("/")[1] for column in selection.columns()} if selection else ()
+        names = {ScoreName.parse(column).name for column in selection.columns()} if selection else ()
         if not names:
             continue
         read += phase["batch_size"] * done

@@ -14,18 +14,10 @@ from jaxtyping import Int, Integer
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.hashing import mix
 from slm_jax.data.metadata import Metadata
-from slm_jax.data.packing import positions_from_segments
+from slm_jax.data.segments import Segments, segments_of
 from slm_jax.errors import UserError
 
 KERNEL_ROWS = 128  # every attention backend takes rows of a multiple of this many tokens
-
-
-class Segments(NamedTuple):
-    """The segments of packed rows, in order: row and start of the first token, and length in tokens."""
-
-    row: Int[np.ndarray, "S"]
-    start: Int[np.ndarray, "S"]
-    length: Int[np.ndarray, "S"]
 
 
 class Repacked(NamedTuple):
@@ -94,13 +86,6 @@ def conditioned(
     first = next(iter(ids_of), "")
     about = {"text": first, "ids": ids_of.get(first, []), "different": len(ids_of), "longest": longest}
     return repack(columns["tokens"], segments, ids, row_width(max(needed, table.sequence_length), max_length)), about
-
-
-def segments_of(segment_ids: Integer[np.ndarray, "B L"]) -> Segments:
-    begins = (segment_ids > 0) & (positions_from_segments(segment_ids) == 0)
-    row, start = np.nonzero(begins)
-    number = np.cumsum(begins).reshape(begins.shape) - 1
-    return Segments(row, start, np.bincount(number[segment_ids > 0], minlength=len(row)).astype(np.int64))
 
 
 def row_width(needed: int, max_length: int) -> int:

@@ -18,6 +18,7 @@ from slm_jax.data.batches import Batch, read_ahead, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import prefix_tokens
 from slm_jax.data.packing import pack_whole
+from slm_jax.data.segments import segments_of
 from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig
@@ -108,11 +109,10 @@ class CrossTokenizerScorer:
             prefix_tokens(batch.segment_ids, batch.loss_mask) if self._removed else np.zeros(batch.tokens.shape, bool)
         )
         found = []
-        for row, ids in enumerate(batch.segment_ids):
-            for segment in range(1, int(ids.max()) + 1):
-                places = np.flatnonzero((ids == segment) & ~unread[row])
-                aligned = self._aligner.align(batch.tokens[row, places], batch.loss_mask[row, places])
-                found.append(Segment(row, places, aligned))
+        for row, start, length in segments_of(batch.segment_ids).each():
+            places = start + np.flatnonzero(~unread[row, start : start + length])
+            aligned = self._aligner.align(batch.tokens[row, places], batch.loss_mask[row, places])
+            found.append(Segment(row, places, aligned))
         return found
 
     def losses(

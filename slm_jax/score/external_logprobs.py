@@ -27,8 +27,8 @@ import pyarrow
 
 from slm_jax.data import readers
 from slm_jax.data.corpus import Corpus
-from slm_jax.data.packing import positions_from_segments
 from slm_jax.data.readers import BadRecord
+from slm_jax.data.segments import positions_from_segments
 from slm_jax.errors import UserError
 from slm_jax.metrics import progress
 

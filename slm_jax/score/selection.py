@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
 from slm_jax.config import as_list
+from slm_jax.data.scores import ScoreName
 from slm_jax.errors import UserError
 
 SCORES = ("excess", "loss", "reference", "entropy", "random")
@@ -112,7 +113,7 @@ class Selection:
     def columns(self) -> tuple[str, ...]:
         """The columns of the corpus that this selection reads."""
         statistic = {"excess": "loss", "reference": "loss", "entropy": "entropy"}.get(self.score)
-        return tuple(f"scores/{name}/{statistic}" for name in self.references) if statistic else ()
+        return tuple(str(ScoreName(name, statistic)) for name in self.references) if statistic else ()
 
 
 @gin.configurable

@@ -201,20 +201,13 @@ def _figure(
         for name, colour, x, y in drawn:
             kept = np.unique(np.linspace(0, len(x) - 1, HOVER_POINTS).astype(int))
             at = axes.transData.transform(np.stack([x[kept], y[kept]], axis=1)) * 72 / canvas.dpi
-            points = [
-                [
-                    round(px, 1),
-                    round(tall - py, 1),
-                    f"{names[0]} {a:,.0f}" if a == int(a) else f"{names[0]} {a:.4g}",
-                    f"{b:.4g}",
-                ]
-                for (px, py), a, b in zip(at.tolist(), x[kept].tolist(), y[kept].tolist(), strict=True)
-            ]
+            at = np.round(np.stack([at[:, 0], tall - at[:, 1]], axis=1), 1).tolist()
+            words = [f"{names[0]} {a:,.0f}" if a == int(a) else f"{names[0]} {a:.4g}" for a in x[kept].tolist()]
+            points = [[*place, word, f"{b:.4g}"] for place, word, b in zip(at, words, y[kept].tolist(), strict=True)]
             lines.append({"name": name, "colour": colour, "points": points})
         hover = {"y": names[1], "together": together, "size": [round(width, 1), round(tall, 1)], "lines": lines}
-        return Figure(
-            title, caption, _inline(_svg(canvas, "none"), title), _svg(canvas, "white"), png.getvalue(), hover
-        )
+        inline = _inline(_svg(canvas, "none"), title)
+        return Figure(title, caption, inline, _svg(canvas, "white"), png.getvalue(), hover)
 
 
 def _svg(canvas: Canvas, ground: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables to read and to take along: the same cells as HTML, Markdown and CSV."""
+"""Tables: the same cells as HTML, Markdown and CSV."""
 
 import csv
 import io
@@ -12,8 +12,8 @@ NOTHING = "–"  # for what was not measured
 
 
 class Cell(NamedTuple):
-    """What a reader sees: a number or words; below, smaller, the `range` of what it is the mean of, and its `change` in
-    the colour of `kind`. The number itself, and the lowest and highest, are for CSV."""
+    """text: a number or words, as shown. range: of the values that it is the mean of, and change: to the baseline, in
+    the colour of kind, both in small print. value and spread: the numbers themselves, for CSV."""
 
     text: str
     change: str = ""
@@ -24,8 +24,8 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """headings: of the columns, that of the rows' names first. rows: name and cells. file: the name under which it is
-    written and can be copied; "" for a table that only stands in the page. words: it holds words, not numbers."""
+    """headings: of the columns, beginning with that of the rows' names. rows: name and cells. file: the name under
+    which it is written and can be copied; "" for a table that is only in the page. words: not numbers."""
 
     title: str
     headings: Sequence[str]
@@ -35,14 +35,16 @@ class Table(NamedTuple):
     words: bool = False
 
     def markdown(self) -> str:
-        """As GitHub reads tables; numbers to the right."""
+        """GitHub's tables; numbers are right-aligned."""
         lines = [self.headings, ["---", *["---" if self.words else "---:"] * (len(self.headings) - 1)]]
-        lines += [[name, *(_text(cell) for cell in cells)] for name, cells in self.rows]
+        for name, cells in self.rows:
+            more = ["; ".join(filter(None, (cell.range, cell.change))) for cell in cells]
+            lines.append([name, *(f"{c.text} ({m})" if m else c.text for c, m in zip(cells, more, strict=True))])
         return "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in lines)
 
     def csv(self) -> str:
-        """The numbers unrounded; nothing where nothing was measured. A column of means is followed by the lowest and
-        the highest."""
+        """Unrounded numbers; empty where nothing was measured. A column of means is followed by the lowest and the
+        highest."""
         spread = [any(cells[i].spread for _, cells in self.rows) for i in range(len(self.headings) - 1)]
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
@@ -61,14 +63,14 @@ class Table(NamedTuple):
 
 def of_values(headings: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 3) -> Table:
     """A table of rows that each begin with a name."""
-    return Table("", headings, [(str(name), [_cell(value, digits) for value in values]) for name, *values in rows])
 
+    def cell(value: Any) -> Cell:
+        if isinstance(value, str):
+            return Cell(value)
+        text = number(value, digits if isinstance(value, float) else 0)
+        return Cell(text, value=None if text == NOTHING else value)
 
-def _cell(value: Any, digits: int) -> Cell:
-    if isinstance(value, str):
-        return Cell(value)
-    text = number(value, digits if isinstance(value, float) else 0)
-    return Cell(text, value=None if text == NOTHING else value)
+    return Table("", headings, [(str(name), [cell(value) for value in values]) for name, *values in rows])
 
 
 def plain(value: Any) -> Any:
@@ -82,11 +84,6 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _text(cell: Cell) -> str:
-    more = "; ".join(filter(None, (cell.range, cell.change)))
-    return f"{cell.text} ({more})" if more else cell.text
-
-
 def _escaped(text: str) -> str:
     for sign, instead in (("\\", "\\\\"), ("|", "\\|"), ("&", "&amp;"), ("<", "&lt;")):
         text = text.replace(sign, instead)
@@ -94,7 +91,7 @@ def _escaped(text: str) -> str:
 
 
 def number(value: Any, digits: int, signed: bool = False) -> str:
-    """A number for reading, with thousands separated; NOTHING for what was not measured."""
+    """A number as text, with thousands separated; NOTHING for what was not measured."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return NOTHING
     sign = "+" if signed else ""
@@ -102,5 +99,5 @@ def number(value: Any, digits: int, signed: bool = False) -> str:
 
 
 def kind_of(change: float) -> str:
-    """Of a change in loss."""
+    """The verdict on a change in loss."""
     return "better" if change < -0.0005 else "worse" if change > 0.0005 else "same"

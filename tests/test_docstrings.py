@@ -21,20 +21,32 @@ def unknown_entries(source: str) -> list[str]:
     """`line: name: entry` of every entry of `Args:` that is no parameter, and of `Attributes:` that is no field."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            arguments = node.args
-            every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-            section, known = "Args", {argument.arg for argument in every if argument}
-        elif isinstance(node, ast.ClassDef):
-            section = "Attributes"
-            known = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
-            known |= {attribute.attr for attribute in ast.walk(node) if isinstance(attribute, ast.Attribute)}
-            known |= {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
-        else:
-            continue
-        named = entries(ast.get_docstring(node, clean=False) or "", section)
-        found += [f"{node.lineno}: {node.name}: {entry}" for entry in named if entry not in known]
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            named = {"Args": parameters(node), "Attributes": fields(node)}
+            found += [
+                f"{node.lineno}: {node.name}: {entry}"
+                for section, known in named.items()
+                for entry in entries(docstring, section)
+                if entry not in known
+            ]
     return found
+
+
+def parameters(node: ast.AST) -> set[str]:
+    """Of a function, or of a class's `__init__`."""
+    if isinstance(node, ast.ClassDef):
+        return set().union(*(parameters(part) for part in node.body if getattr(part, "name", "") == "__init__"))
+    arguments = node.args  # pyright: ignore[reportAttributeAccessIssue]
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    return {argument.arg for argument in every if argument}
+
+
+def fields(node: ast.AST) -> set[str]:
+    """Names, attributes and methods that occur in a class."""
+    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    names |= {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+    return names | {part.name for part in ast.walk(node) if isinstance(part, ast.FunctionDef)}
 
 
 def test_docstrings_name_parameters_and_fields():

@@ -182,7 +182,8 @@ class Mixture:
     """The rows of one phase.
 
     Args:
-      components, supplies: D of each.
+      components: the D corpora and their settings.
+      supplies: where the rows of each come from, D of them.
       seed: of the order of rows.
       shares: of the components, [D], or [steps, D] where they change from step to step.
       batch_size: rows per step.

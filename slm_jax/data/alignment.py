@@ -1,7 +1,7 @@
-"""One text in two vocabularies: what each token of one is to the tokens of the other, and losses carried across.
+"""One text in two vocabularies: aligns the tokens of one with those of the other, and carries losses across.
 
-Both stand on one axis: the bytes of the text, and one place for every BOS and EOS. A loss is spread evenly over the
-bytes of its token, and a token of ours takes what lies on its own: sums are preserved.
+Both are placed on one axis: the bytes of the text, and one place for every BOS and EOS. The loss of a token is spread
+evenly over its bytes, and each of our tokens sums up what lies on its own bytes, so sums are preserved.
 """
 
 import itertools
@@ -11,19 +11,19 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from slm_jax.data.preprocess import encode_within
+from slm_jax.data.token_text import CUT
 from slm_jax.data.vocabulary import Vocabulary
 
-CUT = "\ufffd"  # how a decoder shows bytes that are no character
-CHARACTER_BYTES = 4  # of UTF-8, at most: a cut leaves up to three of them
+CHARACTER_BYTES = 4  # maximum in UTF-8: a cut leaves up to three of them
 
 
 class Aligned(NamedTuple):
     """A piece of a document: T tokens of ours, N of theirs.
 
     Attributes:
-        ids: what the reference reads, BOS first.
-        theirs: [begin, end) of each of them on the axis; empty for a BOS that our piece does not have.
-        ours: [begin, end) of our tokens; empty for those that stand for no text that the reference could read.
+        ids: the tokens that the reference reads, BOS first.
+        theirs: [begin, end) of each of them on the axis; empty for a BOS that our piece lacks.
+        ours: [begin, end) of our tokens; empty for those without a text that the reference could read.
     """
 
     ids: Int[np.ndarray, "N"]
@@ -39,11 +39,11 @@ class Aligner:
         self._sizes = ours.token_bytes()
 
     def align(self, tokens: Integer[np.ndarray, "T"], loss_mask: Bool[np.ndarray, "T"]) -> Aligned:
-        """The tokens of one segment, from their BOS on or from somewhere within a document.
+        """Aligns the tokens of one segment, which begins with BOS or within a document.
 
-        The reference's begin with its BOS either way: without one, few models know what to do. No token of theirs
-        crosses the end of metadata or of a prompt, which is where `loss_mask` changes. A character that was cut at the
-        end of a row is not read.
+        The reference's tokens begin with its BOS either way: few models work without one. No token of theirs crosses
+        the end of metadata or of a prompt, where `loss_mask` changes. A character that was cut at the end of a row is
+        not read.
         """
         controls = {self._ours.bos_id: self.theirs.bos_id, self._ours.eos_id: self.theirs.eos_id}
         spans, place = np.zeros((len(tokens), 2), np.int64), 0
@@ -70,7 +70,7 @@ class Aligner:
         return Aligned(np.array(ids, np.int64), np.concatenate(theirs), spans)
 
     def _text(self, tokens: np.ndarray, loss_mask: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """ids of theirs, their spans and ours, from 0 on, of tokens that all stand for text."""
+        """Their ids, their spans and ours, from 0 on, of tokens that are all text."""
         sizes = self._sizes[tokens].copy()
         first, last, text = self._readable(tokens, sizes)
         sizes[:first] = sizes[last:] = 0
@@ -82,10 +82,10 @@ class Aligner:
         return ids, their_spans, np.stack([ends - sizes, ends], axis=1)
 
     def _readable(self, tokens: np.ndarray, sizes: np.ndarray) -> tuple[int, int, str]:
-        """The range of tokens that make up a text, and the text; nothing where their bytes are not those of it.
+        """The range of tokens that make up a text, and the text; an empty range where their bytes are not its bytes.
 
-        A vocabulary that puts a space before a text, and takes it away again, has it in its first token: `sizes` is set
-        right for that.
+        A vocabulary that puts a space before a text, and removes it again, has it in its first token: `sizes` is
+        corrected for that.
         """
         cuts = sorted(itertools.product(range(CHARACTER_BYTES), repeat=2), key=sum)
         for left, right in cuts if len(tokens) else ():
@@ -103,10 +103,10 @@ class Aligner:
 
 
 def carried(losses: Float[np.ndarray, "N"], aligned: Aligned) -> Float[np.ndarray, "T"]:
-    """The losses of their tokens as losses of ours; that of the first of theirs, a BOS, says nothing.
+    """The losses of their tokens as losses of ours; the loss of their first token, a BOS, is ignored.
 
-    NaN for a token of ours that none of theirs stands for, or one whose loss is not finite. What a token of theirs
-    without a text of its own costs is added to what follows it.
+    NaN for a token of ours that overlaps none of theirs, or one whose loss is not finite. The loss of a token of theirs
+    without text is added to the next.
     """
     begins, ends = aligned.theirs[1:].T
     length = int(max(aligned.ours.max(initial=0), ends.max(initial=0)))
@@ -116,7 +116,7 @@ def carried(losses: Float[np.ndarray, "N"], aligned: Aligned) -> Float[np.ndarra
     finite = np.isfinite(losses)
 
     def up_to(values: np.ndarray) -> np.ndarray:
-        """What lies before each place of the axis, of values that are spread over their tokens' bytes."""
+        """The sum before each place of the axis, of values that are spread over their tokens' bytes."""
         steps = np.zeros(length + 1)
         np.add.at(steps, begins, values)
         np.add.at(steps, ends, -values)

@@ -1,4 +1,4 @@
-"""Hashes that decide orders: defined here to the bit, so that no library version can change a running experiment."""
+"""Hashes that decide orders, defined here to the bit so that no library version can change a running experiment."""
 
 import hashlib
 import json

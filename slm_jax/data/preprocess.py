@@ -1,4 +1,4 @@
-"""A document -> token ids, which of them carry loss, and which of them are noise."""
+"""A document -> its token ids, and which of them carry loss or are noise."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from slm_jax.data.vocabulary import Vocabulary
 
 
 class DocumentTokens(NamedTuple):
-    """One tokenised document: [BOS] + prefix + text + [EOS], all arrays [T].
+    """One tokenized document: [BOS] + prefix + text + [EOS], all arrays [T].
 
     Attributes:
         tokens: ids.
-        loss_mask: False on BOS and prefix, True on text and EOS (MeCo, arXiv 2501.01956, section 2); of a conversation,
-            True on the responses and the EOS behind them.
-        noise: True on the tokens of the text that overlap a marked span.
+        loss_mask: False on BOS and prefix, True on text and EOS (MeCo, arXiv 2501.01956, section 2); in a conversation,
+            True on the responses and the EOS after each.
+        noise: True on tokens of the text that overlap a marked span.
     """
 
     tokens: Integer[np.ndarray, "T"]
@@ -36,16 +36,16 @@ def tokenize_document(
     prefix: str = "",
     loss_spans: Sequence[Sequence[int]] | None = None,
 ) -> DocumentTokens:
-    """Tokenises one document.
+    """Tokenizes one document.
 
     Args:
         text: the document.
         spans: [begin, end) characters of the text that are noise; empty for most documents.
         vocabulary: gives the ids.
-        prefix: what stands before the text. It is tokenised apart from it: the ids of the text do not depend on it.
-        loss_spans: what of the text carries loss, each a `LossSpan`, in order; None for all of it. No token crosses
-            the border of one: where the vocabulary would join what is said before and after, they are tokenised apart,
-            as a prompt is that ends there.
+        prefix: comes before the text and is tokenized apart from it, so that the ids of the text do not depend on it.
+        loss_spans: the `LossSpan`s of the text, in order; None if all of it carries loss. No token crosses the border
+            of one: where the vocabulary would join both sides, they are tokenized apart, like a prompt that ends
+            there.
     """
     if loss_spans is not None:
         ids, offsets = encode_within(
@@ -57,11 +57,12 @@ def tokenize_document(
         ids, offsets = vocabulary.encode(text), []
     noisy = _overlap(offsets, spans) if spans else np.zeros(len(ids), bool)
     has_loss = np.ones(len(ids), bool) if loss_spans is None else _overlap(offsets, loss_spans)
-    given = [vocabulary.bos_id, *(vocabulary.encode(prefix) if prefix else ())]  # not predicted
+    given = [vocabulary.bos_id, *(vocabulary.encode(prefix) if prefix else ())]  # without loss
     tokens = np.array([*given, *ids, vocabulary.eos_id], token_dtype(vocabulary))
     ends_with_loss = loss_spans is None or any(end == len(text) for _, end, _ in loss_spans)
     loss_mask = np.concatenate([np.zeros(len(given), bool), has_loss, [ends_with_loss]])
     noise = np.concatenate([np.zeros(len(given), bool), noisy, [False]])
+    # A response within a conversation ends in an EOS of its own.
     if inner := [end for _, end, ends in loss_spans or () if ends]:
         at = len(given) + np.searchsorted([begin for begin, _ in offsets], inner)
         tokens = np.insert(tokens, at, vocabulary.eos_id)
@@ -70,8 +71,8 @@ def tokenize_document(
 
 
 def encode_within(text: str, borders: set[int], vocabulary: Vocabulary) -> tuple[list[int], list[tuple[int, int]]]:
-    """`Vocabulary.encode_with_offsets`, but no token crosses one of the borders, which are numbers of characters: the
-    text is cut at those that one would cross."""
+    """`Vocabulary.encode_with_offsets`, but no token crosses a border, given in characters: the text is cut at those
+    borders that a token would cross."""
     every, cuts = np.array(sorted(borders), np.int64), set[int]()
     while True:
         ids, offsets = [], []
@@ -81,10 +82,10 @@ def encode_within(text: str, borders: set[int], vocabulary: Vocabulary) -> tuple
             ids += more
             offsets += [(begin + first, begin + last) for first, last in places]
         begins, lasts = np.array(offsets, np.int64).reshape(-1, 2).T
-        first, behind = np.searchsorted(every, begins, side="right"), np.searchsorted(every, lasts, side="left")
-        if (first >= behind).all():
+        first, after = np.searchsorted(every, begins, side="right"), np.searchsorted(every, lasts, side="left")
+        if (first >= after).all():
             return ids, offsets
-        cuts |= {int(border) for a, b in zip(first, behind, strict=True) for border in every[a:b]}
+        cuts |= {int(border) for a, b in zip(first, after, strict=True) for border in every[a:b]}
 
 
 def _overlap(offsets: list[tuple[int, int]], spans: Sequence[Sequence[int]]) -> np.ndarray:

@@ -131,11 +131,12 @@ def _refuse_other_formats(path: str, first: bytes) -> None:
             raise UserError("file-wrong-format", f"{path} holds {what}: {remedy}")
 
 
-def _open(path: str) -> tuple[io.BufferedReader, io.BufferedReader]:
+def _open(path: str) -> tuple[Any, io.BufferedReader]:
     """The decompressed stream and the file below it."""
-    stream = file = open(path, "rb")  # noqa: SIM115
+    file = open(path, "rb")  # noqa: SIM115
+    stream: Any = file  # BufferedReader of one of three kinds
     if path.endswith(".gz"):
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20)  # pyright: ignore[reportArgumentType]
+        stream = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20)
     elif path.endswith(".zst"):
         stream = io.BufferedReader(_ZstdStream(file), 1 << 20)
     _refuse_other_formats(path, stream.peek(32))
@@ -190,10 +191,12 @@ def _json_lines(path: str, max_line_bytes: int) -> Iterator[Record]:
                 return
             fields, problem = None, ""
             try:
-                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                if not isinstance(fields, dict):
-                    hint = " (an array: write one object per line)" if isinstance(fields, list) else ""
-                    fields, problem = None, f"not a JSON object{hint}"
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if isinstance(value, dict):
+                    fields = value
+                else:
+                    hint = " (an array: write one object per line)" if isinstance(value, list) else ""
+                    problem = f"not a JSON object{hint}"
             except UnicodeDecodeError:
                 problem = _NOT_UTF8
             except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Which characters of a text each of its tokens stands for, read from the ids alone."""
+"""The characters of a text that each of its tokens stands for, from the ids alone."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,8 +7,8 @@ from jaxtyping import Int
 
 from slm_jax.data.vocabulary import Vocabulary
 
-CONTEXT = 16  # tokens decoded before a token, so that a vocabulary that joins neighbours is heard
-CUT = "\ufffd"  # how a decoder writes bytes that are no character yet
+CONTEXT = 16  # tokens decoded before a token, for vocabularies whose text depends on neighbours
+CUT = "\ufffd"  # how decoders write bytes that are not a character, or not yet
 
 
 class TokenText:
@@ -16,13 +16,13 @@ class TokenText:
 
     def __init__(self, vocabulary: Vocabulary):
         self._vocabulary = vocabulary
-        self._empty = vocabulary.token_bytes() == 0  # takes a while: once for all texts
+        self._empty = vocabulary.token_bytes() == 0  # slow: computed once for all texts
 
     def spans(self, ids: Sequence[int]) -> tuple[str, Int[np.ndarray, "N 2"]]:
         """The text of `ids`, and the [begin, end) characters of it that each of them stands for.
 
-        Tokens that share a character have one span: bytes of a character that fell back to bytes. Control ids (BOS,
-        EOS, padding) stand for no character: their span is empty, where they are.
+        Tokens that are bytes of one character share its span. Control ids (BOS, EOS, padding) have an empty span at
+        their place.
         """
         parts: list[str] = []
         spans = np.zeros((len(ids), 2), np.int64)
@@ -34,8 +34,8 @@ class TokenText:
         return "".join(parts), spans
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text; a character of several tokens is given with its last, control ids add
-        their own name."""
+        """The text that each token adds. A character of several tokens is given to the last of them; control ids add
+        their name."""
         text, spans = self.spans(ids)
         shared = np.zeros(len(ids), bool)
         shared[:-1] = (spans[:-1] == spans[1:]).all(axis=1) & (spans[:-1, 1] > spans[:-1, 0])
@@ -47,8 +47,9 @@ class TokenText:
     def _pieces(self, ids: Sequence[int]) -> Iterator[tuple[int, str]]:
         """(last token, text) of the shortest runs of tokens that end where a character ends, in order.
 
-        A token's text is what decoding it behind the tokens before it adds: some vocabularies drop the space of a
-        first token, and bytes are a character together. A window keeps the work linear in the number of tokens.
+        The text of a token is what it adds to the decoded text of the tokens before it: some vocabularies drop the
+        space of a first token, and bytes become a character only together. A window keeps the work linear in the number
+        of tokens.
         """
         decode = self._vocabulary.decode
         anchor, known, pending = 0, "", ""

@@ -1,4 +1,4 @@
-"""What transformers reads beside a model, made of any vocabulary: tokenizer.json and tokenizer_config.json."""
+"""The tokenizer.json and tokenizer_config.json with which transformers reads any of our vocabularies."""
 
 import json
 from typing import Any
@@ -9,11 +9,11 @@ from slm_jax.data.vocabulary import SPACE, ByteVocabulary, Vocabulary
 
 
 def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
-    """Name -> content. With `vocabulary.files()` among them, so that an import knows the same vocabulary again.
+    """Name -> content, including `vocabulary.files()`, by which an import recognises the vocabulary.
 
-    Read by transformers they give the ids of `vocabulary.encode`, with BOS before them if they are asked for it. One
-    text differs: SentencePiece there takes U+2581 for a space. Of a SentencePiece model that is more than BPE over the
-    text as it is (unigram, or one that normalises), its own file alone: tokenizer.json would have other ids.
+    In transformers they give the ids of `vocabulary.encode`, after BOS if special tokens are asked for. One text
+    differs: a literal U+2581 becomes a space there. For a SentencePiece model that is not plain BPE (unigram, or one
+    that normalises) there is only its own file, since tokenizer.json would give other ids.
     """
     files = vocabulary.files()
     if isinstance(vocabulary, SentencePieceVocabulary):
@@ -84,7 +84,7 @@ def _of_sentencepiece(vocabulary: SentencePieceVocabulary) -> dict[str, Any]:
 
 
 def _merges(normal: dict[str, float], ids: dict[str, int]) -> list[list[str]]:
-    """Every way to make a piece of two; SentencePiece joins the pair whose piece has the highest score."""
+    """All pairs that make a piece; SentencePiece joins the pair whose piece has the highest score."""
     pairs = [
         (score, ids[piece[:cut]], ids[piece[cut:]], [piece[:cut], piece[cut:]])
         for piece, score in normal.items()

@@ -254,3 +254,11 @@ def test_in_a_browser(tmp_path: Path):
         driver.execute_script("dispatchEvent(new Event('beforeprint'))")
         assert one("details table").is_displayed() and not one("#readout").is_displayed()
         assert browsers.complaints(driver) == []
+
+
+def test_figures_whose_names_differ_only_in_signs_have_their_own_files(tmp_path: Path):
+    lines = [Line("a", range(3), [1.0, 2.0, 3.0], 0)]
+    figures = [curves(title, "", lines) for title in ("a-1", "a 1", "a 1")]
+    page = rendered(tmp_path, figures=figures[:2], more_figures=figures[2:])
+    assert len(list((tmp_path / "figures").glob("*.svg"))) == 3
+    assert all(page.count(f'data-figure="{name}"') == 1 for name in ("a_1", "a_1_", "a_1__"))

@@ -54,7 +54,7 @@ def running_mean(values: Float[np.ndarray, "N"], width: int) -> Float[np.ndarray
 
 
 class Figure(NamedTuple):
-    """A figure for a page (`inline`, an `<svg>`) and on white ground as files.
+    """A figure for a page (`inline`, an `<svg>`) and on white ground as files; file: their name without the ending.
 
     hover: what the page's script shows: `lines` of {name, colour, points [viewBox x, viewBox y, words]}, and whether
     all lines are shown `together` at one x.
@@ -66,11 +66,7 @@ class Figure(NamedTuple):
     svg: str
     png: bytes
     hover: dict[str, Any]
-
-    @property
-    def file(self) -> str:
-        """Its file name without the ending."""
-        return re.sub(r"\W+", "_", self.title.lower()).strip("_")
+    file: str
 
 
 class Line(NamedTuple):
@@ -207,7 +203,9 @@ def _figure(
             lines.append({"name": name, "colour": colour, "points": points})
         hover = {"y": names[1], "together": together, "size": [round(width, 1), round(tall, 1)], "lines": lines}
         inline = _inline(_svg(canvas, "none"), title)
-        return Figure(title, caption, inline, _svg(canvas, "white"), png.getvalue(), hover)
+        file = re.sub(r"\W+", "_", title.lower()).strip("_")
+        title = title[:1].upper() + title[1:]
+        return Figure(title, caption, inline, _svg(canvas, "white"), png.getvalue(), hover, file)
 
 
 def _svg(canvas: Canvas, ground: str) -> str:

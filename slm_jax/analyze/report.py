@@ -6,7 +6,7 @@ operations and the share selected from each source; everything else is folded be
 """
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +94,15 @@ class Report(NamedTuple):
 
 def write_report(folder: str | Path, report: Report) -> None:
     """Writes report.html, which needs no other file, tables/*.md and *.csv, and figures/*.svg and *.png."""
-    folder = Path(folder)
+    folder, files = Path(folder), set()
+    for group in ("figures", "more_figures"):
+        figures = []
+        for figure in getattr(report, group):
+            while figure.file in files:  # names that differ only in signs
+                figure = figure._replace(file=figure.file + "_")
+            files.add(figure.file)
+            figures.append(figure)
+        report = report._replace(**{group: figures})
     for table in (report.table, *report.details):
         if table.file:
             write_text(folder / "tables" / f"{table.file}.md", table.markdown())
@@ -113,6 +121,12 @@ def report_page(report: Report) -> str:
         "copies": {table.file: {"Markdown": table.markdown(), "CSV": table.csv()} for table in tables},
         "hover": {figure.file: figure.hover for figure in figures},
     }
+
+    def links(figure: Figure) -> dict[str, str]:
+        """Ending -> address that holds the file."""
+        png, svg = (base64.b64encode(x).decode("ascii") for x in (figure.png, figure.svg.encode("utf-8")))
+        return {"png": f"data:image/png;base64,{png}", "svg": f"data:image/svg+xml;base64,{svg}"}
+
     first, *others = [_shown(passage) for passage in report.passages] or [None]
     return render(
         "report.html.j2",
@@ -120,20 +134,15 @@ def report_page(report: Report) -> str:
         report=report,
         first=first,
         others=others,
-        links={figure.file: list(_links(figure)) for figure in figures},
+        links={figure.file: links(figure) for figure in figures},
         data=script_json(data),
     )
 
 
-def _links(figure: Figure) -> Iterator[tuple[str, str]]:
-    """(ending, address that holds the file)"""
-    yield "png", "data:image/png;base64," + base64.b64encode(figure.png).decode("ascii")
-    yield "svg", "data:image/svg+xml;base64," + base64.b64encode(figure.svg.encode("utf-8")).decode("ascii")
-
-
 def _shown(passage: Passage) -> dict[str, Any]:
     """A passage for the template: shades from 0 to 1 by excess loss, and what the readout says of each token."""
-    excess = [_excess(token) for token in passage.tokens]
+    both = [(token.loss, token.reference) for token in passage.tokens]
+    excess = [None if loss is None or reference is None else loss - reference for loss, reference in both]
     high = max(np.quantile([x for x in excess if x is not None and x > 0] or [1.0], 0.9), 1e-6)
     tokens = []
     for token, over in zip(passage.tokens, excess, strict=True):
@@ -168,10 +177,6 @@ def _shown(passage: Passage) -> dict[str, Any]:
     }
 
 
-def _excess(token: ShownToken) -> float | None:
-    return None if token.loss is None or token.reference is None else token.loss - token.reference
-
-
 # ---- Figures of arms
 
 
@@ -186,17 +191,22 @@ def arm_figures(arms: Sequence[Arm], measures: Sequence[str], where: str = "") -
     if len(measures) > 1:
         caption = "At the end of training. Lower left is better on both."
         caption += " Large: mean over seeds; small: each seed." * several
-        points = [Point(arm.name, _ends(arm, measures[0], measures[1]), colour) for colour, arm in enumerate(arms)]
+        points = []
+        for colour, arm in enumerate(arms):
+            ends = []  # of each seed that has both
+            for run in arm.runs:
+                curves = [[y for y in run.evaluations.get(name, ()) if y is not None] for name in measures[:2]]
+                ends += [(curves[0][-1], curves[1][-1])] if all(curves) else []
+            points.append(Point(arm.name, ends, colour))
         title = f"{heading(measures[0])} against {heading(measures[1])}{where}"
-        found.append(plots.pareto(_capital(title), caption, points, (heading(measures[0]), heading(measures[1]))))
+        found.append(plots.pareto(title, caption, points, (heading(measures[0]), heading(measures[1]))))
     known = [run.flops for arm in arms for run in arm.runs if run.flops]
     unit, per = _flop_unit(max((sum(flops) for flops in known), default=0.0))
     for name in measures:
         lines = [_over_flops(arm, name, colour, per) for colour, arm in enumerate(arms)]
         caption = "Training and scoring counted." + " Mean over seeds; band: lowest to highest." * several
         title = f"{heading(name)} over {unit}{where}"
-        lines = [line for line in lines if line]
-        found.append(plots.curves(_capital(title), caption, lines, (unit, heading(name))))
+        found.append(plots.curves(title, caption, [line for line in lines if line], (unit, heading(name))))
     for arm in arms:
         training = arm.runs[0].training if arm.runs else {}
         names = sorted(name for name in training if name.startswith("selected_share/"))
@@ -242,16 +252,6 @@ def mean_line(label: str, runs: Sequence[tuple[Any, Any]], colour: int) -> Line 
     return Line(label, at.tolist(), np.nanmean(values, axis=0).tolist(), colour, low, high)
 
 
-def _ends(arm: Arm, x: str, y: str) -> list[tuple[float, float]]:
-    """The last values of two measures, for each seed that has both."""
-    ends = [tuple(_last(run.evaluations.get(name, ())) for name in (x, y)) for run in arm.runs]
-    return [(a, b) for a, b in ends if a is not None and b is not None]
-
-
-def _last(values: Sequence[Any]) -> float | None:
-    return next((float(value) for value in reversed(values) if value is not None and np.isfinite(value)), None)
-
-
 def _over_flops(arm: Arm, name: str, colour: int, per: float) -> Line | None:
     """Where the work is done before the first step, the curve begins there."""
     curves = []
@@ -268,10 +268,6 @@ def _flop_unit(most: float) -> tuple[str, float]:
     """The unit in which the largest number has one to three digits before the point."""
     units = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18, "ZFLOP": 1e21}
     return next(((unit, per) for unit, per in reversed(units.items()) if most >= per), ("GFLOP", 1e9))
-
-
-def _capital(title: str) -> str:
-    return title[:1].upper() + title[1:]
 
 
 def heading(measure: str) -> str:

@@ -150,6 +150,9 @@ class DecodeState(NamedTuple):
     number: Int[Array, ""]  # tokens that each row has made
 
 
+Carry = tuple[DecodeState, jax.Array, jax.Array]  # of the decoding loop: the state, tokens made [B, T], steps taken
+
+
 @functools.partial(jax.jit, static_argnames=("static", "slots"))
 def read_prompts(
     params: Params,
@@ -186,7 +189,6 @@ def decode_steps(
     """
     state = state._replace(done=state.done | stopped)
     made = jnp.full((len(state.tokens), STEPS), NO_TOKEN)
-    Carry = tuple[DecodeState, jax.Array, jax.Array]  # state, made, steps taken
 
     def unfinished(carry: Carry) -> jax.Array:
         return (carry[2] < steps) & ~jnp.all(carry[0].done)

@@ -157,19 +157,16 @@ class Sandbox:
 
     def _child(self, isolated: bool) -> list[str]:
         """Arguments of Python: the child's file and its limits."""
+        # A different user for each program where we are root: the kernel counts and limits processes by user.
+        user = FIRST_USER + (os.getpid() * 1000 + next(_programs)) % USERS
         limits = {
             "memory": self.memory_mb << 20,
             "cpu_seconds": max(1, round(self.seconds)),
             "file_bytes": self.scratch_mb << 19,
             "processes": self.processes,
-            "user": _user() if isolated and os.geteuid() == 0 else None,
+            "user": user if isolated and os.geteuid() == 0 else None,
         }
         return ["-I", "-B", INSIDE if isolated else str(CHILD), json.dumps(limits)]
-
-
-def _user() -> int:
-    """A different user for each program where we are root, because the kernel counts and limits processes by user."""
-    return FIRST_USER + (os.getpid() * 1000 + next(_programs)) % USERS
 
 
 @functools.cache

@@ -2,9 +2,9 @@
 
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ class Checkpoints:
     keep: how many of the latest to keep; `milestones` (steps) are kept always.
     """
 
-    def __init__(self, run_dir: str | Path, keep: int = 2, milestones: Sequence[int] = ()):
+    def __init__(self, run_dir: str | os.PathLike, keep: int = 2, milestones: Sequence[int] = ()):
         policy = ocp.checkpoint_managers.preservation_policy
         self.directory = RunDirectory(run_dir).checkpoints.absolute()
         self._manager = ocp.CheckpointManager(
@@ -73,8 +73,9 @@ class Checkpoints:
         if damaged:
             step, why = next(iter(damaged.items()))
             raise UserError(
+                "checkpoint-damaged",
                 f"no checkpoint in {self.directory} can be read ({step}: {why}): delete the run directory to start "
-                "again"
+                "again",
             )
         return None
 
@@ -107,7 +108,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def save_params(run_dir: str | Path, step: int, params: Any, about: dict[str, Any]) -> None:
+def save_params(run_dir: str | os.PathLike, step: int, params: Any, about: dict[str, Any]) -> None:
     """Saves parameters alone, and waits. Of what is on its way from the devices to the disk, host memory holds the
     largest array at a time, or a gigabyte of them: `Checkpoints` would hold all."""
     gigabytes = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(params)) // 10**9
@@ -120,7 +121,7 @@ def save_params(run_dir: str | Path, step: int, params: Any, about: dict[str, An
         manager.wait_until_finished()
 
 
-def read_about(run_dir: str | Path, step: int | None = None) -> dict[str, Any]:
+def read_about(run_dir: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
     """What a checkpoint says of itself, with its `step`: model, vocabulary hash, run.
 
     Raises:
@@ -131,14 +132,14 @@ def read_about(run_dir: str | Path, step: int | None = None) -> dict[str, Any]:
         return _read(run_dir, manager, step, about=ocp.args.JsonRestore()) | {"step": step}
 
 
-def saved_steps(run_dir: str | Path) -> list[int]:
+def saved_steps(run_dir: str | os.PathLike) -> list[int]:
     """The steps that a run directory holds checkpoints of; UserError for none."""
     with _open(run_dir) as manager:
         _pick(run_dir, manager, None)
         return sorted(manager.all_steps())
 
 
-def restore_items(run_dir: str | Path, shapes: dict[str, Any], step: int | None = None) -> dict[str, Any]:
+def restore_items(run_dir: str | os.PathLike, shapes: dict[str, Any], step: int | None = None) -> dict[str, Any]:
     """Items of one checkpoint, the last by default, into the given shapes and shardings."""
     with _open(run_dir) as manager:
         step = _pick(run_dir, manager, step)
@@ -148,37 +149,43 @@ def restore_items(run_dir: str | Path, shapes: dict[str, Any], step: int | None 
         }
 
 
-def restore_params(run_dir: str | Path, shapes: Any, step: int | None = None) -> Any:
+def restore_params(run_dir: str | os.PathLike, shapes: Any, step: int | None = None) -> Any:
     """Parameters only, into the given shapes and shardings."""
     return restore_items(run_dir, {"params": shapes}, step)["params"]
 
 
-def _read(run_dir: str | Path, manager: ocp.CheckpointManager, step: int, **item: Any) -> Any:
+def _read(run_dir: str | os.PathLike, manager: ocp.CheckpointManager, step: int, **item: Any) -> Any:
     """One item of a checkpoint."""
     (name,) = item
     try:
         return manager.restore(step, args=ocp.args.Composite(**item))[name]
     except Exception as error:
         raise UserError(
-            f"checkpoint {step} of {run_dir} cannot be read ({_first_line(error)}): name another step"
+            "checkpoint-damaged",
+            f"checkpoint {step} of {run_dir} cannot be read ({_first_line(error)}): name another step",
         ) from error
 
 
-def _open(run_dir: str | Path) -> ocp.CheckpointManager:
+def _open(run_dir: str | os.PathLike) -> ocp.CheckpointManager:
     directory = RunDirectory(run_dir).checkpoints.absolute()
     if not directory.is_dir():
-        raise UserError(f"{run_dir} holds no checkpoints: it must be the run directory of a finished or stopped train")
+        raise UserError(
+            "checkpoint-none", f"{run_dir} holds no checkpoints: name the run directory of a finished or stopped train"
+        )
     return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True))
 
 
-def _pick(run_dir: str | Path, manager: ocp.CheckpointManager, step: int | None) -> int:
+def _pick(run_dir: str | os.PathLike, manager: ocp.CheckpointManager, step: int | None) -> int:
     steps = sorted(manager.all_steps())
     if not steps:
-        raise UserError(f"{run_dir} holds no finished checkpoint: let its train run reach one")
+        raise UserError("checkpoint-none", f"{run_dir} holds no finished checkpoint: let its train run reach one")
     if step is None:
         return steps[-1]
     if step not in steps:
-        raise UserError(f"{run_dir} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}")
+        raise UserError(
+            "checkpoint-not-found",
+            f"{run_dir} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}",
+        )
     return step
 
 

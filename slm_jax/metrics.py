@@ -1,7 +1,7 @@
 """From sums on devices to numbers people read: JSONL, TensorBoard, progress bar."""
 
 import math
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class MetricsWriter:
     checkpoint, and are cut, so that every step stands in the file once. Of several processes only the first writes.
     """
 
-    def __init__(self, run_dir: str | Path, first_step: int = 0):
+    def __init__(self, run_dir: str | os.PathLike, first_step: int = 0):
         self._writes = processes.first()
         if not self._writes:
             return

@@ -24,7 +24,7 @@ from slm_jax.mesh import MeshConfig
 from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
-from slm_jax.train.resume import refuse_other_rows
+from slm_jax.train.resume import check_same_rows
 
 RUNS = Path(__file__).parents[1] / "configs" / "runs"
 PAPERS = ("rho1", "meco", "continual")
@@ -401,7 +401,7 @@ def test_a_continual_run_goes_on_with_the_run_that_it_names(name, planned):
     assert run.settings["init_mode"] == "state" and run.model == before.model
     assert done in before.first_steps, "no checkpoint stays there"
     was, now = (to_json(each.phases) for each in (before, run))
-    refuse_other_rows(was, now, done, "the run before", "choose another")
+    check_same_rows(was, now, done, "the run before", "choose another")
     assert run.first_steps[-2] == done, "one phase comes after"
     assert run.phases[-1].reset_optimizer == ("annealed" not in name)
 

@@ -28,8 +28,8 @@ from slm_jax.score.selection import (
 from slm_jax.train import plan_summary
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
+from slm_jax.train.resume import refuse_equal_reference
 from slm_jax.train.schedules import Schedule, SchedulePart
-from slm_jax.train.start import refuse_equal_reference
 
 jit_select_tokens = jax.jit(select_tokens, static_argnums=0)
 KEY = jax.random.key(0)

@@ -79,21 +79,29 @@ def test_a_finished_run_goes_on_with_more_phases(corpus, parent, tmp_path):
 
 
 def test_a_branch_that_is_none_is_refused(corpus, parent, tmp_path):
-    def refusal(phases, **settings):
+    def refused(code, phases, **settings):
         settings = {"schedule": CONSTANT, "init_from": str(parent), "init_mode": "state"} | settings
-        message = toy.refusal(toy.train_here, tmp_path / "branch", phases, **settings)
+        message = toy.refused(code, toy.train_here, tmp_path / "branch", phases, **settings)
         assert not list((tmp_path / "branch").glob("checkpoints/*"))
         return message
 
-    assert "goes on from step 8" in refusal([toy.phase(corpus, steps=8)])
-    assert "batch_size 8 in phase 0, now 16" in refusal([toy.phase(corpus, steps=20, batch_size=16)])
-    assert "steps 8 in phase 0, now 4" in refusal([toy.phase(corpus, steps=4)] * 3)
-    assert "with seed 0, this one has 1" in refusal([toy.phase(corpus, steps=9)], seed=1)
-    assert "train.init_mode 'all' is unknown" in refusal([toy.phase(corpus, steps=9)], init_mode="all")
-    assert "name it with train.init_from" in refusal([toy.phase(corpus, steps=9)], init_from=None)
+    longer = [toy.phase(corpus, steps=9)]
+    assert f"step 8 of {parent}" in refused("branch-past-end", [toy.phase(corpus, steps=8)])
+    other_batch = [toy.phase(corpus, steps=20, batch_size=16)]
+    assert "batch_size 8 in phase 0, now 16" in refused("resume-other-rows", other_batch)
+    assert "steps 8 in phase 0, now 4" in refused("resume-other-rows", [toy.phase(corpus, steps=4)] * 3)
+    assert "seed 0" in refused("resume-other-run", longer, seed=1)
+    assert "'all'" in refused("train-unknown-init-mode", longer, init_mode="all")
+    assert "train.init_from" in refused("train-no-init-from", longer, init_from=None)
     anneal = [toy.phase(corpus, steps=4), toy.phase(corpus, steps=3, schedule=anneal_schedule(to=1e-4))]
     shares = infinite_schedule(peak=1e-2, warmup=0.25, cooldown=0.75, constant=0.3)
-    assert "at step 4 was 0.0055, this plan says 0.003" in refusal(anneal, init_step=4, schedule=shares)
+    other_rate = refused("branch-other-learning-rate", anneal, init_step=4, schedule=shares)
+    assert "at step 4 was 0.0055" in other_rate and "0.003" in other_rate
+
+    (tmp_path / "average").mkdir()
+    shutil.copytree(parent / "checkpoints", tmp_path / "average" / "checkpoints")
+    no_record = {"init_from": str(tmp_path / "average")}
+    assert str(tmp_path / "average") in refused("branch-not-trained", longer, **no_record)
 
 
 def test_a_wrong_length_does_no_harm_to_a_run(corpus, parent, tmp_path):
@@ -101,8 +109,9 @@ def test_a_wrong_length_does_no_harm_to_a_run(corpus, parent, tmp_path):
     run = shutil.copytree(parent, tmp_path / "run")
     (run / "summary.json").unlink()
     record = (run / "run.json").read_text()
-    message = toy.refusal(toy.train_here, run, [toy.phase(corpus, steps=5)], schedule=CONSTANT)
-    assert "is at step 8, the run now has 5" in message and (run / "run.json").read_text() == record
+    shorter = [toy.phase(corpus, steps=5)]
+    message = toy.refused("resume-past-end", toy.train_here, run, shorter, schedule=CONSTANT)
+    assert "step 8" in message and "now has 5" in message and (run / "run.json").read_text() == record
     longer = toy.phase(corpus, steps=9)
     longer = dataclasses.replace(longer, mixture=[dataclasses.replace(longer.mixture[0], epochs=200.0)])
     assert toy.train_here(run, [longer], schedule=CONSTANT)["steps"] == 9
@@ -164,16 +173,17 @@ def test_the_moving_average_of_a_run_and_the_mean_of_its_checkpoints(corpus, tmp
     assert run_vocabulary(str(tmp_path / "mean"), corpus.vocabulary_hash).size == corpus.vocab_size
 
     with toy.one_device():
-        assert "holds checkpoints already" in toy.refusal(average, str(run), str(tmp_path / "mean"))
-        assert "has no checkpoint of step 7" in toy.refusal(average, str(run), str(tmp_path / "x"), [7])
-    message = toy.refusal(toy.train_here, run, [toy.phase(corpus, steps=5)])
+        message = toy.refused("average-output-exists", average, str(run), str(tmp_path / "mean"))
+        assert str(tmp_path / "mean") in message
+        assert "step 7" in toy.refused("checkpoint-not-found", average, str(run), str(tmp_path / "x"), [7])
+    message = toy.refused("resume-other-average", toy.train_here, run, [toy.phase(corpus, steps=5)])
     assert "OptimizerConfig.ema = 0.5, now 0" in message
 
 
 def test_a_run_without_an_average_says_so(parent, tmp_path):
     with toy.one_device():
-        message = toy.refusal(average, str(parent), str(tmp_path / "x"), moving=True)
-    assert "kept no moving average" in message
+        message = toy.refused("average-not-kept", average, str(parent), str(tmp_path / "x"), moving=True)
+    assert str(parent) in message and "OptimizerConfig.ema" in message
 
 
 def test_the_share_that_is_kept_warms_up(corpus, tmp_path):
@@ -200,8 +210,8 @@ def test_dropout_trains_otherwise_and_is_refused_where_it_cannot_be(corpus, tmp_
     losses = [toy.losses(tmp_path / name) for name in ("run", "parts", "plain")]
     assert len({loss[0][1] for loss in losses}) == 3
     filtered = toy.phase(corpus, steps=2, selection=Selection("loss", gradient="filtered"))
-    message = toy.refusal(toy.train_here, tmp_path / "no", [filtered], model=dropped)
-    assert "a filtered gradient, which knows no dropout" in message
+    message = toy.refused("train-filtered-dropout", toy.train_here, tmp_path / "no", [filtered], model=dropped)
+    assert "phase 0" in message and "model.dropout" in message
 
 
 def test_a_dry_run_draws_the_plan_and_trains_nothing(corpus, shell, tmp_path):

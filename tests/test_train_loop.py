@@ -284,8 +284,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_started_anew(corpus, referenc
         shutil.rmtree(run / "checkpoints" / str(step) / "params")
     (run / "summary.json").unlink()
     for _ in range(2):
-        message = toy.refusal(toy.train_here, run, [toy.phase(corpus)], seed=100)
-        assert "can be read" in message and "start again" in message
+        assert str(run) in toy.refused("checkpoint-damaged", toy.train_here, run, [toy.phase(corpus)], seed=100)
     assert RunDirectory(run).metrics() == RunDirectory(reference).metrics()
 
 
@@ -300,9 +299,9 @@ def test_starting_from_another_run(corpus, reference, tmp_path):
         loss = jax.jit(batch_loss, static_argnums=1)(parameters(reference, step), toy.MODEL, batch)
         np.testing.assert_allclose(toy.losses(tmp_path / run)[0][1], loss[valid].mean(), rtol=1e-6)
 
-    def message(**changed) -> str:
-        return toy.refusal(toy.train_here, tmp_path / "new", [toy.phase(corpus)], **{**start, **changed})
+    def refused(code: str, **changed) -> str:
+        return toy.refused(code, toy.train_here, tmp_path / "new", [toy.phase(corpus)], **{**start, **changed})
 
-    assert "has mlp_dim = 64, the run's model 32" in message(model=dataclasses.replace(toy.MODEL, mlp_dim=32))
-    assert "has no checkpoint of step 5: it has 3, 6" in message(init_step=5)
-    assert "holds no checkpoints" in message(init_from=str(tmp_path))
+    assert "model.mlp_dim" in refused("init-other-model", model=dataclasses.replace(toy.MODEL, mlp_dim=32))
+    assert "step 5: it has 3, 6" in refused("checkpoint-not-found", init_step=5)
+    assert str(tmp_path) in refused("checkpoint-none", init_from=str(tmp_path))

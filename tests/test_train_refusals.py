@@ -73,8 +73,9 @@ def test_scores_that_are_no_numbers_are_counted_and_limited(corpus_copy, tmp_pat
     rows = [row for row in RunDirectory(tmp_path / "run").metrics() if "loss" in row]
     assert sum(row["nonfinite_scores"] for row in rows) == 30
     assert rows[-1]["tokens_seen"] - rows[-1]["tokens_trained"] == 30
-    message = toy.refusal(toy.train_here, tmp_path / "strict", everything, max_nonfinite_scores=0.0)
-    assert "tokens have a score that is not finite" in message and "train.max_nonfinite_scores (now 0.0)" in message
+    strict = {"max_nonfinite_scores": 0.0}
+    message = toy.refused("scores-not-finite", toy.train_here, tmp_path / "strict", everything, **strict)
+    assert message.startswith("step ") and "train.max_nonfinite_scores" in message
 
 
 def test_a_column_that_is_missing_half_finished_or_lacks_what_is_needed(corpus_copy, tmp_path):
@@ -94,12 +95,12 @@ def test_a_run_directory_of_another_run_is_refused(corpus, reference, tmp_path, 
     again = {"seed": 100, "checkpoint_every": 3}
 
     def message(phases=None, **changed) -> str:
-        return toy.refusal(toy.train_here, run, phases or [toy.phase(corpus)], **{**again, **changed})
+        settings = {**again, **changed}
+        return toy.refused("resume-other-run", toy.train_here, run, phases or [toy.phase(corpus)], **settings)
 
-    assert "model has num_layers = 2, this one has 3: choose another train.run_dir" in message(
-        model=dataclasses.replace(toy.MODEL, num_layers=3)
-    )
-    assert "a run with seed 100, this one has 7" in message(seed=7)
+    deeper = message(model=dataclasses.replace(toy.MODEL, num_layers=3))
+    assert "model.num_layers 2" in deeper and "train.run_dir" in deeper
+    assert "seed 100" in message(seed=7)
     manifest = tmp_path / "corpus" / "manifest.json"
     copy = Corpus.open(shutil.copytree(corpus.path, tmp_path / "corpus"))
     vocabulary = json.loads(manifest.read_text())
@@ -120,16 +121,16 @@ def test_a_finished_run_does_not_become_another(corpus, reference, tmp_path, cap
     record = (run / "run.json").read_text()
     again = {"seed": 100, "checkpoint_every": 3}
     assert toy.train_here(run, [toy.phase(corpus)], **again)["steps"] == 6
-    assert "has its 6 steps already" in capsys.readouterr().out
-    refused = [
-        toy.refusal(toy.train_here, run, [toy.phase(corpus)], schedule=constant_schedule(peak=1e-4), **again),
-        toy.refusal(toy.train_here, run, [toy.phase(corpus, steps=4)], **again),
-    ]
-    for message in refused:
-        assert "holds a finished run of 6 steps made with other settings" in message
+    assert f"{run} already has its 6 steps" in capsys.readouterr().out
+
+    def refused(code: str, steps: int = 6, **changed) -> str:
+        return toy.refused(code, toy.train_here, run, [toy.phase(corpus, steps=steps)], **again, **changed)
+
+    assert "schedule" in refused("resume-finished-run", schedule=constant_schedule(peak=1e-4))
+    assert "6 steps" in refused("resume-finished-run", steps=4)
     (run / "summary.json").unlink()
-    fewer = toy.refusal(toy.train_here, run, [toy.phase(corpus, steps=4)], **again)
-    assert "is at step 6, the run now has 4: ask for at least as many" in fewer
+    fewer = refused("resume-past-end", steps=4)
+    assert "step 6" in fewer and "now has 4" in fewer
     assert (run / "run.json").read_text() == record
 
 
@@ -137,15 +138,14 @@ def test_a_changed_data_order_is_refused(corpus, reference, tmp_path):
     """Rows are counted in batches of the phase: another batch size would repeat or skip rows."""
     run = shutil.copytree(reference, tmp_path / "run")
     phase = dataclasses.replace(toy.phase(corpus), batch_size=16, steps=9)
-    assert "batch_size 8 in phase 0, now 16: rows would be repeated" in toy.refusal(
-        toy.train_here, run, [phase], seed=100
-    )
+    message = toy.refused("resume-other-rows", toy.train_here, run, [phase], seed=100)
+    assert "batch_size 8 in phase 0, now 16" in message
 
 
 def test_two_processes_do_not_train_in_one_directory(corpus, tmp_path):
     with processes.lock(tmp_path / "run" / "lock", "busy"):
-        message = toy.refusal(toy.train_here, tmp_path / "run", [toy.phase(corpus)])
-    assert "another process is training in" in message
+        message = toy.refused("in-use", toy.train_here, tmp_path / "run", [toy.phase(corpus)])
+    assert str(tmp_path / "run") in message
 
 
 def test_a_corpus_that_changed_under_the_run_is_refused(tmp_path):
@@ -153,8 +153,8 @@ def test_a_corpus_that_changed_under_the_run_is_refused(tmp_path):
     toy.train_here(tmp_path / "run", [toy.phase(toy.write_corpus(path))])
     shutil.rmtree(path)
     changed = toy.write_corpus(path, seed=5)
-    message = toy.refusal(toy.train_here, tmp_path / "run", [toy.phase(changed)])
-    assert f"corpus {path} changed since" in message and changed.fingerprint[:12] in message
+    message = toy.refused("resume-input-changed", toy.train_here, tmp_path / "run", [toy.phase(changed)])
+    assert f"corpus {path}" in message and changed.fingerprint[:12] in message
 
 
 def test_the_initial_models_vocabulary_must_be_the_corpus(corpus_copy, reference, tmp_path):
@@ -162,10 +162,10 @@ def test_the_initial_models_vocabulary_must_be_the_corpus(corpus_copy, reference
     manifest = json.loads(path.read_text())
     manifest["vocabulary"]["content_hash"] = "0123456789abcdef"
     path.write_text(json.dumps(manifest))
-    message = toy.refusal(
-        toy.train_here, tmp_path / "new", [toy.phase(Corpus.open(corpus_copy.path))], init_from=str(reference)
-    )
-    assert "different vocabularies" in message
+    phases = [toy.phase(Corpus.open(corpus_copy.path))]
+    start = {"init_from": str(reference)}
+    message = toy.refused("init-other-vocabulary", toy.train_here, tmp_path / "new", phases, **start)
+    assert str(reference) in message and corpus_copy.path in message
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,21 @@
 """Stage `average`: the mean of some checkpoints of a run, or its moving average, as a model of its own."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import gin
 import jax
+import jax.numpy as jnp
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints, read_about, restore_items, restore_params, saved_steps
 from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.errors import UserError
-from slm_jax.files import read_json, to_json
+from slm_jax.files import to_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.models.forward import Params, param_shapes
 from slm_jax.models.model_config import ModelConfig
+from slm_jax.run_directory import RunDirectory
 
 
 @gin.configurable
@@ -32,38 +33,44 @@ def average(
       mesh: how devices hold the parameters.
     """
     devices = mesh_lib.make_mesh(mesh)
-    there = saved_steps(run)
+    directory, there = RunDirectory(run), saved_steps(run)
     steps = config_lib.as_list(steps, int, "average.steps") or (there[-1:] if moving else there)
     if missing := [step for step in steps if step not in there]:
-        raise UserError(f"{run} has no checkpoint of step {missing[0]}: it has {', '.join(map(str, there))}")
+        raise UserError(
+            "checkpoint-not-found",
+            f"{run} has no checkpoint of step {missing[0]}: it has {', '.join(map(str, there))}",
+        )
     if moving and len(steps) != 1:
-        raise UserError(f"the moving average is that of one step: average.steps has {len(steps)}")
+        raise UserError(
+            "average-one-step", f"average.moving takes the average at one step, average.steps names {len(steps)}"
+        )
+    if moving and not directory.settings().get("optimizer", {}).get("ema"):
+        raise UserError(
+            "average-not-kept",
+            f"{run} kept no moving average: train with OptimizerConfig.ema, or average its checkpoints",
+        )
     config_lib.print_unused()
     about = read_about(run, steps[-1])
     shapes = param_shapes(ModelConfig.from_json(about["model"]), devices)
-    params = _moving(run, shapes, steps[0]) if moving else _mean(run, shapes, steps)
+    if moving:
+        params, what = restore_items(run, {"average": shapes}, steps[0])["average"], "moving average"
+    else:
+        params, what = _mean(run, shapes, steps), f"mean of steps {', '.join(map(str, steps))}"
     with Checkpoints(output) as checkpoints:
         if checkpoints.steps():
-            raise UserError(f"{output} holds checkpoints already: choose another average.output")
-        what = "moving average" if moving else f"mean of steps {', '.join(map(str, steps))}"
-        about |= {"average": what, "run": run}
-        checkpoints.save(steps[-1], {"params": params}, to_json(about))
-    if (Path(run) / "vocabulary").is_dir():  # runs of earlier versions keep none
-        load_vocabulary(Path(run) / "vocabulary").save(Path(output) / "vocabulary")
+            raise UserError(
+                "average-output-exists", f"{output} holds checkpoints already: choose another average.output"
+            )
+        checkpoints.save(steps[-1], {"params": params}, to_json({**about, "average": what, "run": run}))
+    if directory.vocabulary.is_dir():  # runs of earlier versions keep none
+        load_vocabulary(directory.vocabulary).save(RunDirectory(output).vocabulary)
     print(f"average: {what} of {run} -> {output}")
 
 
 def _mean(run: str, shapes: Params, steps: Sequence[int]) -> Params:
-    """One checkpoint in memory beside the sum."""
+    """The mean over checkpoints; memory holds one of them beside the sum."""
     total = restore_params(run, shapes, steps[0])
-    add = jax.jit(lambda total, params: jax.tree.map(lambda a, b: a + b, total, params), donate_argnums=0)
+    add = jax.jit(lambda total, params: jax.tree.map(jnp.add, total, params), donate_argnums=0)
     for step in steps[1:]:
         total = add(total, restore_params(run, shapes, step))
     return jax.jit(lambda total: jax.tree.map(lambda x: x / len(steps), total), donate_argnums=0)(total)
-
-
-def _moving(run: str, shapes: Params, step: int) -> Params:
-    settings = read_json(Path(run) / "run.json")["settings"]
-    if not settings["optimizer"].get("ema"):
-        raise UserError(f"{run} kept no moving average: train with OptimizerConfig.ema, or average its checkpoints")
-    return restore_items(run, {"average": shapes}, step)["average"]

@@ -96,7 +96,7 @@ class Plan:
         """The phase that the step (0-based) belongs to."""
         return int(np.searchsorted(self.first_steps, step, side="right")) - 1
 
-    def goes_on_from_rate(self, step: int) -> bool:
+    def depends_on_rate_at(self, step: int) -> bool:
         """Whether what comes after so many steps depends on the learning rate there."""
         if step >= self.total_steps:
             return False

@@ -3,14 +3,28 @@
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
+from slm_jax import processes
 from slm_jax.data.mixture import MixtureComponent
+from slm_jax.models.model_config import ModelConfig
+from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
 
 COLUMNS = ("phase", "steps", "tokens", "learning rate", "trains on", "rows from")
 POINTS = 1000  # of a curve
+
+
+def describe(run: RunDirectory, model: ModelConfig, plan: Plan, devices: Mesh, step: int) -> str:
+    """What the run will do: its size, its devices, and the table of its phases."""
+    mesh = " x ".join(f"{name} {size}" for name, size in devices.shape.items())
+    several = f" of {processes.count()} processes" if processes.count() > 1 else ""
+    return (
+        f"train: {model.parameter_count():,} parameters, {plan.total_steps} steps from step {step}, on {mesh} "
+        f"{devices.devices.flat[0].device_kind}{several} -> {run}\n{table(plan)}"
+    )
 
 
 def table(plan: Plan) -> str:

@@ -1,52 +1,158 @@
-"""Whether a plan goes on with what a run has done: the same rows at every step already made."""
+"""What a run directory holds, whether a plan can resume it, and the state that a run starts from."""
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import gin
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
+from slm_jax import config as config_lib
 from slm_jax import processes
-from slm_jax.checkpoint import read_about
+from slm_jax.checkpoint import Checkpoints, params_fingerprint, read_about, restore_items, restore_params
 from slm_jax.errors import UserError
-from slm_jax.files import read_json, to_json
+from slm_jax.files import to_json, write_json, write_text
+from slm_jax.models.forward import Params
 from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig
+from slm_jax.models.trained_model import load_model
 from slm_jax.run_directory import RunDirectory
 from slm_jax.train.plan import Plan
+from slm_jax.train.state import TrainState, init_state, state_shapes
+
+RESULT_SETTINGS = ("phases", "schedule", "optimizer")  # a finished run cannot change these
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run without a checkpoint of its own begins.
+    """Where a run without checkpoints starts.
 
-    seed: of random parameters. init_from: another run, or None. step: which of its checkpoints.
-    whole_state: inherit its moments, step and counters too, so that this run goes on with that one.
+    seed: of random parameters.
+    init_from: another run, or None.
+    init_step: which of its checkpoints.
+    whole_state: load moments, step and counters too: this run is then a branch of that one.
     """
 
     seed: int
     init_from: str | None = None
-    step: int | None = None
+    init_step: int | None = None
     whole_state: bool = False
 
+    @classmethod
+    def of(cls, run_dir: str, seed: int, init_from: str | None, init_step: int | None, init_mode: str) -> "Start":
+        """The start that train's settings describe. Where they name no `init_step`, it is the one that the first start
+        in run_dir took, else the last."""
+        if init_mode not in ("params", "state"):
+            raise UserError(
+                "train-unknown-init-mode", f"train.init_mode {init_mode!r} is unknown: choose params or state"
+            )
+        if init_from is None and (init_mode == "state" or init_step is not None):
+            raise UserError(
+                "train-no-init-from",
+                "train.init_mode and train.init_step describe another run: name it with train.init_from",
+            )
 
-def first_choice(run_dir: str, init_from: str | None, step: int | None) -> int | None:
-    """The checkpoint of `init_from` to start from: the one named, else the one that a first start in run_dir took, else
-    the last. The first process looks: another may see one more."""
+        def choose() -> int | None:
+            if init_from is None or init_step is not None:
+                return init_step
+            identity = RunDirectory(run_dir).identity()
+            if identity.get("init_from") == init_from and identity.get("init_step") is not None:
+                return identity["init_step"]
+            return int(read_about(init_from)["step"])
 
-    def choose() -> int | None:
-        if init_from is None or step is not None:
-            return step
-        path = Path(run_dir) / "run.json"
-        known = read_json(path)["identity"] if path.exists() else {}
-        if known.get("init_from") == init_from and known.get("init_step") is not None:
-            return known["init_step"]
-        return int(read_about(init_from)["step"])
-
-    return processes.on_first(choose)
+        # The first process looks for all: another one may see one more checkpoint.
+        return cls(seed, init_from, processes.on_first(choose), init_mode == "state")
 
 
-def identity(model: ModelConfig, plan: Plan, seed: int) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """What determines the shapes of a state and their shardings."""
+
+    model: ModelConfig
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    ema: bool
+
+    def shapes(self) -> TrainState:
+        return state_shapes(self.model, self.optimizer, self.mesh, self.ema)
+
+
+# --- What the run directory holds
+
+
+def claim(
+    run: RunDirectory, model: ModelConfig, plan: Plan, start: Start, settings: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Writes run.json, config.gin and vocabulary/, after comparing with the run that the directory holds, if any.
+
+    A changed setting is printed and used, unless the steps already trained depend on it. run.json keeps one entry per
+    start.
+
+    Returns:
+      The summary of a run that has nothing left to do, else None.
+
+    Raises:
+      UserError: the directory holds a run of another model, seed, corpus, reference, start or data order, or a finished
+        one made with other settings.
+    """
+    own = {"init_from": start.init_from, "init_step": start.init_step, "whole_state": start.whole_state}
+    identity = {**run_identity(model, plan, start.seed), **own}
+    new = to_json({"identity": identity, "settings": {**settings, "model": model}, "starts": []})
+    # A start that was refused before its first checkpoint does not count as a run.
+    if (steps := run.checkpoint_steps()) and (old := run.record()):
+        done, remedy = steps[-1], "choose another train.run_dir"
+        check_same_identity(old["identity"], new["identity"], run, remedy)
+        check_same_rows(old["settings"]["phases"], new["settings"]["phases"], done, run, remedy)
+        was, now = (record["settings"]["optimizer"].get("ema", 0.0) for record in (old, new))
+        if (was > 0) != (now > 0):
+            raise UserError(
+                "resume-other-average",
+                f"{run} holds a run with OptimizerConfig.ema = {was:g}, now {now:g}: an average is kept from the first "
+                f"step or not at all; {remedy}",
+            )
+        changed = [name for name, value in new["settings"].items() if old["settings"].get(name) != value]
+        summary = run.summary()
+        if summary and summary["steps"] >= plan.total_steps:
+            conflicts = [name for name in changed if name in RESULT_SETTINGS]
+            if old["settings"]["model"].get("dropout", 0.0) != model.dropout:
+                conflicts.append("model.dropout")
+            if conflicts or summary["steps"] > plan.total_steps:
+                raise UserError(
+                    "resume-finished-run",
+                    f"{run} holds a finished run of {summary['steps']} steps made with other settings "
+                    f"({', '.join(conflicts)}): {remedy}, or ask for more steps to extend it",
+                )
+            print(f"train: {run} already has its {plan.total_steps} steps; see {run.summary_json}")
+            return summary
+        if done > plan.total_steps:
+            raise UserError(
+                "resume-past-end",
+                f"{run} is at step {done}, the run now has {plan.total_steps}: ask for at least as many, or {remedy}",
+            )
+        if difference := learning_rate_change(run, done, plan):
+            print(f"train: {difference}")
+        for name in changed:
+            print(f"train: {name} was {old['settings'].get(name)}, is {new['settings'][name]} from here on")
+        new["starts"] = old["starts"]
+    machine = {
+        "device_kind": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "num_processes": processes.count(),
+    }
+    new["starts"].append({**config_lib.environment(), **machine})
+    write_json(run.run_json, new)
+    write_text(run.config_gin, gin.operative_config_str())
+    plan.corpus.vocabulary().save(run.vocabulary)
+    return None
+
+
+# --- Whether a plan can resume a run
+
+
+def run_identity(model: ModelConfig, plan: Plan, seed: int) -> dict[str, Any]:
     """What makes two runs the same experiment."""
     return {
         "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
@@ -57,101 +163,207 @@ def identity(model: ModelConfig, plan: Plan, seed: int) -> dict[str, Any]:
     }
 
 
-def refuse_another(was: dict[str, Any], now: dict[str, Any], run_dir: str, remedy: str) -> None:
-    """Compares the identity of the run in `run_dir` with that of the one that is to go on with it.
+def check_same_identity(was: dict[str, Any], now: dict[str, Any], run: RunDirectory | str, remedy: str) -> None:
+    """Compares the identity of an existing run with that of the run that is to continue it.
 
     Raises:
-      UserError: another model, seed, vocabulary, or a corpus or reference that changed; names the first difference.
+      UserError: `resume-other-run` for another model, seed, vocabulary or start, `resume-input-changed` for another
+        content of a corpus or reference; names the first difference.
     """
-    model = to_json(ModelConfig.from_json(was["model"]))  # with today's fields, where it is an older run
+    model = to_json(ModelConfig.from_json(was["model"]))  # adds fields that an older version did not have
     for name, value in now["model"].items():
         if model[name] != value:
             raise UserError(
-                f"{run_dir} holds a run whose model has {name} = {model[name]}, this one has {value}: {remedy}"
+                "resume-other-run", f"{run} holds a run with model.{name} {model[name]}, this one has {value}: {remedy}"
             )
     for name in ("seed", "init_from", "init_step", "whole_state", "vocabulary_hash"):
         if name in now and was.get(name, now[name]) != now[name]:
-            raise UserError(f"{run_dir} holds a run with {name} {was[name]}, this one has {now[name]}: {remedy}")
-    for kind, of in (("corpora", "corpus"), ("references", "the reference behind")):
+            raise UserError(
+                "resume-other-run", f"{run} holds a run with {name} {was[name]}, this one has {now[name]}: {remedy}"
+            )
+    for kind, what in (("corpora", "corpus"), ("references", "the reference of")):
         for name, fingerprint in now[kind].items():
             before = was[kind].get(name, fingerprint)
             if before != fingerprint:
                 raise UserError(
-                    f"{of} {name} changed since {run_dir} was started ({str(before)[:12]} then, "
-                    f"{str(fingerprint)[:12]} now): bring the old one back or {remedy}"
+                    "resume-input-changed",
+                    f"{what} {name} changed since {run} was started ({str(before)[:12]} then, {str(fingerprint)[:12]} "
+                    f"now): restore the old one, or {remedy}",
                 )
 
 
-def refuse_other_rows(
-    was: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], done: int, run_dir: str, remedy: str
+def check_same_rows(
+    was: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], done: int, run: RunDirectory | str, remedy: str
 ) -> None:
-    """Compares phases, as JSON, up to `done` steps; whatever comes after them may change.
+    """Compares phases, as JSON, over the first `done` steps; what follows may change.
 
     Raises:
-      UserError: a phase with other corpora, batch or length, so that rows would be repeated or skipped.
+      UserError: `resume-other-rows`: a phase with other corpora, batch size or length, so that rows would be repeated
+        or skipped.
     """
     first = 0
     for number, before in enumerate(was):
         if first >= done:
             return
-        after = now[number] if number < len(now) else None
-        if after is None:
-            raise UserError(f"{run_dir} has {number + 1} phases in its {done} steps, this one {number}: {remedy}")
-        scheduled = any(isinstance(draw["weight"], dict) for draw in before["mixture"])
+        if number >= len(now):
+            raise UserError(
+                "resume-other-rows", f"{run} has {number + 1} phases in its {done} steps, this run {number}: {remedy}"
+            )
+        after = now[number]
         for field in ("mixture", "batch_size", "steps"):
-            last = first + before["steps"] >= done
-            longer = first + after["steps"] >= done or number + 1 == len(now)  # a plan that ends early is told so later
-            if field == "steps" and last and longer and not scheduled:
+            # The phase that is under way may change its length, unless shares are spread over it. One that ends before
+            # `done` is refused later, as a plan that is too short.
+            under_way = first + before["steps"] >= done
+            reaches = first + after["steps"] >= done or number + 1 == len(now)
+            scheduled = any(isinstance(component["weight"], dict) for component in before["mixture"])
+            if field == "steps" and under_way and reaches and not scheduled:
                 continue
             if not _same(before[field], after[field]):
                 raise UserError(
-                    f"{run_dir} was started with {field} {before[field]} in phase {number}, now {after[field]}: rows "
-                    f"would be repeated or skipped after its {done} steps; change it in a phase of its own, or {remedy}"
+                    "resume-other-rows",
+                    f"{run} was started with {field} {before[field]} in phase {number}, now {after[field]}: rows would "
+                    f"be repeated or skipped after its {done} steps; change it in a new phase, or {remedy}",
                 )
         first += before["steps"]
 
 
 def _same(before: Any, after: Any) -> bool:
-    """Equal where `before`, maybe written by an earlier version, says something."""
+    """Whether the values are equal; keys that only `after` has, from a later version, are ignored."""
     if isinstance(before, dict) and isinstance(after, dict):
-        # MixtureComponent.epochs is a limit and decides no row.
+        # MixtureComponent.epochs is a limit: it does not decide which rows are read.
         return all(_same(value, after.get(name)) for name, value in before.items() if name != "epochs")
     if isinstance(before, list) and isinstance(after, list):
         return len(before) == len(after) and all(map(_same, before, after))
     return before == after
 
 
-def branched_from(run_dir: str, step: int, model: ModelConfig, plan: Plan, seed: int) -> dict[str, Any]:
-    """The settings of another run that the plan goes on with from `step`: it must have all of that run up to there.
+def learning_rate_change(run: RunDirectory, step: int, plan: Plan) -> str:
+    """How the plan's learning rate at a step differs from the run's, where later rates depend on it; else ''."""
+    if not plan.depends_on_rate_at(step):
+        return ""
+    rates = [row["learning_rate"] for row in run.metrics() if row["step"] == step and "learning_rate" in row]
+    now = float(np.asarray(plan.learning_rate(step)))
+    was = rates[-1] if rates else now
+    if abs(was - now) <= 1e-4 * max(was, now):
+        return ""
+    return f"the learning rate of {run} at step {step} was {was:.4g}, in this plan it is {now:.4g}"
+
+
+# --- The state
+
+
+def start_state(
+    checkpoints: Checkpoints, start: Start, spec: StateSpec, plan: Plan, allow_equal_reference: bool
+) -> tuple[TrainState, dict[str, float]]:
+    """State and counters to start with: of the run's newest readable checkpoint, else of another run, else random.
 
     Raises:
-      UserError: as the functions above; or the directory has no run.json.
+      UserError: no checkpoint can be read; the initial model has another shape or vocabulary, or is the very reference
+        that it would be compared with; the plan does not continue the run whose state it loads.
     """
-    path = Path(run_dir) / "run.json"
-    if not path.exists():
-        raise UserError(f"{run_dir} has no run.json, so it is not known what it read: take train.init_mode = 'params'")
-    old = read_json(path)
-    if "phases" not in old["settings"]:
-        raise UserError(f"{run_dir} was imported and has parameters only: take train.init_mode = 'params'")
-    remedy = "give this one the same up to there, or take train.init_mode = 'params'"
-    refuse_another(old["identity"], to_json(identity(model, plan, seed)), run_dir, remedy)
-    refuse_other_rows(old["settings"]["phases"], to_json(plan.phases), step, run_dir, remedy)
-    if difference := other_rate(run_dir, step, plan):
+    if restored := checkpoints.restore(spec.shapes().items()):
+        return TrainState.of(restored[0]), restored[1]["counters"]
+    if start.init_from and start.whole_state:
+        return _branched_state(start.init_from, start, spec, plan)
+    state = _state_at_0(start, spec, plan)
+    if not allow_equal_reference:
+        refuse_equal_reference(state.params, plan)
+    return state, {}
+
+
+def _state_at_0(start: Start, spec: StateSpec, plan: Plan) -> TrainState:
+    params = None
+    if run := start.init_from:
+        loaded = load_model(run, spec.mesh, start.init_step)
+        if loaded.vocabulary_hash != plan.corpus.vocabulary_hash:
+            raise UserError(
+                "init-other-vocabulary",
+                f"initial model {run} and corpus {plan.corpus.path} have different vocabularies: prepare the corpus "
+                "with the model's",
+            )
+        for name in FUNCTION_FIELDS:
+            theirs, ours = getattr(loaded.config, name), getattr(spec.model, name)
+            if theirs != ours:
+                raise UserError(
+                    "init-other-model",
+                    f"initial model {run} has {name} = {theirs}, the run's model has {ours}: set model.{name} to the "
+                    "initial model's",
+                )
+        params = loaded.params
+    return init_state(spec.model, spec.optimizer, spec.mesh, start.seed, params, spec.ema)
+
+
+def _branched_state(run_dir: str, start: Start, spec: StateSpec, plan: Plan) -> tuple[TrainState, dict[str, float]]:
+    """State and counters of another run. The plan must contain all that the run trained up to there."""
+    run, about = RunDirectory(run_dir), read_about(run_dir, start.init_step)
+    step, record = int(about["step"]), run.record()
+    remedy = "repeat its phases up to there, or set train.init_mode = 'params'"
+    if step >= plan.total_steps:
         raise UserError(
-            f"{difference}, which the branch would go on from: repeat train.schedule, with lengths in steps where they "
-            "are shares, or give the branch a schedule with a start of its own"
+            "branch-past-end",
+            f"the run continues from step {step} of {run}, but its phases end at {plan.total_steps}: they begin with "
+            "those of that run up to there, add more",
         )
-    return old["settings"]
+    if "phases" not in record.get("settings", {}):
+        raise UserError(
+            "branch-not-trained",
+            f"{run} is not a train run, or has no run.json, and what it trained on is unknown: set train.init_mode = "
+            "'params'",
+        )
+    check_same_identity(record["identity"], to_json(run_identity(spec.model, plan, start.seed)), run, remedy)
+    check_same_rows(record["settings"]["phases"], to_json(plan.phases), step, run, remedy)
+    if difference := learning_rate_change(run, step, plan):
+        raise UserError(
+            "branch-other-learning-rate",
+            f"{difference}, and the branch would continue from it: repeat train.schedule, with lengths in steps "
+            "instead of shares, or give the branch a schedule with its own start",
+        )
+    had_average = record["settings"]["optimizer"].get("ema", 0.0) > 0
+    shapes = dataclasses.replace(spec, ema=had_average).shapes()
+    state = TrainState.of(restore_items(run, shapes.items(), step))
+    if not spec.ema:
+        state = state._replace(average=None)
+    elif state.average is None:
+        state = state._replace(average=jax.tree.map(jnp.copy, state.params))
+    return state, about["counters"]
 
 
-def other_rate(run_dir: str, step: int, plan: Plan) -> str:
-    """How the learning rate that a run had at a step differs from the plan's there, where the plan goes on from it; ''
-    if it does not."""
-    if not plan.goes_on_from_rate(step):
-        return ""
-    rows = [row for row in RunDirectory(run_dir).metrics() if row["step"] == step]
-    had = [row["learning_rate"] for row in rows if "learning_rate" in row]
-    now = float(np.asarray(plan.learning_rate(step)))
-    if not had or abs(had[-1] - now) <= 1e-4 * max(had[-1], now):
-        return ""
-    return f"the learning rate of {run_dir} at step {step} was {had[-1]:.4g}, this plan says {now:.4g}"
+def phase_start_params(run: RunDirectory, start: Start, spec: StateSpec, plan: Plan, step: int) -> Params:
+    """The parameters after `step` steps, with which the current phase began: from the run's checkpoint, or from that of
+    the run that it is a branch of, or the initial ones."""
+    for directory in (run, start.init_from if start.whole_state else None):
+        if directory:
+            try:
+                return restore_params(directory, spec.shapes().params, step)
+            except UserError:
+                continue
+    if step or start.whole_state:
+        raise UserError(
+            "resume-phase-start-lost",
+            f"{run} has no checkpoint of step {step}, where the phase with Phase.l2_to_init began: restore it, or "
+            "train the phase again from an earlier checkpoint",
+        )
+    return _state_at_0(start, spec, plan).params
+
+
+def refuse_equal_reference(params: Params, plan: Plan) -> None:
+    """Refuses excess loss against oneself: it is 0 everywhere, and the ranking would be an accident.
+
+    Raises:
+      UserError: `reference-is-initial-model`: all references of a selection by excess loss are the model with these
+        parameters.
+    """
+    fingerprint = params_fingerprint(params)
+    for phase in plan.phases:
+        for part in phase.selection.parts if phase.selection else ():
+            if part.score != "excess":
+                continue
+            for component in phase.mixture:
+                columns = [plan.corpora[component.corpus].score(name) for name in part.references]
+                if all(column.reference.get("fingerprint") == fingerprint for column in columns):
+                    raise UserError(
+                        "reference-is-initial-model",
+                        f"column {', '.join(part.references)} of {component.corpus} was scored by the very model that "
+                        "this run starts from, so every excess loss is 0: train a reference, or set "
+                        "train.allow_equal_reference = True",
+                    )

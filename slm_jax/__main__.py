@@ -1,4 +1,4 @@
-"""`slm-jax STAGE` / `python -m slm_jax STAGE`: dispatch, nothing else."""
+"""`slm-jax STAGE` / `python -m slm_jax STAGE`: finds the stage, reads its settings, calls it, reports errors."""
 
 import argparse
 import errno
@@ -16,7 +16,7 @@ from slm_jax.data.store import disk_full_is_an_answer
 from slm_jax.errors import UserError
 
 # Stage -> the module that holds the function of that name (`analyze report` is analyze_report). All are imported to
-# register their gin names; none of them imports TensorFlow or starts a device by being imported.
+# register their gin names; importing them neither imports TensorFlow nor starts a device.
 STAGES = {
     "prepare": "slm_jax.data.prepare",
     "train": "slm_jax.train.loop",
@@ -35,7 +35,7 @@ STAGES = {
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.compile_ahead",
 }
-SHARED = (  # what several processes run together
+SHARED = (  # stages that several processes can run together
     *("train", "score", "evaluate", "evaluate_math", "generate", "import", "export"),
     *("analyze_inspect", "analyze_dynamics", "analyze_selection", "analyze_tokenizers"),
 )
@@ -52,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     stages = ", ".join(STAGES)
     parser.add_argument(
-        "stage", nargs="*", metavar="STAGE [RUN ...]", help=f"what to do: {stages}; and runs, if several"
+        "stage", nargs="*", metavar="STAGE [RUN ...]", help=f"one of {stages}; then runs, for stages that take several"
     )
-    parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="settings; repeatable")
-    parser.add_argument("--gin.NAME=VALUE", dest="_", action="store_true", help="one setting; wins over files")
-    parser.add_argument("--NAME=TEXT", dest="_", action="store_true", help="a setting of the stage that is text")
-    parser.add_argument("--NAME", dest="_", action="store_true", help="a setting of the stage that is off: turns it on")
-    parser.add_argument("--help", "-h", action="store_true", help="this text, or the settings of the stage")
+    parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="file of settings; repeatable")
+    parser.add_argument("--gin.NAME=VALUE", dest="_", action="store_true", help="one setting; overrides files")
+    parser.add_argument("--NAME=TEXT", dest="_", action="store_true", help="a setting of the stage that is a string")
+    parser.add_argument("--NAME", dest="_", action="store_true", help="turns on a setting of the stage")
+    parser.add_argument("--help", "-h", action="store_true", help="show this text, or the settings of the stage")
     try:
         known, rest = parser.parse_known_args(arguments)
     except SystemExit as exit_:
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = next((number for number in (2, 1) if " ".join(known.stage[:number]) in STAGES), None)
     if words is None:
         return _fail(" ".join(known.stage[:2]), f"no such stage: there are {stages}", USAGE)
-    # argparse takes an argument with a space in it for a word, even one that begins with --.
+    # argparse treats an argument that contains a space as a word, even if it begins with --.
     stage, runs = "_".join(known.stage[:words]), [word for word in known.stage[words:] if not word.startswith("--")]
     settings = {*rest, *known.stage} - {*known.stage[:words], *runs}
     rest = [argument for argument in (sys.argv[1:] if arguments is None else arguments) if argument in settings]
@@ -92,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _binding(stage: str, argument: str) -> str | None:
-    """NAME=VALUE as gin reads it, of --gin.NAME=VALUE, of --NAME=TEXT for a setting of the stage that is text, or of
-    --NAME for one that is off."""
+    """NAME=VALUE for gin, from --gin.NAME=VALUE, from --NAME=TEXT for a string setting of the stage, or from --NAME for
+    a flag; None for another argument."""
     if re.fullmatch(r"--gin\.[^=]+=.*", argument, re.DOTALL):
         return argument.removeprefix("--gin.")
     found = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
@@ -108,7 +108,7 @@ def _run(stage: str, files: Sequence[str], bindings: Sequence[str]) -> int:
     try:
         config.load(files, bindings)
     except UserError as error:
-        return _fail(stage, str(error), USAGE)
+        return _fail(stage, _text(error), USAGE)
     with processes.together():
         return _call(stage)
 
@@ -120,7 +120,7 @@ def _call(stage: str) -> int:
         with disk_full_is_an_answer(f"the results of {stage}", "free some space, then the same command continues"):
             gin.get_configurable(stage)()
     except (UserError, FloatingPointError) as error:
-        return _fail(stage, _first_line(error), FAILED)
+        return _fail(stage, _text(error), FAILED)
     except (TypeError, RuntimeError) as error:
         missing = re.search(r"missing \d+ required.*?arguments?: (.+)", str(error))
         called = re.search(r"In call to configurable '([\w.]+)'", str(error))
@@ -129,17 +129,19 @@ def _call(stage: str) -> int:
         name = called[1].split(".")[-1]
         return _fail(stage, f"settings are missing: {name} needs {missing[1]} (--gin.{name}.NAME=VALUE)", USAGE)
     except OSError as error:
-        number = re.match(r"\[Errno (\d+)\]", str(error))  # gin raises a copy that keeps no more than the text
+        number = re.match(r"\[Errno (\d+)\]", str(error))  # gin raises a copy that keeps only the text
         if not number or int(number[1]) not in (errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise
-        return _fail(stage, f"{_first_line(error)}: make it writable, then run the same command again", FAILED)
+        return _fail(stage, f"{_text(error)}: make it writable, then run the same command again", FAILED)
     except KeyboardInterrupt:
         return _fail(stage, "interrupted; the same command continues", FAILED)
     return DONE
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]
+def _text(error: BaseException) -> str:
+    """The first line of an error, without what gin adds, and the code of a UserError."""
+    code = f" [{error.code}]" if isinstance(error, UserError) else ""
+    return str(error).splitlines()[0] + code
 
 
 def _fail(stage: str, message: str, code: int) -> int:

@@ -1,7 +1,7 @@
-"""gin files and overrides; what a run was made with.
+"""gin files and overrides, and a record of the environment.
 
-gin binds config dataclasses and the arguments of stage functions, nothing deeper. A name that nothing answers to is an
-error that offers the nearest known name.
+gin binds config dataclasses and the arguments of stage functions, nothing deeper. An unknown name is an error that
+suggests the nearest known one; a name of an earlier version is an error that gives the new one (renamed.py).
 """
 
 import difflib
@@ -22,35 +22,36 @@ import gin
 from slm_jax.errors import UserError
 from slm_jax.renamed import new_setting
 
+_command_line: list[str] = []  # names bound by `--gin.NAME=VALUE` in this process
 RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
-# gin would look for includes in Python packages too: it says of each "Path not found", and fails where the folder
+# Otherwise gin also looks for includes in Python packages: it logs "Path not found" for each, and fails if the folder
 # `configs` can be imported.
 del gin.config._FILE_READERS[1:]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def load(files: Sequence[str] = (), bindings: Sequence[str] = ()) -> None:
-    """Parses gin `files` in order, then `bindings` (`NAME=VALUE`); the later wins.
+    """Parses gin `files` in order, then `bindings` (`NAME=VALUE`); later bindings override earlier ones.
 
     Includes are looked up from the working directory and from the four directories above the including file.
 
     Raises:
-      UserError: a file is missing, a line does not parse, or a name is unknown.
+      UserError: `gin-no-file`, `gin-unknown-name`, `gin-renamed`, `gin-syntax`, or `gin-error` for anything else.
     """
     gin.clear_config()
     _command_line[:] = [binding.split("=")[0].strip() for binding in bindings]
     for file in files:
         if not os.path.isfile(file):
-            raise UserError(f"gin file {file} does not exist: check --gin_file")
+            raise UserError("gin-no-file", f"gin file {file} does not exist: check --gin_file")
         for directory in Path(file).resolve().parents[:4]:
             gin.add_config_file_search_path(str(directory))
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)
     except (ValueError, SyntaxError, OSError, ImportError) as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(*_explain(error)) from error
 
 
-def _explain(error: Exception) -> str:
-    """One line for a gin error, with the nearest known name where a name is unknown."""
+def _explain(error: Exception) -> tuple[str, str]:
+    """Code and one line for a gin error, with the nearest known name if a name is unknown."""
     known, text = surface(), str(error)
     where = " ".join(line.strip() for line in text.splitlines()[1:3])
     unknown = re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text)
@@ -58,29 +59,30 @@ def _explain(error: Exception) -> str:
     if unknown:
         name = unknown[1].split("/")[-1]
         if new := new_setting(name):
-            return f"setting {name!r} is now called {new!r} ({where})"
-        return f"unknown gin name {name!r}{_nearest(name, known)} ({where})"
+            return "gin-renamed", f"setting {name!r} is now called {new!r} ({where})"
+        return "gin-unknown-name", f"unknown gin name {name!r}{_nearest(name, known)} ({where})"
     if parameter:
         configurable = parameter[1].split(".")[-1]
         if new := new_setting(f"{configurable}.{parameter[2]}"):
-            return f"setting '{configurable}.{parameter[2]}' is now called {new!r} ({where})"
+            return "gin-renamed", f"setting '{configurable}.{parameter[2]}' is now called {new!r} ({where})"
         nearest = _nearest(parameter[2], known.get(configurable, {}))
-        return f"unknown gin name '{configurable}.{parameter[2]}'{nearest} ({where})"
+        return "gin-unknown-name", f"unknown gin name '{configurable}.{parameter[2]}'{nearest} ({where})"
+    line = " ".join(text.split())
     if isinstance(error, SyntaxError) or "parse" in text or "malformed" in text:
-        return (
-            f"gin cannot read a value: {' '.join(text.split())}; values are Python literals, and a string keeps its "
-            "quotes inside the shell's: --gin.train.run_dir=\"'runs/mine'\""
+        return "gin-syntax", (
+            f"gin cannot read a value: {line}; values are Python literals, and a string needs quotes inside the "
+            "shell's: --gin.train.run_dir=\"'runs/mine'\""
         )
-    return " ".join(text.split())
+    return "gin-error", line
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
-    return f": did you mean {near[0]!r}?" if near else f": known are {', '.join(sorted(known))}"
+    return f": did you mean {near[0]!r}?" if near else f": known names are {', '.join(sorted(known))}"
 
 
 def surface() -> dict[str, dict[str, str]]:
-    """Everything gin may bind: configurable name -> {parameter: default as text}. Frozen by a test."""
+    """Everything that gin may bind: configurable -> {parameter: default as text}. Frozen by a test."""
     found = {}
     for selector, entry in gin.config._REGISTRY.items():  # pyright: ignore[reportAttributeAccessIssue]
         if not (entry.module or "").startswith("slm_jax"):
@@ -94,20 +96,20 @@ def surface() -> dict[str, dict[str, str]]:
 
 
 def text_settings(stage: str) -> list[str]:
-    """Names of the stage's own settings that are one text, so that `--NAME=TEXT` needs no quotes for gin."""
+    """The stage's own settings that are strings, for which `--NAME=TEXT` needs no quotes for gin."""
     parameters = inspect.signature(gin.get_configurable(stage)).parameters.values()
     texts = (str, str | None, str | os.PathLike, str | os.PathLike | None)
     return [parameter.name for parameter in parameters if parameter.annotation in texts]
 
 
 def flags(stage: str) -> list[str]:
-    """Names of the stage's own settings that are off by default, so that `--NAME` turns them on."""
+    """The stage's own settings that are False by default, which `--NAME` turns on."""
     parameters = inspect.signature(gin.get_configurable(stage)).parameters.values()
     return [parameter.name for parameter in parameters if parameter.default is False]
 
 
 def takes_runs(stage: str) -> bool:
-    """Whether the stage has a setting `runs`, given as words behind its name: `slm-jax analyze report RUN RUN`."""
+    """Whether the stage has a setting `runs`, given as words after its name: `slm-jax analyze report RUN RUN`."""
     return "runs" in inspect.signature(gin.get_configurable(stage)).parameters
 
 
@@ -118,10 +120,10 @@ def _default(parameter: inspect.Parameter) -> str:
 
 
 def as_list(value: Any, kind: type, name: str) -> list[Any]:
-    """The items of a setting that takes several.
+    """The items of a setting that takes a list.
 
     Raises:
-      UserError: something else than a sequence of `kind`; most often one `@Phase()` without its brackets.
+      UserError: `setting-not-a-list`: not a sequence of `kind`; most often one `@Phase()` without brackets.
     """
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, kind) for item in value):
         raise UserError("setting-not-a-list", f"{name} takes a list: [@{kind.__name__}()]; it was given {value!r}")
@@ -129,26 +131,23 @@ def as_list(value: Any, kind: type, name: str) -> list[Any]:
 
 
 def at_least(minimum: int, **settings: int) -> None:
-    """Refuses whole-number settings that are something else or below `minimum`."""
+    """Refuses settings, given by name, that are not whole numbers of at least `minimum`."""
     for name, value in settings.items():
         if not isinstance(value, int) or value < minimum:
             raise UserError("setting-out-of-range", f"{name} is {value!r}: it takes a whole number from {minimum} on")
 
 
 def print_unused() -> None:
-    """Says which settings of the command line nothing has read; call it once a stage has built its settings."""
+    """Prints the settings of the command line that nothing has read; call it once a stage has built its settings."""
     used = {line.split(" = ")[0] for line in gin.operative_config_str().splitlines() if " = " in line}
     used = {re.sub(r"^(.*/)?(\w+\.)*(\w+\.\w+)$", r"\3", name) for name in used}
     for name in _command_line:
         if re.sub(r"^.*/", "", name) not in used:
-            print(f"setting {name} is not used by what this stage was told to do", flush=True)
-
-
-_command_line: list[str] = []  # names bound by `--gin.NAME=VALUE` of this process
+            print(f"setting {name} has no effect: nothing that this stage builds reads it", flush=True)
 
 
 def environment(more_packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Versions, commit, command and machine: what someone needs to know to repeat a run."""
+    """Versions, commit, command and platform: what one needs to repeat a run."""
     versions = {}
     for package in (*RECORDED_PACKAGES, *more_packages):
         try:

@@ -1,6 +1,6 @@
 """Several processes that run one stage together, one per host or per GPU: how they start, agree and end.
 
-All of them compute. The first one alone speaks, holds locks and writes files; only checkpoints are written by all.
+All of them compute. Only the first one prints, holds locks and writes files; checkpoints alone are written by all.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # the key-value store of jax.distributed has no public door
+from jax._src import distributed  # jax.distributed has no public access to its key-value store
 from jax.experimental import multihost_utils
 
 from slm_jax import files
 from slm_jax.errors import UserError
 
-HEARTBEAT_SECONDS = 60  # a process that vanished for so long ends the others
-PATIENCE_SECONDS = 15  # until a process that waits for the others to be started says so
-FAREWELL_SECONDS = 3  # how long a process that fails waits for the others to hear of it
+HEARTBEAT_SECONDS = 60  # a process that is silent for this long is lost, and the others end
+PATIENCE_SECONDS = 15  # after which a process that waits for the others to start says so
+FAREWELL_SECONDS = 3  # for which a process that fails waits until the others know
 FOREVER_MS = 10**10
 FAILURE = "slm_jax/failure"
 
@@ -39,16 +39,17 @@ _watcher: threading.Thread | None = None
 
 
 def start(preemptible: bool) -> None:
-    """Joins the other processes of this job, where there are any; call it before JAX starts a device.
+    """Joins the other processes of this job, if any; call it before JAX starts a device.
 
-    On Cloud TPU (VMs and GKE), under Slurm and under Open MPI, JAX finds them by itself. Anywhere else three variables
-    name them: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    On Cloud TPU (VMs and GKE), under Slurm and under Open MPI, JAX finds them by itself. Elsewhere three environment
+    variables name them: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-    preemptible: SIGTERM is a notice that `termination` will pass on; otherwise it ends the process as ever.
+    Args:
+      preemptible: SIGTERM is a notice that `termination` passes on; otherwise it ends the process as usual.
 
     Raises:
-      UserError: the variables are incomplete, or the port is taken. JAX itself ends a process whose others do not come
-        within five minutes.
+      UserError: `processes-incomplete`: the variables are incomplete; `processes-no-start`: the port is taken. JAX
+        itself ends a process if the others do not start within five minutes.
     """
     named = _named_processes()
     number = named["num_processes"] if named else _count_found()
@@ -62,18 +63,20 @@ def start(preemptible: bool) -> None:
         jax.distributed.initialize(**(named or {}), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"the job cannot start ({reason}): end what holds its port, or name another one") from error
+        raise UserError(
+            "processes-no-start", f"the job cannot start ({reason}): stop what uses its port, or name another port"
+        ) from error
     finally:
         patience.cancel()
     global _watcher
     _watcher = threading.Thread(target=_end_when_another_fails, name="failures", daemon=True)
     _watcher.start()
     if not first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process): it would say the same once more
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends): it would print the same again
 
 
 def _named_processes() -> dict[str, Any] | None:
-    """What the three variables say, as arguments of jax.distributed.initialize."""
+    """The three variables as arguments of jax.distributed.initialize; None if none is set."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, *numbers = values = [os.environ.get(name) for name in names]
     if not any(values):
@@ -83,13 +86,16 @@ def _named_processes() -> dict[str, Any] | None:
     except ValueError:
         count, index = 0, 0
     if not address or ":" not in address or not 0 <= index < count:
-        said = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True) if value)
-        raise UserError(f"{said}: several processes need {', '.join(names)}, like 10.0.0.2:8476, 4 and 0 to 3")
+        given = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True) if value)
+        raise UserError(
+            "processes-incomplete",
+            f"{given}: several processes need {', '.join(names)}, for example 10.0.0.2:8476, 4 and 0 to 3",
+        )
     return {"coordinator_address": address, "num_processes": count, "process_id": index}
 
 
 def _count_found() -> int:
-    """How many processes the job has by what its environment says; JAX would also start a job of one."""
+    """Number of processes of the job according to its environment; JAX would also start a job of one."""
     for step, count in (("SLURM_STEP_NODELIST", "SLURM_NTASKS"), ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE")):
         if step in os.environ:
             return int(os.environ.get(count, 1))
@@ -97,7 +103,7 @@ def _count_found() -> int:
         return 1
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     slices = os.environ.get("MEGASCALE_NUM_SLICES")
-    if hosts is None and "TPU_SKIP_MDS_QUERY" not in os.environ:  # which JAX sets where it sees no TPU
+    if hosts is None and "TPU_SKIP_MDS_QUERY" not in os.environ:  # set by JAX where it finds no TPU
         hosts = _tpu_metadata("worker-network-endpoints")
         described = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", _tpu_metadata("tpu-env"))
         slices = slices or (described and described[1])
@@ -105,7 +111,7 @@ def _count_found() -> int:
 
 
 def _tpu_metadata(name: str) -> str:
-    """What the metadata server of a TPU VM says; empty where there is none."""
+    """A value from the metadata server of a TPU VM; empty where there is no such server."""
     url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
@@ -116,20 +122,20 @@ def _tpu_metadata(name: str) -> str:
 
 
 def first() -> bool:
-    """Whether this process is the one that speaks and writes. Starts no device."""
+    """Whether this process is the one that prints and writes. Starts no device."""
     return distributed.global_state.process_id == 0
 
 
 def count() -> int:
-    """How many processes run this stage. Starts no device."""
+    """Number of processes that run this stage. Starts no device."""
     return distributed.global_state.num_processes
 
 
 def on_first(do: Callable[[], Json]) -> Json:
-    """What `do` returns in the first process, in every process; the others wait for it. Plain JSON values only.
+    """Calls `do` in the first process and returns its result, a plain JSON value, in every process; the others wait.
 
     Raises:
-      UserError: in every process, where `do` raises it.
+      UserError: in every process, if `do` raises it.
     """
     if count() == 1:
         return do()
@@ -167,9 +173,10 @@ def lock(path: Path, busy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def termination() -> Iterator[Callable[[int], bool]]:
-    """Yields what tells, asked after every step, whether to save and leave because of SIGTERM (a preemption).
+    """Yields a function to call after every step with the number of finished steps. It says whether to save and stop
+    because of SIGTERM (a preemption).
 
-    A SIGTERM to any one process is enough: all get the same answer after the same step, which costs them no waiting.
+    A SIGTERM to any one process is enough: all get the same answer after the same step, without waiting for each other.
     """
     if count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -187,7 +194,7 @@ def termination() -> Iterator[Callable[[int], bool]]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around what `start` begins: all processes end well, or an exception in one of them ends all."""
+    """Wraps the work after `start`: either all processes finish, or an exception in one of them ends all."""
     try:
         yield
     except Exception as error:
@@ -201,9 +208,10 @@ def together() -> Iterator[None]:
 
 
 def fail(line: str, code: int) -> None:
-    """Ends all processes with this exit code; the first says why, in this line. Returns where there is but one.
+    """Ends all processes with this exit code; the first process prints the line. Returns if there is only one process.
 
-    The first to fail is heard. Without this the others would wait in a collective until the heartbeat is missed.
+    The first failure is the one that is reported. Without this the others would wait in a collective until the
+    heartbeat is missed.
     """
     if _watcher is None:
         return
@@ -211,7 +219,7 @@ def fail(line: str, code: int) -> None:
     try:
         _client().key_value_set(FAILURE, json.dumps({"line": line + where, "code": code}))
     except jax.errors.JaxRuntimeError as error:
-        if "ALREADY_EXISTS" not in str(error):  # the process that would have said it has ended
+        if "ALREADY_EXISTS" not in str(error):  # the process that would print it has ended
             print(line, file=sys.stderr)
     _watcher.join(2 * FAREWELL_SECONDS)
     _leave(code)
@@ -221,19 +229,19 @@ def _end_when_another_fails() -> None:
     client = _client()
     try:
         failure = json.loads(client.blocking_key_value_get(FAILURE, FOREVER_MS))
-    except jax.errors.JaxRuntimeError:  # the end of the job, good or bad
+    except jax.errors.JaxRuntimeError:  # the job has ended, well or badly
         return
     if first():
         print(failure["line"], file=sys.stderr)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.wait_at_barrier(FAILURE, 1000 * FAREWELL_SECONDS)
     if first():
-        time.sleep(0.5)  # its end is the end of the service, of which the others would complain at length
+        time.sleep(0.5)  # its end ends the service, about which the others would print pages of errors
     _leave(failure["code"])
 
 
 def _leave(code: int) -> None:
-    """Without waiting for the others, as the usual exit does."""
+    """Exits without waiting for the others, unlike the usual exit."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)

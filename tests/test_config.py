@@ -65,7 +65,7 @@ def test_recipes_name_what_exists(path, monkeypatch, tmp_path, caplog):
         assert stage in STAGES and first.endswith(f"--gin_file={path.relative_to(RECIPES.parent)}")
 
 
-def test_the_later_wins(tmp_path):
+def test_later_bindings_override_earlier_ones(tmp_path):
     (tmp_path / "one.gin").write_text("train.seed = 1\ntrain.log_every = 1\n")
     (tmp_path / "two.gin").write_text("include 'one.gin'\ntrain.seed = 2\n")
     files = [str(tmp_path / "two.gin")]
@@ -77,16 +77,19 @@ def test_the_later_wins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    "code, text, named",
     [
-        ("train.seed = ", "gin cannot read a value"),
-        ("train.phases = [@Phase(), @MixtureComponent(]", "gin cannot read a value"),
-        ("include 'nowhere.gin'", "nowhere.gin"),
-        ("train.seeds = 1", "unknown gin name 'train.seeds': did you mean 'seed'?"),
-        ("import nothing_of_that_name", "nothing_of_that_name"),
+        ("gin-syntax", "train.seed = ", "train.seed"),
+        ("gin-syntax", "train.phases = [@Phase(), @MixtureComponent(]", "line"),
+        ("gin-error", "include 'nowhere.gin'", "nowhere.gin"),
+        ("gin-unknown-name", "train.seeds = 1", "'train.seeds': did you mean 'seed'?"),
+        ("gin-renamed", "train.inherit = 'state'", "'train.init_mode'"),
+        ("gin-renamed", "one/Draw.share = 0.5", "'MixtureComponent"),
+        ("gin-renamed", "solve.run = 'r'", "'evaluate_math"),
+        ("gin-error", "import nothing_of_that_name", "nothing_of_that_name"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_line(text, message, tmp_path):
+def test_a_file_that_cannot_be_used_is_one_line(code, text, named, tmp_path):
     (tmp_path / "a.gin").write_text("train.log_every = 1\n" + text + "\n")
-    line = toy.refusal(config.load, [str(tmp_path / "a.gin")])
-    assert message in line and ("a.gin" in line or "nowhere.gin" in line)
+    line = toy.refused(code, config.load, [str(tmp_path / "a.gin")])
+    assert named in line and ("a.gin" in line or "nowhere.gin" in line)

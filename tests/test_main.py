@@ -92,15 +92,16 @@ def test_help_lists_every_setting_of_a_stage(stage, run):
         (["train", "--run_dirs=r"], 2, ["unknown argument '--run_dirs=r'", "--run_dir=TEXT"]),
         (["train", "more"], 2, ["unknown argument 'more'"]),
         (["train", "--gin.train.run_dir"], 2, ["unknown argument '--gin.train.run_dir'"]),
-        (["train", "--gin_file=nowhere.gin"], 2, ["gin file nowhere.gin does not exist", "--gin_file"]),
-        (["train", "--gin.trian.seed=1"], 2, ["unknown gin name 'trian'", "did you mean 'train'?"]),
-        (["train", "--gin.train.sed=1"], 2, ["unknown gin name 'train.sed'", "did you mean 'seed'?"]),
-        (["train", "--gin.model.layers=1"], 2, ["unknown gin name 'model.layers'", "did you mean 'num_layers'?"]),
-        (["train", "--gin.train.phases=[@Phas()]"], 2, ["unknown gin name 'Phas'", "did you mean 'Phase'?"]),
-        (["train", "--gin.train.run_dir=runs/mine"], 2, ["gin cannot read a value", "quotes"]),
-        (["train", "--gin.train.run_dir=mine"], 2, ["gin cannot read a value", "quotes"]),
+        (["train", "--gin_file=nowhere.gin"], 2, ["nowhere.gin", "--gin_file", "[gin-no-file]"]),
+        (["train", "--gin.trian.seed=1"], 2, ["'trian'", "'train'", "[gin-unknown-name]"]),
+        (["train", "--gin.train.sed=1"], 2, ["'train.sed'", "'seed'", "[gin-unknown-name]"]),
+        (["train", "--gin.model.layers=1"], 2, ["'model.layers'", "'num_layers'", "[gin-unknown-name]"]),
+        (["train", "--gin.train.phases=[@Phas()]"], 2, ["'Phas'", "'Phase'", "[gin-unknown-name]"]),
+        (["train", "--gin.train.micro_batches=2"], 2, ["'train.gradient_accumulation_steps'", "[gin-renamed]"]),
+        (["train", "--gin.train.run_dir=runs/mine"], 2, ["quotes", "[gin-syntax]"]),
+        (["train", "--gin.train.run_dir=mine"], 2, ["quotes", "[gin-syntax]"]),
         (["train", "--gin.Phase.steps=1", "--gin.MixtureComponent.corpus='c'"], 2, ["train needs 'run_dir'"]),
-        (["train", "--gin.train.run_dir='r'"], 1, ["Phase takes steps or tokens, one of the two"]),
+        (["train", "--gin.train.run_dir='r'"], 1, ["Phase.steps", "[phase-length]"]),
         (
             ["train", "--run_dir=r", "--gin.Phase.steps=1"],
             2,
@@ -138,38 +139,38 @@ def test_runs_are_words_and_settings_may_hold_spaces(run):
 
 
 @pytest.mark.parametrize(
-    "bindings, message",
+    "bindings, messages",
     [
-        (["Phase.selection=@Selection()", "Selection.ratio=1.5"], "Selection.ratio 1.5 is outside (0, 1]"),
-        (["Phase.selection=@Selection()", "Selection.ratio=0"], "Selection.ratio 0 is outside (0, 1]"),
-        (["Phase.selection=@Selection()", "Selection.score='exces'"], "Selection.score 'exces' is unknown: known are"),
-        (["train.mesh=@MeshConfig()", "MeshConfig.data=3"], "needs 3 devices, 1 are here: change MeshConfig"),
-        (["train.gradient_accumulation_steps=3"], "a batch of 8 rows does not split"),
-        (["model.max_length=8"], "have 16 tokens, the model reads 8"),
-        (["model.size='huge'"], "model size 'huge' is unknown: known are demo"),
-        (["model.num_heads=3"], "num_heads 3 is not a multiple of num_kv_heads 2"),
-        (["MixtureComponent.order='sorted'"], "MixtureComponent.order 'sorted' is unknown"),
-        (["MixtureComponent.weight=0"], "share and epochs are above 0"),
-        (["MixtureComponent.epochs=0.1"], "the run draws 48 rows from corpus"),
-        (["Phase.mixture=@MixtureComponent()"], "Phase.mixture takes a list: [@MixtureComponent()]"),
-        (["train.phases=@Phase()"], "train.phases takes a list: [@Phase()]"),
-        (["Phase.steps='2'"], "Phase.steps is '2': it takes a whole number from 1 on"),
+        (["Phase.selection=@Selection()", "Selection.ratio=1.5"], ["Selection.ratio", "1.5"]),
+        (["Phase.selection=@Selection()", "Selection.ratio=0"], ["Selection.ratio", "0"]),
         (
-            ["train.gradient_accumulation_steps=0"],
-            "train.gradient_accumulation_steps is 0: it takes a whole number from 1 on",
+            ["Phase.selection=@Selection()", "Selection.score='exces'"],
+            ["Selection.score 'exces'"],
         ),
-        (["train.seed=-1"], "train.seed is -1: it takes a whole number from 0 on"),
-        (["Phase.steps=0"], "Phase.steps is 0: it takes a whole number from 1 on"),
+        (["train.mesh=@MeshConfig()", "MeshConfig.data=3"], ["3 devices", "MeshConfig"]),
+        (["train.gradient_accumulation_steps=3"], ["8 rows"]),
+        (["model.max_length=8"], ["16 tokens"]),
+        (["model.size='huge'"], ["'huge'", "demo"]),
+        (["model.num_heads=3"], ["num_heads", "num_kv_heads"]),
+        (["MixtureComponent.order='sorted'"], ["MixtureComponent.order 'sorted'"]),
+        (["MixtureComponent.weight=0"], ["MixtureComponent", "above 0"]),
+        (["MixtureComponent.epochs=0.1"], ["draws 48 rows", "[mixture-too-few-rows]"]),
+        (["Phase.mixture=@MixtureComponent()"], ["Phase.mixture", "[setting-not-a-list]"]),
+        (["train.phases=@Phase()"], ["train.phases", "[setting-not-a-list]"]),
+        (["Phase.steps='2'"], ["Phase.steps is '2'", "[setting-out-of-range]"]),
+        (["train.gradient_accumulation_steps=0"], ["train.gradient_accumulation_steps is 0", "[setting-out-of-range]"]),
+        (["train.seed=-1"], ["train.seed is -1", "[setting-out-of-range]"]),
+        (["Phase.steps=0"], ["Phase.steps is 0", "[setting-out-of-range]"]),
         (
             ["infinite_schedule.shape='sine'", "train.schedule=@infinite_schedule()"],
-            "SchedulePart.shape 'sine' is unknown",
+            ["SchedulePart.shape 'sine'", "[schedule-unknown-shape]"],
         ),
     ],
 )
-def test_values_that_cannot_be_are_one_line(bindings, message, corpus, run, tmp_path):
+def test_values_that_cannot_be_are_one_line(bindings, messages, corpus, run, tmp_path):
     command = [*train_command(tmp_path / "run", corpus.path), *(f"--gin.{binding}" for binding in bindings)]
     code, _, error = run(*command)
-    assert message in error and code == 1
+    assert all(message in error for message in messages) and code == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -265,9 +265,9 @@ def test_a_tpu_vm_asks_its_metadata(environment, monkeypatch):
 )
 def test_variables_that_name_no_job_are_refused(variables, environment):
     environment(**variables)
-    message = toy.refusal(processes.start, preemptible=True)
+    message = toy.refused("processes-incomplete", processes.start, preemptible=True)
     assert all(f"{name}={value}" in message for name, value in variables.items())
-    assert "several processes need JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID" in message
+    assert "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID" in message
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_a_scheduled_share_grows_over_the_phase(corpus, other):
 
 
 def test_schedules_of_phases(corpus):
-    """The run's rules until a phase brings its own; that one rules the phases behind it too."""
+    """The run's applies until a phase sets its own; that one applies to the phases after it too."""
     phase = toy.phase(corpus, steps=10)
     again = cosine_schedule(peak=0.5, warmup=2.0)
     phases = [phase, phase, dataclasses.replace(phase, schedule=again), phase, dataclasses.replace(phase, steps=5)]
@@ -133,55 +133,72 @@ def test_the_plan_as_a_table_and_a_picture(corpus, other, tmp_path):
 
 
 SELECTS = {"selection": Selection("loss")}
-REFUSED = {
-    "steps or tokens, one of the two": lambda draw: [Phase(mixture=[draw])],
-    "it was given 3 and 1000": lambda draw: [Phase(3, 1000.0, mixture=[draw])],
-    "Phase.tokens is 0.0": lambda draw: [Phase(tokens=0.0, mixture=[draw])],
-    "Phase.l2_to_init is -1.0": lambda draw: [Phase(3, mixture=[draw], l2_to_init=-1.0)],
-    "names a corpus twice": lambda draw: [Phase(3, mixture=[draw, draw])],
-    "give it one without threshold": lambda draw: [Phase(3, mixture=[draw], keep_ratio=Schedule([SchedulePart(0.5)]))],
-    "a share that is kept is in (0, 1]": lambda draw: [
-        Phase(3, mixture=[draw], keep_ratio=Schedule([SchedulePart(2.0)]), **SELECTS)
-    ],
-    "two have MixtureComponent.weight = None": lambda draw: [
-        Phase(3, mixture=[MixtureComponent(draw.corpus, None), MixtureComponent(draw.corpus, None, replay="in_order")])
-    ],
-    "what the others leave of 1, which is below 0": lambda draw: [
-        Phase(3, mixture=[MixtureComponent(draw.corpus, None), MixtureComponent(draw.corpus, 1.5, replay="in_order")])
-    ],
-    "share and epochs are above 0": lambda draw: [Phase(3, mixture=[MixtureComponent(draw.corpus, -0.5)])],
-    "at step 1 of a phase no MixtureComponent has a share above 0": lambda draw: [
-        Phase(3, mixture=[MixtureComponent(draw.corpus, Schedule([SchedulePart(0.0)]))])
-    ],
-    "the run replays 16 rows of corpus": lambda draw: [
-        Phase(1, mixture=[draw], batch_size=8),
-        Phase(2, mixture=[MixtureComponent(draw.corpus, replay="in_order")], batch_size=8),
-    ],
-    "the schedule of phase 0 take 5 + 0 steps, it rules 3": lambda draw: [
-        Phase(3, mixture=[draw], schedule=cosine_schedule(warmup=5.0))
-    ],
-    "the schedule of phase 1 take 4 steps, it rules 3": lambda draw: [
-        Phase(9, mixture=[draw]),
-        Phase(3, mixture=[draw], schedule=anneal_schedule(1e-5, steps=4.0)),
-    ],
-    "is read in two orders": lambda draw: [
-        Phase(3, mixture=[draw]),
-        Phase(3, mixture=[dataclasses.replace(draw, order="original")]),
-    ],
-    "write its path in one way": lambda draw: [Phase(3, mixture=[draw, MixtureComponent(draw.corpus + "/")])],
-    "it takes a number, None or a @Schedule()": lambda draw: [
-        Phase(3, mixture=[MixtureComponent(draw.corpus, "half")])
-    ],
-    "has no score 'reference'": lambda draw: [Phase(3, mixture=[draw], selection=Selection())],
+REFUSED = {  # code -> what the message names, and the phases
+    "phase-length": ("3 and Phase.tokens is 1000", lambda one: [Phase(3, 1000.0, mixture=[one])]),
+    "setting-out-of-range": ("Phase.tokens is 0.0", lambda one: [Phase(tokens=0.0, mixture=[one])]),
+    "setting-wrong-type": ("Phase.schedule", lambda one: [Phase(3, mixture=[one], schedule=0.1)]),
+    "mixture-corpus-twice": ("Phase.mixture", lambda one: [Phase(3, mixture=[one, one])]),
+    "phase-keep-ratio": (
+        "Phase.keep_ratio",
+        lambda one: [Phase(3, mixture=[one], keep_ratio=Schedule([SchedulePart(0.5)]))],
+    ),
+    "mixture-two-remainders": (
+        "MixtureComponent.weight",
+        lambda one: [Phase(3, mixture=[share(one, None), share(one, None, replay="in_order")])],
+    ),
+    "mixture-no-remainder": (
+        "MixtureComponent.weight",
+        lambda one: [Phase(3, mixture=[share(one, None), share(one, 1.5, replay="in_order")])],
+    ),
+    "mixture-all-zero": ("step 1", lambda one: [Phase(3, mixture=[share(one, Schedule([SchedulePart(0.0)]))])]),
+    "mixture-not-a-weight": ("'half'", lambda one: [Phase(3, mixture=[share(one, "half")])]),
+    "mixture-too-few-rows": (
+        "replays 16 rows",
+        lambda one: [
+            Phase(1, mixture=[one], batch_size=8),
+            Phase(2, mixture=[MixtureComponent(one.corpus, replay="in_order")], batch_size=8),
+        ],
+    ),
+    "schedule-too-long": (
+        "schedule of phase 1",
+        lambda one: [
+            Phase(9, mixture=[one]),
+            Phase(3, mixture=[one], schedule=anneal_schedule(1e-5, steps=4.0)),
+        ],
+    ),
+    "mixture-two-orders": (
+        "/corpus",
+        lambda one: [Phase(3, mixture=[one]), Phase(3, mixture=[dataclasses.replace(one, order="original")])],
+    ),
+    "mixture-same-corpus": (
+        "/corpus/",
+        lambda one: [Phase(3, mixture=[one, MixtureComponent(one.corpus + "/")])],
+    ),
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_is_refused_in_one_line(message, other):
-    draw = MixtureComponent(other.path, epochs=100.0)
-    assert message in toy.refusal(lambda: Plan(REFUSED[message](draw), seed=0))
+def share(one: MixtureComponent, weight, replay: str | None = None) -> MixtureComponent:
+    return MixtureComponent(one.corpus, weight, replay=replay)
+
+
+@pytest.mark.parametrize("code", REFUSED)
+def test_what_cannot_be_is_refused_in_one_line(code, other):
+    named, phases = REFUSED[code]
+    one = MixtureComponent(other.path, epochs=100.0)
+    assert named in toy.refused(code, lambda: Plan(phases(one), seed=0))
+
+
+def test_lengths_and_ratios_out_of_range_are_refused(other):
+    one = MixtureComponent(other.path, epochs=100.0)
+    assert "None" in toy.refused("phase-length", Phase, mixture=[one])
+    assert "Phase.l2_to_init is -1.0" in toy.refused("setting-out-of-range", Phase, 3, mixture=[one], l2_to_init=-1.0)
+    too_much = Phase(3, mixture=[one], keep_ratio=Schedule([SchedulePart(2.0)]), selection=Selection("loss"))
+    assert "Phase.keep_ratio" in toy.refused("phase-keep-ratio", Plan, [too_much], 0)
+    warmup = Phase(3, mixture=[one], schedule=cosine_schedule(warmup=5.0))
+    assert "schedule of phase 0" in toy.refused("schedule-too-long", Plan, [warmup], 0)
+    assert "train.phases" in toy.refused("train-no-phases", Plan, [], 0)
 
 
 def test_two_schedules_for_the_first_phase_are_refused(corpus):
     phase = dataclasses.replace(toy.phase(corpus), schedule=cosine_schedule())
-    assert "train.schedule rules no phase" in toy.refusal(Plan, [phase], 0, cosine_schedule())
+    assert "train.schedule" in toy.refused("train-two-schedules", Plan, [phase], 0, cosine_schedule())

@@ -39,11 +39,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ema < 1:
-            raise UserError(f"OptimizerConfig.ema is {self.ema}: it is in [0, 1), 0.999 say")
+            raise UserError(
+                "setting-out-of-range", f"OptimizerConfig.ema is {self.ema}: it must be in [0, 1), for example 0.999"
+            )
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """clip by global norm -> Adam -> decoupled weight decay. Updates are to be scaled by -learning rate."""
+    """clip by global norm -> Adam -> decoupled weight decay. The caller scales updates by -learning rate."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),

@@ -1,4 +1,4 @@
-"""A run is a list of phases; the step alone decides which of them it belongs to, and its learning rate."""
+"""A run is a list of phases. The step alone determines its phase and its learning rate."""
 
 import dataclasses
 import math
@@ -48,29 +48,37 @@ class Phase:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.tokens is None):
-            raise UserError(f"Phase takes steps or tokens, one of the two; it was given {self.steps} and {self.tokens}")
+            raise UserError(
+                "phase-length", f"Phase.steps is {self.steps} and Phase.tokens is {self.tokens}: set one of the two"
+            )
         at_least(1, **{"Phase.batch_size": self.batch_size})
         if self.steps is not None:
             at_least(1, **{"Phase.steps": self.steps})
         if self.tokens is not None and not self.tokens > 0:
-            raise UserError(f"Phase.tokens is {self.tokens}: it is above 0")
+            raise UserError("setting-out-of-range", f"Phase.tokens is {self.tokens}: it must be above 0")
         if self.l2_to_init < 0:
-            raise UserError(f"Phase.l2_to_init is {self.l2_to_init}: it is 0 or above")
+            raise UserError("setting-out-of-range", f"Phase.l2_to_init is {self.l2_to_init}: it must be 0 or above")
         for name in ("keep_ratio", "schedule"):
             check_schedule(getattr(self, name), f"Phase.{name}")
         if not isinstance(self.selection, Selection | CombinedSelection | None):
-            raise UserError(f"Phase.selection takes @Selection() with brackets; it was given {self.selection!r}")
-        if self.keep_ratio and (not isinstance(self.selection, Selection) or self.selection.threshold is not None):
-            raise UserError("Phase.keep_ratio is the share that one Selection keeps: give it one without threshold")
-        draws = as_list(self.mixture, MixtureComponent, "Phase.mixture") or [MixtureComponent()]  # pyright: ignore[reportCallIssue] (gin's)
-        object.__setattr__(self, "mixture", tuple(draws))
-        if len({(draw.corpus, draw.replay) for draw in draws}) < len(draws):
             raise UserError(
-                "Phase.mixture names a corpus twice: give it one MixtureComponent with the sum of the shares"
+                "setting-wrong-type", f"Phase.selection takes @Selection(), with brackets; it is {self.selection!r}"
+            )
+        if self.keep_ratio and (not isinstance(self.selection, Selection) or self.selection.threshold is not None):
+            raise UserError(
+                "phase-keep-ratio", "Phase.keep_ratio replaces the ratio of a Selection: set one without a threshold"
+            )
+        mixture = as_list(self.mixture, MixtureComponent, "Phase.mixture") or [MixtureComponent()]  # pyright: ignore[reportCallIssue] (gin's)
+        object.__setattr__(self, "mixture", tuple(mixture))
+        if len({(component.corpus, component.replay) for component in mixture}) < len(mixture):
+            raise UserError(
+                "mixture-corpus-twice",
+                f"Phase.mixture names a corpus twice ({', '.join(component.corpus for component in mixture)}): give it "
+                "one MixtureComponent with the sum of the weights",
             )
 
     def resolved(self, sequence_length: int) -> "Phase":
-        """With its length in steps, and as `selection.ratio` the highest that keep_ratio asks for."""
+        """The phase with its length in steps, and with the maximum of keep_ratio as `selection.ratio`."""
         steps = self.steps or math.ceil(self.tokens / (self.batch_size * sequence_length))  # pyright: ignore[reportOptionalOperand]
         phase = dataclasses.replace(self, steps=steps, tokens=None)
         if not (phase.keep_ratio and isinstance(phase.selection, Selection)):
@@ -78,19 +86,20 @@ class Phase:
         ratios = phase.ratios()
         if not (ratios.min() > 0 and ratios.max() <= 1):
             raise UserError(
-                f"Phase.keep_ratio goes from {ratios.min():g} to {ratios.max():g}: a share that is kept is in (0, 1], "
-                "and a schedule begins at 0 unless Schedule.start says otherwise"
+                "phase-keep-ratio",
+                f"Phase.keep_ratio ranges from {ratios.min():g} to {ratios.max():g}: keep it within (0, 1], and set "
+                "Schedule.start, which is 0 by default",
             )
         return dataclasses.replace(phase, selection=dataclasses.replace(phase.selection, ratio=float(ratios.max())))
 
     def ratios(self) -> np.ndarray:
-        """What keep_ratio is at each step of a phase that is resolved."""
+        """keep_ratio at each step of a resolved phase, [steps]."""
         assert self.keep_ratio
         return values(over(self.keep_ratio, self.num_steps, owner="Phase.keep_ratio"), self.num_steps)
 
     @property
     def num_steps(self) -> int:
-        """Steps of a phase that is resolved."""
+        """Steps of a resolved phase."""
         assert self.steps is not None, "the phase is given in tokens: call `resolved`"
         return self.steps
 
@@ -101,42 +110,45 @@ class Phase:
 
 def check_schedule(value: Any, name: str) -> None:
     if not isinstance(value, Schedule | None):
-        raise UserError(f"{name} takes a schedule, such as @cosine_schedule() with brackets; it was given {value!r}")
+        raise UserError("setting-wrong-type", f"{name} takes @cosine_schedule() or the like; it is {value!r}")
 
 
 def values(scalar: optax.Schedule, steps: int) -> np.ndarray:
-    """What a scalar is at t = 1, ..., steps."""
+    """The values of a scalar at t = 1, ..., steps."""
     return np.asarray(scalar(np.arange(1, steps + 1)) * np.ones(steps))
 
 
 def first_steps(phases: Sequence[Phase]) -> np.ndarray:
-    """Steps before each phase, [P + 1]; the last is the length of the run."""
+    """Steps before each of the P phases, [P + 1]; the last entry is the length of the run."""
     return np.cumsum([0, *(phase.num_steps for phase in phases)])
 
 
 def learning_rate(phases: Sequence[Phase], schedule: Schedule | None) -> optax.Schedule:
     """t -> learning rate of the t-th step of the run, t counted from 1.
 
-    `schedule` rules until the first phase that brings its own; None is `cosine_schedule()`.
+    `schedule` applies until the first phase that sets its own; None is `cosine_schedule()`.
 
     Raises:
-      UserError: a schedule whose parts are longer than the phases that it rules, or one that rules none.
+      UserError: a schedule whose parts are longer than the phases that it spans, or one that spans none.
     """
     check_schedule(schedule, "train.schedule")
     if phases[0].schedule and schedule:
-        raise UserError("train.schedule rules no phase, since the first brings its own: take one of them away")
+        raise UserError(
+            "train-two-schedules",
+            "train.schedule has no effect because phase 0 sets its own Phase.schedule: remove one of them",
+        )
     firsts, owners = first_steps(phases), [i for i, phase in enumerate(phases) if i == 0 or phase.schedule]
     spans = []
     for owner, next_owner in zip(owners, [*owners[1:], len(phases)], strict=True):
-        ruling = phases[owner].schedule or schedule or cosine_schedule()
+        own = phases[owner].schedule or schedule or cosine_schedule()
         first, steps = int(firsts[owner]), int(firsts[next_owner] - firsts[owner])
-        ruling.lengths(steps, f"the schedule of phase {owner}")
-        spans.append((first, ruling, steps))
+        own.lengths(steps, f"the schedule of phase {owner}")
+        spans.append((first, own, steps))
     return in_turn(spans)
 
 
 def keep_ratio(phases: Sequence[Phase], number: int) -> optax.Schedule | None:
-    """t -> the share of the valid tokens that trains, t counted as for the learning rate; None where it is constant."""
+    """t -> fraction of the valid tokens to train on, t counted as for the learning rate; None where it is constant."""
     phase = phases[number]
     if phase.keep_ratio is None:
         return None

@@ -1,6 +1,6 @@
-"""Scalars of the step, composed from optax schedules: the learning rate, the share that is kept, a share of a mixture.
+"""Scalars that depend on the step, composed from optax schedules: learning rate, keep ratio, weight of a mixture.
 
-A schedule is a start and legs; the families below name the usual ones. Formulas: Ibrahim et al. (arXiv 2403.08763)
+A schedule is a start and parts; the functions below make the usual ones. Formulas: Ibrahim et al. (arXiv 2403.08763)
 Eq 1, Eq 2 and section 7.
 """
 
@@ -16,7 +16,7 @@ import optax
 from slm_jax.config import as_list
 from slm_jax.errors import UserError
 
-INVERSE_SQRT_TIMESCALE = 10.0  # alpha of the cooldown; the paper leaves it open, its authors' later code has 10
+INVERSE_SQRT_TIMESCALE = 10.0  # alpha of the cooldown: the paper leaves it open, its authors' later code uses 10
 
 
 def _inverse_sqrt(steps: int) -> optax.Schedule:
@@ -26,14 +26,14 @@ def _inverse_sqrt(steps: int) -> optax.Schedule:
     return lambda t: 1 - h(jnp.minimum(t, steps) / steps) / h(1.0)
 
 
-# Shape -> how much of the way is still to go, 1 to 0 in so many steps.
+# Shape -> number of steps -> t -> fraction of the way that remains, from 1 to 0.
 SHAPES: dict[str, Callable[[int], optax.Schedule]] = {
     "linear": lambda steps: optax.linear_schedule(1.0, 0.0, steps),
     "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
     "inverse_sqrt": _inverse_sqrt,
     "one_minus_sqrt": lambda steps: lambda t: 1 - jnp.sqrt(jnp.minimum(t, steps) / steps),
 }
-EXPONENTIAL = "exponential"  # takes equal factors in equal times, so it has no such share
+EXPONENTIAL = "exponential"  # equal factors in equal times: no such fraction describes it
 
 
 @gin.configurable
@@ -55,11 +55,13 @@ class SchedulePart:
     def __post_init__(self) -> None:
         if self.shape not in (*SHAPES, EXPONENTIAL):
             raise UserError(
-                f"SchedulePart.shape {self.shape!r} is unknown: known are {', '.join((*SHAPES, EXPONENTIAL))}"
+                "schedule-unknown-shape",
+                f"SchedulePart.shape {self.shape!r} is unknown: choose one of {', '.join((*SHAPES, EXPONENTIAL))}",
             )
         if self.to < 0 or (self.steps is not None and self.steps < 0):
             raise UserError(
-                f"SchedulePart(to={self.to}, steps={self.steps}): neither a value nor a length can be negative"
+                "schedule-negative",
+                f"SchedulePart.to is {self.to} and SchedulePart.steps {self.steps}: neither can be negative",
             )
 
 
@@ -79,64 +81,72 @@ class Schedule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(as_list(self.parts, SchedulePart, "Schedule.parts")))
         if self.start is not None and self.start < 0:
-            raise UserError(f"Schedule.start {self.start} is negative")
-        if sum(leg.steps is None for leg in self.parts) > 1:
-            raise UserError("Schedule.parts: at most one leg takes what the others leave (steps = None)")
+            raise UserError("schedule-negative", f"Schedule.start is {self.start}: it cannot be negative")
+        if sum(part.steps is None for part in self.parts) > 1:
+            raise UserError(
+                "schedule-two-remainders",
+                "two of Schedule.parts have SchedulePart.steps = None, the remaining steps: give one a length",
+            )
 
     def lengths(self, total: int, owner: str = "the schedule") -> list[int]:
-        """Steps of each leg, where `total` steps are ruled.
+        """Steps of each part of a schedule over `total` steps.
 
         Raises:
-          UserError: together they are longer than that.
+          UserError: `schedule-too-long`: the parts are longer together.
         """
-        wanted = [0.0 if s is None else s * total if s < 1 else s for s in (leg.steps for leg in self.parts)]
-        # Ends are rounded rather than lengths, so that shares of a whole make a whole.
+        wanted = [0.0 if s is None else s * total if s < 1 else s for s in (part.steps for part in self.parts)]
+        # Ends are rounded rather than lengths, so that fractions that sum to 1 cover all steps.
         ends = [math.floor(sum(wanted[: i + 1]) + 0.5) for i in range(len(wanted))]
         given = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
         rest = total - sum(given)
         if rest < 0:
             raise UserError(
-                f"the parts of {owner} take {' + '.join(map(str, given))} steps, it rules {total}: shorten them or "
-                "train longer"
+                "schedule-too-long",
+                f"the parts of {owner} take {' + '.join(map(str, given))} steps, but it spans {total}: shorten them or "
+                "train longer",
             )
-        return [rest if leg.steps is None else length for leg, length in zip(self.parts, given, strict=True)]
+        return [rest if part.steps is None else length for part, length in zip(self.parts, given, strict=True)]
 
 
 def over(schedule: Schedule, total: int, before: float = 0.0, owner: str = "the schedule") -> optax.Schedule:
-    """t -> value for t in [0, total], t steps after the schedule begins. `before`: where the one before it ended."""
+    """t -> value for t in [0, total], t steps after the schedule begins. `before`: last value of the previous one."""
     at = before if schedule.start is None else schedule.start
-    parts, ends, end = [], [], 0
-    for leg, steps in zip(schedule.parts, schedule.lengths(total, owner), strict=True):
+    pieces, ends, end = [], [], 0
+    for part, steps in zip(schedule.parts, schedule.lengths(total, owner), strict=True):
         if steps:
-            parts.append(_part(leg, at, steps))
+            pieces.append(_piece(part, at, steps))
             ends.append(end := end + steps)
-        at = leg.to
-    return optax.join_schedules([*parts, optax.constant_schedule(at)], ends)
+        at = part.to
+    return optax.join_schedules([*pieces, optax.constant_schedule(at)], ends)
 
 
-def _part(leg: SchedulePart, start: float, steps: int) -> optax.Schedule:
-    if leg.shape == EXPONENTIAL:
-        if not start > 0 or not leg.to > 0:
-            raise UserError(f"an exponential leg from {start} to {leg.to}: both are above 0, or take another shape")
-        return optax.exponential_decay(start, steps, leg.to / start)
-    to_go = SHAPES[leg.shape](steps)
-    return lambda t: leg.to + (start - leg.to) * to_go(t)
+def _piece(part: SchedulePart, start: float, steps: int) -> optax.Schedule:
+    if part.shape == EXPONENTIAL:
+        if not start > 0 or not part.to > 0:
+            raise UserError(
+                "schedule-exponential-zero",
+                f"an exponential SchedulePart goes from {start} to {part.to}: both must be above 0, or take another "
+                "shape",
+            )
+        return optax.exponential_decay(start, steps, part.to / start)
+    remaining = SHAPES[part.shape](steps)
+    return lambda t: part.to + (start - part.to) * remaining(t)
 
 
 def in_turn(spans: Sequence[tuple[int, Schedule, int]]) -> optax.Schedule:
-    """t -> value over (first step, schedule, steps) one behind the other. The n-th step, counted from 1, applies t = n,
-    so a span that begins after step F rules from t = F + 1 on."""
+    """t -> value of consecutive schedules, given as (first step, schedule, steps). The n-th step, counted from 1, takes
+    the value at t = n, so a span that begins after F steps applies from t = F + 1 on."""
     first, schedule, steps = spans[0]
-    rules = [(first, over(schedule, steps))]
+    scalars = [(first, over(schedule, steps))]
     for first, schedule, steps in spans[1:]:
-        before_first, before = rules[-1]
-        rules.append((first, over(schedule, steps, np.asarray(before(first - before_first)).item())))
+        before_first, before = scalars[-1]
+        scalars.append((first, over(schedule, steps, np.asarray(before(first - before_first)).item())))
 
     def value(t):
-        first, rule = rules[0]
-        result = rule(t - first)
-        for first, rule in rules[1:]:
-            result = jnp.where(t > first, rule(t - first), result)
+        first, scalar = scalars[0]
+        result = scalar(t - first)
+        for first, scalar in scalars[1:]:
+            result = jnp.where(t > first, scalar(t - first), result)
         return result
 
     return value
@@ -224,12 +234,11 @@ def anneal_schedule(to: float = 3e-5, steps: float | None = None, shape: str = E
 
 
 def _from_zero(*parts: tuple[float, float | None, str]) -> Schedule:
-    """Every argument is given, so that gin's settings of SchedulePart and Schedule, made for others, do not reach
-    these."""
+    """Passes every argument, so that gin's settings of SchedulePart and Schedule, meant for others, do not apply."""
     return Schedule([SchedulePart(*part) for part in parts], 0.0)
 
 
 def _peak(peak: float) -> float:
     if not peak > 0:
-        raise UserError(f"peak {peak} of a schedule: it is above 0")
+        raise UserError("setting-out-of-range", f"the peak of a schedule is {peak}: it must be above 0")
     return peak

@@ -230,10 +230,11 @@ def test_several_references_are_refused_where_all_are_the_model_itself(corpus_co
     def plan(selection: Selection | CombinedSelection) -> Plan:
         return Plan([toy.phase(corpus_copy, selection=selection)], 0)
 
-    refused = toy.refusal(refuse_equal_reference, params, plan(Selection(reference=["a", "b"])))
-    assert "column a, b of" in refused and "scored by the very model this run starts from" in refused
+    code = "reference-is-initial-model"
+    both = plan(Selection(reference=["a", "b"]))
+    assert "column a, b of" in toy.refused(code, refuse_equal_reference, params, both)
     part = CombinedSelection([Selection(reference="b"), Selection("loss")])
-    assert "column b of" in toy.refusal(refuse_equal_reference, params, plan(part))
+    assert "column b of" in toy.refused(code, refuse_equal_reference, params, plan(part))
     refuse_equal_reference(params, one_is_another := plan(Selection(reference=["a", "c"], combine="max")))
     assert "60% by excess (max of a, c), per batch" in plan_summary.table(one_is_another)
 

@@ -9,6 +9,7 @@ import toy
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.mixture import MixtureComponent
 from slm_jax.score.selection import Selection
+from slm_jax.train import plan_summary
 from slm_jax.train.phases import Phase, keep_ratio
 from slm_jax.train.plan import Plan
 from slm_jax.train.schedules import (

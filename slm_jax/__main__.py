@@ -11,7 +11,7 @@ import gin
 
 from slm_jax import config, processes
 from slm_jax import settings as settings_lib
-from slm_jax.compile.topology import say_what_is_not_here
+from slm_jax.compile.topology import silence_missing_chips
 from slm_jax.data.store import disk_full_is_an_answer
 from slm_jax.errors import UserError
 
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message += "".join(f", --{name}=TEXT" for name in config.text_settings(stage))
         message += "".join(f", --{name}" for name in config.flags(stage))
         return _fail(stage, message, USAGE)
-    say_what_is_not_here()
+    silence_missing_chips()
     return _run(stage, known.gin_file, [binding for binding in bindings if binding is not None])
 
 

@@ -157,6 +157,8 @@ def test_runs_are_words_and_settings_may_hold_spaces(run):
         (["MixtureComponent.epochs=0.1"], ["draws 48 rows", "[mixture-too-few-rows]"]),
         (["Phase.mixture=@MixtureComponent()"], ["Phase.mixture", "[setting-not-a-list]"]),
         (["train.phases=@Phase()"], ["train.phases", "[setting-not-a-list]"]),
+        (["Phase.schedule=0.1"], ["Phase.schedule", "0.1", "[setting-wrong-type]"]),
+        (["Phase.selection='loss'"], ["Phase.selection", "'loss'", "[setting-wrong-type]"]),
         (["Phase.steps='2'"], ["Phase.steps is '2'", "[setting-out-of-range]"]),
         (["train.gradient_accumulation_steps=0"], ["train.gradient_accumulation_steps is 0", "[setting-out-of-range]"]),
         (["train.seed=-1"], ["train.seed is -1", "[setting-out-of-range]"]),

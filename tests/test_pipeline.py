@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import toy
 
+from slm_jax.run_directory import RunDirectory
+
 REAL = Path(__file__).parents[2] / "shared" / "data"
 RUN = {"target_loss", "target_bits_per_byte", "general_loss", "tokens_seen", "tokens_trained", "steps", "seconds"}
 RUN |= {"training_flops", "scoring_flops"}

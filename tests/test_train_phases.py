@@ -137,7 +137,6 @@ SELECTS = {"selection": Selection("loss")}
 REFUSED = {  # code -> what the message names, and the phases
     "phase-length": ("3 and Phase.tokens is 1000", lambda one: [Phase(3, 1000.0, mixture=[one])]),
     "setting-out-of-range": ("Phase.tokens is 0.0", lambda one: [Phase(tokens=0.0, mixture=[one])]),
-    "setting-wrong-type": ("Phase.schedule", lambda one: [Phase(3, mixture=[one], schedule=0.1)]),
     "mixture-corpus-twice": ("Phase.mixture", lambda one: [Phase(3, mixture=[one, one])]),
     "phase-keep-ratio": (
         "Phase.keep_ratio",

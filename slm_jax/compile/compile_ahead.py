@@ -1,4 +1,4 @@
-"""Stage `compile`: the steps of a run, compiled for TPUs or GPUs that are not here, and what they will need of them."""
+"""Stage `compile`: compiles the steps of a run for TPUs or GPUs that are not attached, and reports what they need."""
 
 import dataclasses
 import time
@@ -12,7 +12,6 @@ from slm_jax import config as config_lib
 from slm_jax.chips import GIB, Chip
 from slm_jax.compile import costs, memory
 from slm_jax.compile.hlo import Program
-from slm_jax.compile.memory import Memory
 from slm_jax.compile.programs import StepProgram, bound_run, score_step, train_steps
 from slm_jax.compile.topology import topology_devices
 from slm_jax.errors import UserError
@@ -21,20 +20,20 @@ from slm_jax.files import write_json
 PROGRAMS = ("train", "score")
 ASSUMPTIONS = (
     "FLOPs are those of matrix products, 2 for each multiplication and addition, on one chip. They are read from the "
-    "compiled program with every loop body multiplied by its number of turns; XLA's own analysis counts it once.",
-    "Not readable there: attention kernels count what they must compute, causally and within the window; loops over "
-    "the tokens that have a loss count as if all tokens had one.",
-    "Model FLOPs are ModelConfig.flops_per_token, a third of it for scoring; recomputation is not among them.",
-    "Bytes sent take every collective as a ring over the chips of its axes; a loop of unknown length counts once.",
-    "Of a GPU's memory JAX takes three quarters for programs, or what XLA_CLIENT_MEM_FRACTION says.",
-    "On a GPU XLA times several kernels for each product; here a rule chooses, and temporaries may differ a little.",
+    "compiled program, with every loop body multiplied by its trip count; XLA's own analysis counts it once.",
+    "Two things cannot be read there: attention kernels count what they must compute, causally and within the window; "
+    "loops over the tokens that have a loss count as if all tokens had one.",
+    "Model FLOPs are ModelConfig.flops_per_token, a third of it for scoring; they exclude recomputation.",
+    "Bytes sent assume that every collective is a ring over the chips of its axes; a loop of unknown length counts "
+    "once.",
+    "JAX uses three quarters of a GPU's memory for programs, or the fraction in XLA_CLIENT_MEM_FRACTION.",
+    "On a GPU XLA times several kernels for each product; here a rule chooses, and temporaries may differ slightly.",
     "MFU is bounded by the slowest of three, each at the data sheet's peak and perfectly overlapped: the products; "
-    "reading and writing the state once; sending the collectives' bytes over all links at once. No run is as fast.",
+    "reading and writing the state once; sending the collectives' bytes over all links at once. Real runs are slower.",
 )
 
 
-# pyright takes gin's decorator for one without arguments.
-@gin.configurable("compile")  # pyright: ignore[reportCallIssue]
+@gin.configurable("compile")  # pyright: ignore[reportCallIssue] (which takes it for one without arguments)
 def compile_ahead(
     topology: str,
     output: str = "plan.json",
@@ -57,9 +56,20 @@ def compile_ahead(
       UserError: something does not fit; the plan is still written.
     """
     if not programs or set(programs) - set(PROGRAMS):
-        raise UserError(f"compile.programs {tuple(programs)}: takes {' and '.join(map(repr, PROGRAMS))}")
-    _check_writable(Path(output))
-    # No device of this machine is needed, and one that is here may be at work.
+        raise UserError(
+            "compile-unknown-program",
+            f"compile.programs is {tuple(programs)}: it takes {' and '.join(map(repr, PROGRAMS))}",
+        )
+    # Refused before minutes of compiling rather than after them.
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            "compile-output", f"compile.output {output}: cannot create its folder ({error.strerror}); choose another"
+        ) from error
+    if Path(output).is_dir():
+        raise UserError("compile-output", f"compile.output {output} is a folder: name a file in it")
+    # No device of this machine is needed, and one that is attached may be busy.
     jax.config.update("jax_platforms", "cpu")
     devices, chip = topology_devices(topology)
     run = bound_run(devices, sequence_length)
@@ -86,23 +96,13 @@ def compile_ahead(
     write_json(output, plan)
     for step in plans:
         if not step["fits"]:
-            raise UserError(f"{step['name']} {step['verdict']} (the plan is {output})")
+            raise UserError("compile-no-fit", f"{step['name']} {step['verdict']} (the plan is {output})")
     print(f"compile: everything fits, see {output}")
     return plan
 
 
-def _check_writable(output: Path) -> None:
-    """Before minutes of compiling rather than after them."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"compile.output {output}: no folder can be made there ({error.strerror})") from error
-    if output.is_dir():
-        raise UserError(f"compile.output {output} is a folder: name a file in it")
-
-
 def plan_step(step: StepProgram, chip: Chip) -> dict[str, Any]:
-    """Compiles a step and says what it needs."""
+    """Compiles a step and returns what it needs, as JSON."""
     work, start = step.work, time.time()
     about = {
         "name": work.name,
@@ -112,29 +112,27 @@ def plan_step(step: StepProgram, chip: Chip) -> dict[str, Any]:
     }
     held = (step.weights, step.moments, step.batch)
     try:
-        compiled = step.compile()
+        compiled, needed = step.compile(), None
     except jax.errors.JaxRuntimeError as error:
-        needed = memory.refused(held, str(error))
+        compiled, needed = None, memory.refused(held, str(error))
         if needed is None:
             raise
-        return about | {"compile_seconds": time.time() - start} | _fit(needed, chip, step)
-    about["compile_seconds"] = time.time() - start
-    program = Program(compiled.as_text())
-    needed = memory.measured(held, compiled, memory.kept_activations(program, work))
-    return about | _fit(needed, chip, step) | _costs(step, program, chip)
-
-
-def _fit(needed: Memory, chip: Chip, step: StepProgram) -> dict[str, Any]:
-    return {
+    seconds = time.time() - start
+    program = Program(compiled.as_text()) if compiled else None
+    if needed is None:
+        needed = memory.measured(held, compiled, memory.kept_activations(program, work))
+    about |= {
+        "compile_seconds": seconds,
         "memory": dataclasses.asdict(needed) | {"total": needed.total, "available": chip.memory},
         "fits": needed.total <= chip.memory,
-        "verdict": memory.verdict(needed, chip.memory, step.work),
+        "verdict": memory.verdict(needed, chip.memory, work),
     }
+    return about | (_costs(step, program, chip) if program else {})
 
 
 def _costs(step: StepProgram, program: Program, chip: Chip) -> dict[str, Any]:
     work = step.work
-    tokens = work.rows * work.length / work.mesh.size  # of a chip
+    tokens = work.rows * work.length / work.mesh.size  # of one chip
     model_flops = tokens * work.model.flops_per_token(work.length) / (1 if work.training else 3)
     flops = costs.products(program, work)
     sent = costs.traffic(program, work.mesh)
@@ -155,13 +153,12 @@ def _costs(step: StepProgram, program: Program, chip: Chip) -> dict[str, Any]:
 
 
 def describe(plan: dict[str, Any]) -> str:
-    """A step's plan for people."""
+    """A step's plan as text."""
     kinds = plan["memory"]
     parts = ", ".join(f"{k} {kinds[k] / GIB:.2f}" for k in kinds if k not in ("total", "available"))
     lines = [
         f"{plan['name']}: {plan['rows']} rows of {plan['length']} tokens, {plan['gradient_accumulation_steps']} "
-        f"micro-batches, "
-        f"compiled in {plan['compile_seconds']:.0f} s",
+        f"micro-batches, compiled in {plan['compile_seconds']:.0f} s",
         f"  GiB per chip   {kinds['total'] / GIB:.2f} of {kinds['available'] / GIB:.2f}: {parts}",
     ]
     if "flops" in plan:

@@ -1,4 +1,4 @@
-"""What a compiled program computes and what it sends: floating point operations, and bytes by collective and axis."""
+"""FLOPs of a compiled program, and the bytes that it sends, by collective and axis."""
 
 import collections
 import dataclasses
@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from slm_jax.compile.hlo import Array, Execution, Instruction, Program
 from slm_jax.compile.memory import Work
 
-# Of attention kernels: forward, and backward, where logits are made again; by splash for queries, and again for keys
-# and values, by cuDNN once.
+# Matrix products of attention kernels. The backward pass recomputes logits: in splash for queries, and again for keys
+# and values, in cuDNN once.
 KERNEL_PRODUCTS = {
     r"splash_m[hq]a_fwd": 2,
     r"splash_m[hq]a_dq": 3,
@@ -26,7 +26,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one chip sends in one run of the program, by one kind of collective over some axes of the mesh."""
+    """Bytes that one chip sends in one run of the program, by one kind of collective over some axes of the mesh."""
 
     kind: str
     axes: str
@@ -38,8 +38,9 @@ class Traffic:
 class Products:
     """FLOPs of one chip in matrix products, 2 for each multiplication and addition.
 
-    counted: read from the program, each loop body times its number of turns. attention: of kernels, which the program
-    does not show. head: of loops whose length depends on the data.
+    counted: read from the program, each loop body times its trip count.
+    attention: of kernels, whose products the program does not show.
+    head: of loops whose length depends on the data.
     """
 
     counted: float
@@ -52,8 +53,8 @@ class Products:
 
 
 def products(program: Program, work: Work) -> Products:
-    """FLOPs of a program. Its loops of unknown length are those that visit the tokens that have a loss: all of them are
-    taken to have one, for one product with the head forward and, when training, two backward."""
+    """FLOPs of a program. Its loops of unknown length visit the tokens that have a loss. All tokens are assumed to have
+    one: one product with the head forward and, when training, two backward."""
     counted = opaque = 0.0
     dynamic = False
     for run in program.executions():
@@ -68,7 +69,7 @@ def products(program: Program, work: Work) -> Products:
 
 
 def _kernel_flops(name: str, work: Work) -> float:
-    """One call of an attention kernel: all rows and heads of a chip, for each query the keys that it may read."""
+    """FLOPs of one call of an attention kernel: all rows and heads of a chip, and for each query its visible keys."""
     number = next((number for kernel, number in KERNEL_PRODUCTS.items() if re.search(kernel, name)), 0)
     length, window = work.length, min(work.model.sliding_window or work.length, work.length)
     pairs = window * length - window**2 / 2
@@ -77,8 +78,8 @@ def _kernel_flops(name: str, work: Work) -> float:
 
 
 def product_flops(instruction: Instruction, operands: list[Array]) -> float:
-    """FLOPs of a matrix product, 0 of anything else. On TPU every product is written as a convolution, on GPU some are
-    calls of cuBLAS."""
+    """FLOPs of a matrix product, 0 for anything else. On TPU every product is a convolution, on GPU some are calls of
+    cuBLAS."""
     if instruction.opcode == "dot" or "__cublas$" in instruction.attributes:
         contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', instruction.attributes)
         sizes = [operands[0].shape[int(axis)] for axis in re.findall(r"\d+", contracted[1])] if contracted else []
@@ -100,9 +101,9 @@ def product_flops(instruction: Instruction, operands: list[Array]) -> float:
 
 
 def _reached(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
-    """Pairs of output and kernel position, along one axis, that meet an element rather than padding or a hole.
+    """Number of pairs of output and kernel position, along one axis, that read an element, not padding or a hole.
 
-    Batched products are convolutions whose kernel mostly meets padding; only what it meets is work.
+    Batched products are convolutions whose kernel mostly reads padding, which is no work.
     """
     stride, dilation, holes = (int(window.get(name, 1)) for name in ("stride", "rhs_dilate", "lhs_dilate"))
     low = int(window.get("pad", "0_0").split("_")[0])
@@ -111,10 +112,10 @@ def _reached(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
 
 
 def traffic(program: Program, mesh: Mesh) -> list[Traffic]:
-    """Bytes that each chip sends, by kind of collective and axis, the largest first.
+    """Bytes that each chip sends, by kind of collective and axis, largest first.
 
-    Collectives are taken as rings over their n chips: a gather sends each shard n - 1 times, a reduction of b bytes
-    sends 2 b (n - 1) / n, a permutation its operand once.
+    Collectives are assumed to be rings over their n chips: a gather sends each shard n - 1 times, a reduction of b
+    bytes sends 2 b (n - 1) / n, a permutation sends its operand once.
     """
     total: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0.0, 0])
     seen = set()
@@ -122,7 +123,7 @@ def traffic(program: Program, mesh: Mesh) -> list[Traffic]:
         kind = _kind(run)
         if kind is None:
             continue
-        # A gather that runs beside other work is written as pieces, each fused with some of that work.
+        # A gather that overlaps with other work is written as pieces, each fused with part of that work: count one.
         channel = re.search(r"channel_id=(\d+)", run.instruction.attributes)
         piece = (run.caller, channel[1] if channel else run.instruction.name)
         if run.home != run.caller and piece in seen:
@@ -140,7 +141,7 @@ def traffic(program: Program, mesh: Mesh) -> list[Traffic]:
 def _kind(run: Execution) -> str | None:
     kind = run.instruction.opcode.removesuffix("-start")
     if kind == "all-reduce" and run.home.startswith("all-reduce-scatter"):
-        return "reduce-scatter"  # TPU writes it as a reduction of which each chip keeps its slice
+        return "reduce-scatter"  # TPU writes it as a reduction, of which each chip keeps its slice
     return kind if kind in COLLECTIVES else None
 
 
@@ -174,7 +175,7 @@ def _groups(attributes: str, num_chips: int) -> np.ndarray:
         chips = chips.reshape(tuple(sizes.values()))
         chips = np.moveaxis(chips, [list(sizes).index(name) for name in over], range(-len(over), 0))
         return chips.reshape(-1, math.prod(sizes[name] for name in over))
-    # Empty groups mean all chips; anything else that is not read here must not count as that.
+    # Empty groups mean all chips; a notation that is not parsed above must not pass as that.
     assert "replica_groups={}" in attributes or "replica_groups=" not in attributes, attributes
     return np.arange(num_chips)[None]
 

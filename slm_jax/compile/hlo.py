@@ -1,7 +1,7 @@
-"""The text of a compiled program (HLO): its instructions, and how often each of them runs.
+"""Parses the text of a compiled program (HLO) into instructions, and counts how often each of them runs.
 
-A scanned body stands in the text once, and XLA's own cost analysis counts it once. Here every instruction comes with
-the product of the trip counts of the loops around it.
+The body of a scan appears once in the text, and XLA's own cost analysis counts it once. Here every instruction comes
+with the product of the trip counts of the loops around it.
 """
 
 import dataclasses
@@ -9,12 +9,12 @@ import math
 import re
 from collections.abc import Iterator
 
-DTYPE_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}  # the others say their bits: f32, s8, f8e4m3fn
+DTYPE_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}  # the names of others contain their bits: f32, s8, f8e4m3fn
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type of one array as one chip holds it."""
+    """Type of an array, as one chip holds it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Instruction:
     operands: tuple[str, ...]
     inside: str  # the text between the brackets: a constant's value, a parameter's number
     attributes: str
-    is_root: bool  # its value is the computation's
+    is_root: bool  # its value is the result of the computation
 
     def called(self, role: str) -> list[str]:
         """Computations named as `role=%name` or `role={%name, ...}`."""
@@ -44,14 +44,14 @@ class Instruction:
 
     @property
     def index(self) -> int:
-        """Which element a get-tuple-element takes."""
+        """The element that a get-tuple-element takes."""
         found = re.search(r"\bindex=(\d+)", self.attributes)
         assert found, self
         return int(found[1])
 
     @property
     def where(self) -> str:
-        """The operation it comes from, as JAX names it."""
+        """JAX's name of the operation that it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else self.name
 
@@ -63,9 +63,9 @@ Computation = dict[str, Instruction]  # by name
 class Execution:
     """An instruction and how often a run of the program executes it.
 
-    `home` names the computation it stands in, `caller` the one that is scheduled: for an instruction of a fusion, the
-    computation that the fusion stands in. `counted` is False within a loop whose number of turns depends on the data:
-    such a loop counts as one turn.
+    `home` is the computation that contains it, `caller` the one that is scheduled: for an instruction of a fusion, the
+    computation that contains the fusion. `counted` is False within a loop whose trip count depends on the data: such a
+    loop counts as one iteration.
     """
 
     instruction: Instruction
@@ -76,13 +76,13 @@ class Execution:
 
 
 class Program:
-    """A compiled program, read from its text."""
+    """A compiled program, parsed from its text."""
 
     def __init__(self, text: str):
         self.computations, self.entry = _read(text)
 
     def executions(self) -> Iterator[Execution]:
-        """Everything that runs, from the entry down."""
+        """Every instruction that runs, from the entry down."""
         return self._walk(self.entry, 1, None, True)
 
     def operands(self, execution: Execution) -> list[Array]:
@@ -91,10 +91,10 @@ class Program:
         return [array for name in execution.instruction.operands if name in home for array in home[name].result]
 
     def trip_count(self, loop: Instruction, home: str) -> int | None:
-        """Turns of a `while` that stands in the computation `home`; None where the data decides.
+        """Trip count of a `while` in the computation `home`; None if it depends on the data.
 
-        XLA writes the number down on some platforms. On others the loop shows it: an element of what it carries starts
-        at a constant (0 where it comes from further out), grows by a constant and stays below a constant.
+        On some platforms XLA writes it down. On others it follows from the loop: one element of its state starts at a
+        constant (0 if it comes from further outside), grows by a constant and stays below a constant.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
         if known:
@@ -143,7 +143,7 @@ def _root(computation: Computation) -> Instruction:
 
 
 def _source(computation: Computation, name: str) -> Instruction:
-    """The instruction that makes a value, behind copies of it."""
+    """The instruction that computes a value, through copies."""
     instruction = computation[name]
     while instruction.opcode == "copy":
         instruction = computation[instruction.operands[0]]
@@ -164,7 +164,7 @@ def _read(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _instruction(line: str) -> Instruction | None:
-    # Layouts hold brackets too, but nothing in a type is a blank, a lower-case word and a bracket.
+    # Layouts contain brackets too, but no type contains a space, a lower-case word and a bracket in a row.
     found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(", line)
     if not found:
         return None

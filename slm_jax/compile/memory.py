@@ -1,4 +1,4 @@
-"""Memory of a chip by kind, whether it suffices, and what to change where it does not."""
+"""Memory of a chip by kind, whether it suffices, and what to change if it does not."""
 
 import dataclasses
 import math
@@ -16,8 +16,7 @@ from slm_jax.models.model_config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a program works on: a batch of `rows` x `length` tokens in `gradient_accumulation_steps` parts, over a
-    mesh."""
+    """What a program processes: a batch of `rows` x `length` tokens in `gradient_accumulation_steps` micro-batches."""
 
     name: str
     model: ModelConfig
@@ -25,7 +24,7 @@ class Work:
     rows: int
     length: int
     gradient_accumulation_steps: int
-    training: bool  # else scoring
+    training: bool  # False for scoring
 
     @property
     def rows_at_once(self) -> int:
@@ -37,9 +36,9 @@ class Work:
 class Memory:
     """Bytes of one chip.
 
-    activations: what the forward pass keeps of each layer for the backward pass. temporaries: everything else that
-    lives at the peak: gradients, logits, gathered weights, what one layer needs. other: the program, and the padding of
-    arrays.
+    activations: what the forward pass keeps of each layer for the backward pass.
+    temporaries: everything else at the peak: gradients, logits, gathered weights, what one layer needs.
+    other: the program, and the padding of arrays.
     """
 
     weights: float
@@ -55,13 +54,13 @@ class Memory:
 
 
 def tree_bytes(tree: Any) -> float:
-    """Bytes that one chip holds of a tree of sharded shapes."""
+    """Bytes of a tree of sharded shapes on one chip."""
     leaves = jax.tree.leaves(tree)
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
 
 def measured(held: tuple[Any, Any, Any], compiled: Any, activations: float) -> Memory:
-    """Of a program that compiled; it holds weights, moments and a batch. The state, updated in place, counts once."""
+    """Memory of a compiled program that holds weights, moments and batch; the state, updated in place, counts once."""
     weights, moments, batch = (tree_bytes(tree) for tree in held)
     stats = compiled.memory_analysis()
     results = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
@@ -72,7 +71,7 @@ def measured(held: tuple[Any, Any, Any], compiled: Any, activations: float) -> M
 
 
 def refused(held: tuple[Any, Any, Any], message: str) -> Memory | None:
-    """Of a program that the compiler refused for its memory, from what it said; None for another message."""
+    """Memory of a program that the compiler refused for its memory, from its message; None for another message."""
     found = re.search(r"temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
         return None
@@ -84,7 +83,7 @@ def refused(held: tuple[Any, Any, Any], message: str) -> Memory | None:
 
 
 def kept_activations(program: Program, work: Work) -> float:
-    """Bytes of the largest set of arrays that a loop carries and that hold something of every layer and token."""
+    """Bytes of the largest set of arrays that a loop carries and that have an entry for every layer and token."""
     start = (work.model.num_layers, work.rows_at_once, work.length)
     carried = (
         sum(array.bytes for array in run.instruction.result if array.shape[:3] == start)
@@ -95,7 +94,7 @@ def kept_activations(program: Program, work: Work) -> float:
 
 
 def verdict(memory: Memory, room: float, work: Work) -> str:
-    """One sentence: what is left, or what is missing and the first change that should give it."""
+    """One sentence: what is left, or what is missing and the first change that should free it."""
     spare = (room - memory.total) / GIB
     if spare >= 0:
         return f"fits with {spare:.2f} GiB to spare"
@@ -103,7 +102,7 @@ def verdict(memory: Memory, room: float, work: Work) -> str:
 
 
 def _remedy(memory: Memory, room: float, work: Work) -> str:
-    """The cheapest change by arithmetic on what was measured; compiling again confirms it or not."""
+    """The cheapest change that should suffice, by arithmetic on the measured memory; compiling again will tell."""
     gradients = memory.weights if work.training else 0.0
     state = memory.weights + memory.moments + gradients
     fsdp, chips = work.mesh.shape["fsdp"], work.mesh.size // work.mesh.shape["model"]

@@ -1,7 +1,7 @@
-"""The programs of a run, as its gin file describes them: a train step for each phase, and the step of scoring.
+"""The programs of a run, as its gin file describes them: a train step for each phase, and the scoring step.
 
-They are those that the stages `train` and `score` compile, made of the same settings and the same functions; only
-shapes stand where the stages have arrays.
+They are the programs that the stages `train` and `score` compile, made from the same settings by the same functions,
+with shapes in place of arrays.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from slm_jax.train.phases import Phase, keep_ratio, learning_rate
 from slm_jax.train.state import state_shapes
 from slm_jax.train.step import compile_step, make_step
 
-LOWERED = {"gpu": "cuda"}  # what lowering calls a platform by another name than its devices do
+LOWERED = {"gpu": "cuda"}  # platforms whose name differs between devices and lowering
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StepProgram:
     arguments: tuple[Any, ...]
 
     def compile(self) -> Any:
-        """For the devices of the mesh, which need not be here."""
+        """Compiles for the devices of the mesh, which need not be attached."""
         platform = self.work.mesh.devices.flat[0].platform
         with jax.set_mesh(self.work.mesh):
             traced = self.function.trace(*self.arguments)
@@ -50,7 +50,7 @@ class StepProgram:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the bindings of `train` and `score` say about programs; defaults are those of the stages."""
+    """What the bindings of `train` and `score` say about programs, with the stages' defaults."""
 
     model: ModelConfig
     phases: Sequence[Phase]
@@ -64,34 +64,36 @@ def bound_run(devices: Sequence[Any], sequence_length: int | None) -> Run:
     """The run that gin's settings describe, on the given devices.
 
     Raises:
-      UserError: its corpora are not here and the settings name no row length or vocabulary size.
+      UserError: its corpora do not exist, and the settings name no sequence length or vocabulary size.
     """
     train, score = gin.get_bindings("train"), gin.get_bindings("score")
     model = train.get("model") or model_config()
     phases = as_list(train.get("phases", ()), Phase, "train.phases") or [Phase()]  # pyright: ignore[reportCallIssue]
     if sequence_length is None or model.vocab_size is None:
-        corpus = _corpus(phases, "compile.sequence_length" if sequence_length is None else "model.vocab_size")
+        path, setting = (
+            phases[0].mixture[0].corpus,
+            "compile.sequence_length" if sequence_length is None else "model.vocab_size",
+        )
+        try:
+            corpus = Corpus.open(path)
+        except UserError as error:
+            raise UserError(
+                "compile-no-corpus", f"cannot read {setting} off corpus {path} ({error}): set it"
+            ) from error
         sequence_length = sequence_length or corpus.sequence_length
         model = dataclasses.replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
     at_least(2, **{"compile.sequence_length": sequence_length})
     if sequence_length > model.max_length:
         raise UserError(
-            f"rows of {sequence_length} tokens are longer than model.max_length = {model.max_length}: raise it"
+            "model-max-length",
+            f"rows of {sequence_length} tokens are longer than model.max_length = {model.max_length}: raise it",
         )
     phases = [phase.resolved(sequence_length) for phase in phases]
     return Run(model, phases, mesh_lib.make_mesh(train.get("mesh"), devices), sequence_length, train, score)
 
 
-def _corpus(phases: Sequence[Phase], setting: str) -> Corpus:
-    path = phases[0].mixture[0].corpus
-    try:
-        return Corpus.open(path)
-    except UserError as error:
-        raise UserError(f"corpus {path} is not here to say what its rows are: set {setting}") from error
-
-
 def train_steps(run: Run) -> Iterator[StepProgram]:
-    """One for each phase; phases whose steps are the same program share one."""
+    """The program of each phase; phases with the same program share one."""
     gradient_accumulation_steps = run.train.get("gradient_accumulation_steps", 1)
     at_least(1, **{"train.gradient_accumulation_steps": gradient_accumulation_steps})
     config = run.train.get("optimizer") or OptimizerConfig()
@@ -127,9 +129,9 @@ def train_steps(run: Run) -> Iterator[StepProgram]:
 
 
 def score_step(run: Run) -> StepProgram:
-    """Scoring with a reference of the run's own architecture.
+    """The scoring step of a reference with the run's architecture.
 
-    Rows: score.batch_size where it is set, else as many as a micro-batch of training holds.
+    The batch has score.batch_size rows if that is set, else the rows of a training micro-batch.
     """
     gradient_accumulation_steps = run.train.get("gradient_accumulation_steps", 1)
     rows = run.score.get("batch_size", run.phases[0].batch_size // gradient_accumulation_steps)

@@ -1,4 +1,4 @@
-"""Chips that are not here: the devices of a named topology, to compile for and not to run on."""
+"""Chips that are not attached: the devices of a named topology, to compile for but not to run on."""
 
 import dataclasses
 import importlib.util
@@ -12,17 +12,17 @@ from jax.experimental import topologies
 from slm_jax.chips import Chip, chip_of
 from slm_jax.errors import UserError
 
-# Answers to what libtpu would ask of the metadata server of a TPU host.
+# Answers to libtpu's questions to the metadata server of a TPU host.
 NO_HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
-GPU_HOST = 8  # GPUs of one machine, at most
-# Where JAX reads what share of a GPU's memory to take: the name of today and that of before.
+GPU_HOST = 8  # maximum number of GPUs of one machine
+# Variables that hold the fraction of a GPU's memory that JAX takes: today's name and the old one.
 MEMORY_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where a driver shows them
+NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # made by the driver
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA asks of a GPU: its number of multiprocessors, their clock in GHz, and the MiB of its L2 cache."""
+    """Properties that XLA needs of a GPU: number of multiprocessors, their clock in GHz, MiB of L2 cache."""
 
     kind: str  # as JAX names it
     multiprocessors: int
@@ -49,20 +49,21 @@ MULTIPROCESSORS = {
 
 
 def topology_devices(topology: str) -> tuple[list[Any], Chip]:
-    """The chips of a topology such as 'v5e:4x4' (TPUs) or 'h100:8' (GPUs of one machine), as devices that one can
-    compile for but not run on. Of a GPU's memory the chip has what JAX takes for programs.
+    """The chips of a topology such as 'v5e:4x4' (TPUs) or 'h100:8' (GPUs of one machine), as devices to compile for.
+    Of a GPU's memory only the part that JAX takes for programs counts.
 
     Raises:
-      UserError: the compiler for them is not installed, or the topology is unknown.
+      UserError: `compile-no-compiler`: the compiler for them is not installed; `compile-unknown-topology`;
+        `compile-unknown-chip`.
     """
     if topology.split(":")[0] in GPUS:
         return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compile needs the TPU compiler: pip install libtpu (it needs no TPU)")
-    # libtpu reads these when it is loaded: it looks for no host, and takes no lock, since no chip will be used.
+        raise UserError("compile-no-compiler", "compile needs the TPU compiler: pip install libtpu (it needs no TPU)")
+    # libtpu reads these when it is loaded. It then looks for no host, and takes no lock: no chip will be used.
     for name, value in (NO_HOST | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
-    # The two cores of a v4 chip work as one, as they do where a v4 is attached.
+    # The two cores of a v4 chip act as one device, as on an attached v4.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
@@ -71,14 +72,18 @@ def topology_devices(topology: str) -> tuple[list[Any], Chip]:
     kind = devices[0].device_kind
     chip = chip_of(kind)
     if chip is None:
-        raise UserError(f"topology {topology!r} has chips of kind {kind!r}: add their data sheet to slm_jax/chips.py")
+        raise UserError(
+            "compile-unknown-chip",
+            f"topology {topology!r} has chips of kind {kind!r}: add their data sheet to slm_jax/chips.py",
+        )
     return devices, chip
 
 
 def _unknown(topology: str, reason: str) -> UserError:
     return UserError(
+        "compile-unknown-topology",
         f"topology {topology!r} is unknown ({reason}): take one like v5e:4x4 or v5p:4x4x4, "
-        f"or 1 to {GPU_HOST} GPUs of one machine, like h100:8 ({', '.join(GPUS)})"
+        f"or 1 to {GPU_HOST} GPUs of one machine, like h100:8 ({', '.join(GPUS)})",
     )
 
 
@@ -94,16 +99,20 @@ def _gpus(topology: str) -> tuple[list[Any], Chip]:
             platform="cuda", topology=f"1x1x{number}", target_config=_description(gpu, chip)
         )
     except NotImplementedError as error:
-        raise UserError("compile needs JAX's compiler for GPUs: pip install 'jax[cuda13]' (it needs no GPU)") from error
+        raise UserError(
+            "compile-no-compiler", "compile needs JAX's compiler for GPUs: pip install 'jax[cuda13]' (it needs no GPU)"
+        ) from error
     share = next((float(os.environ[name]) for name in MEMORY_FRACTION if os.environ.get(name)), 0.75)
     return described.devices, dataclasses.replace(chip, memory=share * chip.memory)
 
 
 def _description(gpu: Gpu, chip: Chip) -> str:
-    """The GPU in the words of XLA's GpuTargetConfigProto."""
+    """The GPU as XLA's GpuTargetConfigProto, in text format."""
     threads, units, shared, block = MULTIPROCESSORS[chip.compute_capability]
     major, minor = str(chip.compute_capability).split(".")
-    accelerated = "feature_extension: ACCELERATED_FEATURES" if major == "9" else ""  # instructions of this one alone
+    accelerated = (
+        "feature_extension: ACCELERATED_FEATURES" if major == "9" else ""
+    )  # instructions of this generation only
     return f"""
     gpu_device_info {{
       cuda_compute_capability {{ major: {major} minor: {minor} {accelerated} }}
@@ -122,12 +131,12 @@ def _description(gpu: Gpu, chip: Chip) -> str:
     """
 
 
-def say_what_is_not_here() -> None:
-    """Lets compilers that are installed start in silence where there is no TPU or GPU.
+def silence_missing_chips() -> None:
+    """Keeps installed compilers from printing errors on machines without a TPU or GPU.
 
-    JAX looks for one whenever libtpu is there, and libtpu then complains, over several lines, about a host that nobody
-    described. JAX itself notes, when it is imported, that no chip is attached: only then is anything set here. CUDA's
-    libraries tell JAX no versions without a driver, and it prints where that failed.
+    If libtpu is installed, JAX looks for a TPU, and libtpu prints several lines about a host that is not described. JAX
+    notices at import that no chip is attached: only then is anything set here. Without a driver, CUDA's libraries do
+    not tell JAX their versions, and it prints each failure.
     """
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
         for name, value in NO_HOST.items():

@@ -128,7 +128,7 @@ def test_the_plan_as_a_table_and_a_picture(corpus, other, tmp_path):
     assert "learning rate" in header
     assert "1-6 of 8 rows" in first and f"{6 * 8 * corpus.sequence_length:,}" in first and "0.5 > 0.5 > 0.5" in first
     assert "7-10 of 8 rows" in second and "0.5 > 1 > 0.1" in second and "60% by loss, per batch" in second
-    assert "moments forgotten" in second and f"0.25 {corpus.path} (replay, in order)" in second
+    assert "optimizer state reset" in second and f"0.25 {corpus.path} (replay, in order)" in second
     plan_summary.draw(plan, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 

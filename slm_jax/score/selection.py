@@ -358,3 +358,35 @@ def selection_of(fields: Mapping[str, Any] | None) -> Selection | CombinedSelect
     if "parts" in fields:
         return CombinedSelection([Selection(**part) for part in fields["parts"]], fields["keeps"])
     return Selection(**fields)
+
+
+# ---- In words, for people.
+
+
+def share_bounds(selection: Selection | CombinedSelection) -> tuple[float, float]:
+    """The smallest and the largest fraction of the valid tokens that can train; equal where ratios determine it."""
+    ratios = [part.ratio if part.threshold is None else None for part in selection.parts]
+    low, high = [ratio or 0.0 for ratio in ratios], [ratio or 1.0 for ratio in ratios]
+    if isinstance(selection, CombinedSelection) and selection.keeps == "union":
+        return max(low), min(1.0, sum(high))
+    return max(0.0, sum(low) - (len(low) - 1)), min(high)
+
+
+def in_words(selection: Selection | CombinedSelection, ratio: str | None = None) -> str:
+    """For example `60% by excess, per batch, column reference`, or `70% by reference and 70% by entropy (40% to 70% of
+    all), per batch`. `ratio` replaces Selection.ratio, for a schedule."""
+    each = []
+    for part in selection.parts:
+        amount = ratio or f"{100 * part.ratio:.4g}%"
+        amount = amount if part.threshold is None else f"above {part.threshold:g}"
+        several = f" ({part.combine} of {', '.join(part.references)})" if len(part.references) > 1 else ""
+        each.append(f"{amount} by {part.score}{several}")
+    words = each[0]
+    if isinstance(selection, CombinedSelection):
+        low, high = share_bounds(selection)
+        words = (" or " if selection.keeps == "union" else " and ").join(each) + f" ({low:.0%} to {high:.0%} of all)"
+    words += f", per {selection.parts[0].scope}"
+    columns = {name.split("/")[1] for name in selection.columns()}
+    if len(columns) == 1:
+        words += f", column {columns.pop()}"
+    return words + (", filtered gradient" if selection.gradient == "filtered" else "")

@@ -79,8 +79,8 @@ def test_later_bindings_override_earlier_ones(tmp_path):
 @pytest.mark.parametrize(
     "code, text, named",
     [
-        ("gin-syntax", "train.seed = ", "train.seed"),
-        ("gin-syntax", "train.phases = [@Phase(), @MixtureComponent(]", "line"),
+        ("gin-syntax", "train.seed = ", "line 2"),
+        ("gin-syntax", "train.phases = [@Phase(), @MixtureComponent(]", "line 2"),
         ("gin-error", "include 'nowhere.gin'", "nowhere.gin"),
         ("gin-unknown-name", "train.seeds = 1", "'train.seeds': did you mean 'seed'?"),
         ("gin-renamed", "train.inherit = 'state'", "'train.init_mode'"),

@@ -45,7 +45,8 @@ class ResumableJsonl:
     def rows(self) -> list[dict[str, Any]]:
         """The intact rows, the same in every process; none at all where some process does not see the first's file."""
         content = self.path.read_bytes() if self.path.exists() else b""
-        size, digest = processes.on_first(lambda: [len(content), hashlib.sha256(content).hexdigest()])
+        size = processes.on_first(lambda: len(content))
+        digest = processes.on_first(lambda: hashlib.sha256(content).hexdigest())
         if not processes.everywhere(hashlib.sha256(content[:size]).hexdigest() == digest):
             return []
         return [row for _, row in parse_json_lines(content[:size]) if row is not None]

@@ -110,19 +110,18 @@ def plan_step(step: StepProgram, chip: Chip) -> dict[str, Any]:
         "length": work.length,
         "gradient_accumulation_steps": work.gradient_accumulation_steps,
     }
-    held = (step.weights, step.moments, step.batch)
+    held, program = (step.weights, step.moments, step.batch), None
     try:
-        compiled, needed = step.compile(), None
+        compiled = step.compile()
+        about["compile_seconds"] = time.time() - start
+        program = Program(compiled.as_text())
+        needed = memory.measured(held, compiled, memory.kept_activations(program, work))
     except jax.errors.JaxRuntimeError as error:
-        compiled, needed = None, memory.refused(held, str(error))
+        about["compile_seconds"] = time.time() - start
+        needed = memory.refused(held, str(error))
         if needed is None:
             raise
-    seconds = time.time() - start
-    program = Program(compiled.as_text()) if compiled else None
-    if needed is None:
-        needed = memory.measured(held, compiled, memory.kept_activations(program, work))
     about |= {
-        "compile_seconds": seconds,
         "memory": dataclasses.asdict(needed) | {"total": needed.total, "available": chip.memory},
         "fits": needed.total <= chip.memory,
         "verdict": memory.verdict(needed, chip.memory, work),

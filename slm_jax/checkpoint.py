@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: asynchronous, onto any mesh, never trusting the last one blindly."""
+"""Checkpoints through Orbax: saved asynchronously, restored onto any mesh, with fallback from damaged ones."""
 
 import hashlib
 import logging
@@ -16,13 +16,13 @@ from slm_jax.errors import UserError
 from slm_jax.mesh import path_name
 from slm_jax.run_directory import RunDirectory
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save at length; failures are raised anyway
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save at length; failures are raised anyway
 
 
 class Checkpoints:
-    """`run_dir/checkpoints/<step>/`: items of the state (`params` first of all), and what they are, as JSON.
+    """`run_dir/checkpoints/<step>/`: items of the state, `params` among them, and `about`, a JSON description.
 
-    keep: how many of the latest to keep; `milestones` (steps) are kept always.
+    keep: number of latest checkpoints to keep; those of the steps in `milestones` are always kept.
     """
 
     def __init__(self, run_dir: str | os.PathLike, keep: int = 2, milestones: Sequence[int] = ()):
@@ -42,18 +42,18 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, items: dict[str, Any], about: dict[str, Any]) -> None:
-        """Starts saving and returns; the arrays may be donated afterwards. What is saved already is left alone."""
+        """Starts saving and returns; the arrays may then be donated. A saved step is not saved again."""
         about = about | {"params_fingerprint": params_fingerprint(items["params"])}
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         self._manager.save(step, args=ocp.args.Composite(**saves, about=ocp.args.JsonSave(about)))
 
     def restore(self, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """(items, about) of the newest readable checkpoint, into the given shapes and shardings; None if none.
+        """(items, about) of the newest readable checkpoint, in the given shapes and shardings; None if there is none.
 
-        Newer ones that cannot be read are renamed to `damaged-<step>`, and said so.
+        Newer ones that cannot be read are renamed to `damaged-<step>`, with a message.
 
         Raises:
-          UserError: there are checkpoints, and none can be read; all stay where they are.
+          UserError: `checkpoint-damaged`: no checkpoint can be read; all are left as they are.
         """
         restores = {name: ocp.args.StandardRestore(item) for name, item in shapes.items()}
         arguments = ocp.args.Composite(**restores, about=ocp.args.JsonRestore())
@@ -86,8 +86,8 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)
                 print(
-                    f"checkpoint {step} in {self.directory} cannot be read ({why}): it is set aside as {aside.name}, "
-                    f"and the one before ({used}) is used"
+                    f"checkpoint {step} in {self.directory} cannot be read ({why}): it is now {aside.name}, and "
+                    f"the one before ({used}) is used"
                 )
 
         if damaged:
@@ -98,19 +98,19 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        # A process that is lost never comes to the end of a save; the others need not wait to find out.
+        # A lost process never finishes a save: the others must not wait for it.
         if processes.count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
             self.close()
 
     def close(self) -> None:
-        """Waits for saves under way."""
+        """Waits for unfinished saves."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 def save_params(run_dir: str | os.PathLike, step: int, params: Any, about: dict[str, Any]) -> None:
-    """Saves parameters alone, and waits. Of what is on its way from the devices to the disk, host memory holds the
-    largest array at a time, or a gigabyte of them: `Checkpoints` would hold all."""
+    """Saves parameters alone, and waits. On their way from the devices to the disk, host memory holds the
+    largest array at a time, or a gigabyte of arrays; `Checkpoints` would hold all of them."""
     gigabytes = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(params)) // 10**9
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=gigabytes)
     handlers = {"params": handler, "about": ocp.JsonCheckpointHandler()}
@@ -122,10 +122,10 @@ def save_params(run_dir: str | os.PathLike, step: int, params: Any, about: dict[
 
 
 def read_about(run_dir: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
-    """What a checkpoint says of itself, with its `step`: model, vocabulary hash, run.
+    """The description that was saved with a checkpoint (model, vocabulary hash, run and more), and its `step`.
 
     Raises:
-      UserError: the directory holds no checkpoint, or not that step.
+      UserError: `checkpoint-none`: the directory holds no checkpoint; `checkpoint-not-found`: not that step.
     """
     with _open(run_dir) as manager:
         step = _pick(run_dir, manager, step)
@@ -133,14 +133,14 @@ def read_about(run_dir: str | os.PathLike, step: int | None = None) -> dict[str,
 
 
 def saved_steps(run_dir: str | os.PathLike) -> list[int]:
-    """The steps that a run directory holds checkpoints of; UserError for none."""
+    """The steps of the checkpoints of a run directory; UserError `checkpoint-none` if there are none."""
     with _open(run_dir) as manager:
         _pick(run_dir, manager, None)
         return sorted(manager.all_steps())
 
 
 def restore_items(run_dir: str | os.PathLike, shapes: dict[str, Any], step: int | None = None) -> dict[str, Any]:
-    """Items of one checkpoint, the last by default, into the given shapes and shardings."""
+    """Items of one checkpoint, the last by default, in the given shapes and shardings."""
     with _open(run_dir) as manager:
         step = _pick(run_dir, manager, step)
         return {
@@ -150,7 +150,7 @@ def restore_items(run_dir: str | os.PathLike, shapes: dict[str, Any], step: int 
 
 
 def restore_params(run_dir: str | os.PathLike, shapes: Any, step: int | None = None) -> Any:
-    """Parameters only, into the given shapes and shardings."""
+    """Parameters only, in the given shapes and shardings."""
     return restore_items(run_dir, {"params": shapes}, step)["params"]
 
 
@@ -194,9 +194,9 @@ def _first_line(error: Exception) -> str:
 
 
 def params_fingerprint(params: Any) -> str:
-    """A hash of the parameters' bits that is the same on every mesh: integer sums modulo 2^32 commute.
+    """A hash of the parameters' bits that is the same on every mesh, because integer sums modulo 2^32 commute.
 
-    Cheap enough to take of any model at every start; tells models apart, is no defence against forgery.
+    Cheap enough to compute at every start. It distinguishes models; it does not protect against forgery.
     """
 
     digest = hashlib.sha256()

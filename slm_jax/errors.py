@@ -1,4 +1,4 @@
-"""The one exception that speaks to the user."""
+"""The exception for mistakes that a user can correct."""
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""From sums on devices to numbers people read: JSONL, TensorBoard, progress bar."""
+"""Metrics for people: rows of metrics.jsonl, TensorBoard, a progress bar."""
 
 import math
 import os
@@ -14,15 +14,15 @@ from slm_jax.run_directory import RunDirectory
 
 
 def mean(total: Any, count: Any) -> float | None:
-    """total / count as a Python float; None where nothing was counted."""
+    """total / count as a Python float; None if nothing was counted."""
     return float(total) / float(count) if float(count) > 0 else None
 
 
 class MetricsWriter:
-    """Appends rows to `metrics.jsonl` and scalars to TensorBoard.
+    """Appends rows to `metrics.jsonl` and scalars to TensorBoard. Of several processes only the first writes.
 
-    A resumed run starts at `first_step`: rows from there on were written by a process that died after its last
-    checkpoint, and are cut, so that every step stands in the file once. Of several processes only the first writes.
+    A run that resumes at `first_step` drops later rows, written by a process that died after its last checkpoint, so
+    that every step is in the file once.
     """
 
     def __init__(self, run_dir: str | os.PathLike, first_step: int = 0):
@@ -33,12 +33,12 @@ class MetricsWriter:
         rows = directory.metrics() if first_step else []
         write_json_lines(directory.metrics_jsonl, [row for row in rows if row["step"] <= first_step])
         self._file = ResumableJsonl(directory.metrics_jsonl)
-        import tensorboardX  # here: it imports PyTorch where that is installed, three seconds for those who only read
+        import tensorboardX  # here, because it imports PyTorch if that is installed: three seconds
 
         self._board = tensorboardX.SummaryWriter(str(directory.tensorboard), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One row: `step` is the number of finished steps. None and NaN become null."""
+        """Writes one row; `step` is the number of finished steps. None and values that are not finite become null."""
         if not self._writes:
             return
         row = {name: _plain(value) for name, value in values.items()}
@@ -59,6 +59,6 @@ def _plain(value: Any) -> Any:
 
 
 def progress(total: int, done: int, what: str, unit: str = "step") -> tqdm:
-    """A progress bar with rate and ETA, of the first process."""
+    """A progress bar with rate and remaining time, shown by the first process."""
     hidden = not processes.first()
     return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, disable=hidden)

@@ -1,4 +1,4 @@
-"""Names that earlier versions used, for settings and for keys of saved files."""
+"""Names of earlier versions: settings, which are refused with the new name, and keys of saved files, which are read."""
 
 from typing import Any
 

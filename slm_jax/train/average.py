@@ -1,4 +1,4 @@
-"""Stage `average`: the mean of some checkpoints of a run, or its moving average, as a model of its own."""
+"""Stage `average`: makes a model of the mean of several checkpoints, or of the moving average that a run kept."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The state that a training run carries from step to step."""
 
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from slm_jax.models.model_config import ModelConfig
 class TrainState(NamedTuple):
     """Parameters and optimizer state after `step` steps. Everything else follows from the step and the seed.
 
-    average: moving average of the parameters, where the run keeps one. start: the parameters that the phase began with,
-    where it is held near them; checkpoints do without, since the one of the phase's begin has them.
+    average: moving average of the parameters, if the run keeps one.
+    start: parameters at the beginning of the phase, if it has l2_to_init. Checkpoints leave them out: the checkpoint at
+      the phase boundary has them.
     """
 
     step: Int[Array, ""]
@@ -27,7 +28,7 @@ class TrainState(NamedTuple):
     start: forward.Params | None = None
 
     def items(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The items of a checkpoint."""
         items = {"params": self.params, "rest": {"opt_state": self.opt_state, "step": self.step}}
         return items | ({"average": self.average} if self.average else {})
 
@@ -45,7 +46,7 @@ def new_state(params: forward.Params, optimizer: optax.GradientTransformation, e
 def state_shapes(
     model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool = False
 ) -> TrainState:
-    """ShapeDtypeStructs with their shardings: what to allocate and what to restore into."""
+    """The state as ShapeDtypeStructs with shardings, to allocate or restore into."""
     shapes = jax.eval_shape(lambda: new_state(forward.init_params(model, jax.random.key(0)), optimizer, ema))
     return sharded_shapes(shapes, mesh)
 
@@ -58,7 +59,7 @@ def init_state(
     params: forward.Params | None = None,
     ema: bool = False,
 ) -> TrainState:
-    """A state at step 0, born sharded; from `params` where given, else random by `seed`."""
+    """A state at step 0, created sharded; from `params` if given, else random from `seed`."""
     shardings = jax.tree.map(lambda shape: shape.sharding, state_shapes(model, optimizer, mesh, ema))
     if params is not None:
         return jax.jit(lambda p: new_state(p, optimizer, ema), out_shardings=shardings)(params)

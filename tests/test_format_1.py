@@ -231,7 +231,7 @@ def test_the_unfinished_run_resumes(command, folder, monkeypatch):
 def test_the_finished_run_is_finished(command, folder):
     before = files(folder / "runs")
     assert_as_recorded(folder / "runs" / "child", EXPECTED["runs"]["child"])
-    assert "has its 7 steps already" in command("train", MODEL, SELECTIVE, CHILD)
+    assert "already has its 7 steps" in command("train", MODEL, SELECTIVE, CHILD)
     assert files(folder / "runs") == before
 
 

@@ -109,9 +109,9 @@ def test_help_lists_every_setting_of_a_stage(stage, run):
         ),
         (["train", "--gin.train.run_dir='r'", "--gin.Phase.steps=1"], 2, ["MixtureComponent needs 'corpus'"]),
         (["score", "--gin.score.name='n'"], 2, ["score needs 'corpus'"]),
-        (["score", "--gin.score.corpus='c'"], 1, ["score takes reference, a run, or external_logprobs, log-probs"]),
-        (["score", "--gin.score.corpus='c'", "--gin.score.reference='r'"], 1, ["no corpus at", "/c: check the path"]),
-        (["score", "--corpus=it's", "--reference=r"], 1, ["no corpus at", "/it's: check the path"]),
+        (["score", "--gin.score.corpus='c'"], 1, ["external_logprobs", "[score-source]"]),
+        (["score", "--gin.score.corpus='c'", "--gin.score.reference='r'"], 1, ["/c", "[corpus-not-found]"]),
+        (["score", "--corpus=it's", "--reference=r"], 1, ["/it's", "[corpus-not-found]"]),
         (["evaluate", "--gin.evaluate.run='r'"], 2, ["HeldOut needs", "'name'", "'corpus'"]),
         (["demo", "--gin.demo.recipe='other'"], 1, ["no recipe 'other'", "known are demo, math_web"]),
         (["demo", "--gin.demo.stages=['causl']"], 1, ["has no stage 'causl': it has crawl"]),
@@ -131,7 +131,7 @@ def test_runs_are_words_and_settings_may_hold_spaces(run):
     """In any order; the later of two settings wins."""
     settings = ["--gin.analyze_report.output='a b'", "--output=c d"]
     code, _, error = run("analyze", "report", settings[0], "no run", "other", settings[1])
-    assert code == 1 and "no run is no train run" in error
+    assert code == 1 and "no run has" in error and "[run-not-trained]" in error
     code, _, error = run("demo", "--gin.demo.overrides=['a = 1']", "--gin.demo.recipe='one'", "--recipe=the other")
     assert code == 1 and "no recipe 'the other'" in error
     code, _, error = run("demo", "a run")

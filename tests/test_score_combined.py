@@ -176,7 +176,7 @@ def test_who_competes_across_micro_batches(scope, ahead):
             lambda: CombinedSelection([LIKELY, Selection(gradient="filtered")]),
         ),
         (
-            "unspecified",
+            "phase-keep-ratio",
             "Phase.keep_ratio",
             lambda: Phase(3, selection=CombinedSelection([LIKELY, CERTAIN]), keep_ratio=Schedule([SchedulePart(0.5)])),
         ),

@@ -111,7 +111,7 @@ def test_several_references_and_what_two_selections_both_keep(inspected, tmp_pat
     analyze_inspect(path, columns=["reference"], selection=CombinedSelection(parts), output=str(page), rows=KEPT)
     data, block = data_of(page.read_text()), inspected.corpus.read(np.arange(KEPT))
     assert data["selection"].startswith(
-        "Selection: score excess, ratio 0.6, min of early, late and score loss, ratio 0.5, scope batch. The rows"
+        "Selection: 60% by excess (min of early, late) and 50% by loss (10% to 50% of all), per batch. The rows"
     )
     names = [f"scores/{name}/loss" for name in ("early", "late", "reference")]
     early, late, loss = (inspected.corpus.read(np.arange(KEPT), [name])[name].astype(np.float32) for name in names)

@@ -110,7 +110,7 @@ def test_what_runs_were_and_how_far_they_came(report):
     page, found = text_of(report), table_of(report, "settings")
     assert found["causal"]["seed"] == "0, 1" and found["causal"]["state"] == "finished"
     assert found["stopped"]["state"] == "unfinished: step 4 of 6; resumed, 2 starts"
-    assert found["selective"]["trains on"] == "50 % by excess, per batch, column reference"
+    assert found["selective"]["trains on"] == "50% by excess, per batch, column reference"
     assert found["causal"]["rows from"].startswith("100 % ")
     assert found["causal"]["learning rate as used"] == "0.01 throughout"
     assert "Not finished: stopped (unfinished: step 4 of 6" in page
@@ -270,7 +270,7 @@ def test_phases_mixtures_and_schedules_in_words():
         "l2_to_init": 0.1,
     }
     assert mixture_in_words(phase) == "50 % crawl + 50 % clean (replay, in order)"
-    words = "60 % by loss, per sequence, filtered gradient, ratio 0 to 1 linear over the rest, optimizer state reset, "
+    words = "60% by loss, per sequence, filtered gradient, ratio 0 to 1 linear over the rest, optimizer state reset, "
     assert objective_in_words(phase) == f"{words}L2 penalty 0.1 towards the initial parameters"
     assert mixture_in_words({"mixture": [draw | {"weight": None}, draw | {"weight": 0.05}]}).startswith("the rest ")
     high = phase["selection"] | {"threshold": 2.0, "capacity": 0.5}

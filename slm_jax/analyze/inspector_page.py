@@ -14,7 +14,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.segments import segments_of
 from slm_jax.data.token_text import TokenText
 from slm_jax.data.vocabulary import Vocabulary
-from slm_jax.score.selection import CombinedSelection, Selection
+from slm_jax.score.selection import CombinedSelection, Selection, in_words
 from slm_jax.score.token_loss import predicted
 
 SCRIPTS = tuple(f"inspector_{part}.js.html.j2" for part in ("data", "text", "panel", "controls"))
@@ -84,21 +84,13 @@ class Rows(NamedTuple):
             documents={(about["row"], about["start"]): about for about in here.to_pylist()},
             vocabulary=table.vocabulary(),
             reference=reference,
-            selection=_in_words(selection) if selection else "",
+            selection=_selection_note(selection) if selection else "",
         )
 
 
-def _in_words(selection: Selection | CombinedSelection) -> str:
-    both = " and " if isinstance(selection, Selection) or selection.keeps == "intersection" else " or "
-    scope = selection.parts[0].scope
-    what = f"Selection: {both.join(map(_part_in_words, selection.parts))}, scope {scope}."
-    return what + " The rows of this page are the batch: in training, others stood in it." * (scope == "batch")
-
-
-def _part_in_words(selection: Selection) -> str:
-    amount = f"{selection.ratio:.4g}" if selection.threshold is None else f"above {selection.threshold:g}"
-    several = f", {selection.combine} of {', '.join(selection.references)}" * (len(selection.references) > 1)
-    return f"score {selection.score}, ratio {amount}{several}"
+def _selection_note(selection: Selection | CombinedSelection) -> str:
+    note = " The rows of this page are the batch: in training, others were in it."
+    return f"Selection: {in_words(selection)}." + note * (selection.parts[0].scope == "batch")
 
 
 def inspector_page(rows: Rows, models: Sequence[Model]) -> str:

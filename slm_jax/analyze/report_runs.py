@@ -14,7 +14,7 @@ from slm_jax.analyze.runs import Group, Run, group_seeds, read_run, short_names,
 from slm_jax.analyze.selected_tokens import passages_of_run
 from slm_jax.analyze.tables import NOTHING, Cell, Table, kind_of, number
 from slm_jax.errors import UserError
-from slm_jax.score.selection import Selection, selection_of
+from slm_jax.score.selection import in_words, selection_of
 
 OTHER_STEPS = " †"  # marks differences between runs of different numbers of steps
 MOST_TURNS = 8  # of a learning rate that are listed
@@ -229,8 +229,9 @@ def _more_figures(groups: Sequence[Group], arms: Sequence[Arm], measures: Sequen
 
 
 def objective_in_words(phase: Mapping[str, Any]) -> str:
-    """What a phase trains on: `60 % by excess loss, ...`."""
-    parts = [_selection_in_words(phase)]
+    """What a phase trains on: `60% by excess, per batch, ...`."""
+    selection = selection_of(phase["selection"])
+    parts = [in_words(selection) if selection else "all tokens"]
     if phase.get("keep_ratio") and phase["selection"].get("threshold") is None:
         parts.append(f"ratio {schedule_in_words(phase['keep_ratio'])}")
     if phase.get("reset_optimizer"):
@@ -238,19 +239,6 @@ def objective_in_words(phase: Mapping[str, Any]) -> str:
     if phase.get("l2_to_init"):
         parts.append(f"L2 penalty {phase['l2_to_init']:g} towards the initial parameters")
     return ", ".join(parts)
-
-
-def _selection_in_words(phase: Mapping[str, Any]) -> str:
-    selection = selection_of(phase["selection"])
-    if selection is None:
-        return "all tokens"
-    both = " and " if isinstance(selection, Selection) or selection.keeps == "intersection" else " or "
-    words = []
-    for part in selection.parts:
-        amount = f"{100 * part.ratio:.4g} %" if part.threshold is None else f"above {part.threshold:g}"
-        column = f", column {', '.join(part.references)}" if part.columns() else ""
-        words.append(f"{amount} by {part.score}, per {part.scope}{column}")
-    return both.join(words) + (f", {selection.gradient} gradient" if selection.gradient != "exact" else "")
 
 
 def mixture_in_words(phase: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 import gin
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
@@ -94,13 +93,28 @@ def train(
     config_lib.at_least(0, **{"train.seed": seed})
 
     # --- Mesh, and the plan: which rows, selection and learning rate each step has.
-    devices = mesh_lib.make_mesh(mesh)
+    devices, run = mesh_lib.make_mesh(mesh), RunDirectory(run_dir)
     plan = Plan(phases, seed, schedule)
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=plan.corpus.vocab_size)
-    _check(model, plan, devices, gradient_accumulation_steps)
-    measures = _bind(evaluators, model, plan, devices)
-    run = RunDirectory(run_dir)
+    check_rows(model, plan.corpus, "the model")
+    for number, phase in enumerate(plan.phases):
+        mesh_lib.check_batch(devices, phase.batch_size, f"phase {number}", gradient_accumulation_steps)
+        if model.dropout and phase.selection and phase.selection.gradient == "filtered":
+            raise UserError(
+                "train-filtered-dropout",
+                f"phase {number} has a filtered gradient, which cannot use dropout, and model.dropout is "
+                f"{model.dropout:g}: set it to 0, or Selection.gradient to 'exact'",
+            )
+
+    # --- Evaluators, bound to the model.
+    if not isinstance(evaluators, (list, tuple)):
+        raise UserError("setting-not-a-list", f"train.evaluators takes a list, [@HeldOut()]; it is {evaluators!r}")
+    names = [evaluator.name for evaluator in evaluators]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError("evaluators-same-name", f"two of train.evaluators are called {repeated[0]!r}: rename one")
+    measures = [evaluator.bind(model, plan.corpus.vocabulary_hash, devices) for evaluator in evaluators]
+
     if dry_run:
         print(plan_summary.describe(run, model, plan, devices, 0))
         processes.on_first(lambda: plan_summary.draw(plan, run.plan_png))
@@ -226,36 +240,10 @@ def train(
 
     def finish() -> dict[str, Any]:
         last = {name: value for row in run.metrics() for name, value in row.items() if value is not None}
-        parameters = model.parameter_count()
-        summary = {"steps": plan.total_steps, "parameters": parameters, **metrics.counters(), "last": last}
-        write_json(run.summary_json, summary)
+        sizes = {"steps": plan.total_steps, "parameters": model.parameter_count()}
+        write_json(run.summary_json, summary := {**sizes, **metrics.counters(), "last": last})
         loss = last.get("loss", float("nan"))
         print(f"train: done, {plan.total_steps} steps, loss {loss:.4f}; see {run.summary_json}")
         return summary
 
     return processes.on_first(finish)
-
-
-def _check(model: ModelConfig, plan: Plan, devices: Mesh, gradient_accumulation_steps: int) -> None:
-    """Refuses what would fail after minutes of compiling, or train something else than was asked for."""
-    check_rows(model, plan.corpus, "the model")
-    for number, phase in enumerate(plan.phases):
-        mesh_lib.check_batch(devices, phase.batch_size, f"phase {number}", gradient_accumulation_steps)
-        if model.dropout and phase.selection and phase.selection.gradient == "filtered":
-            raise UserError(
-                "train-filtered-dropout",
-                f"phase {number} has a filtered gradient, which cannot use dropout, and model.dropout is "
-                f"{model.dropout:g}: set it to 0, or Selection.gradient to 'exact'",
-            )
-
-
-def _bind(evaluators: Sequence[Any], model: ModelConfig, plan: Plan, devices: Mesh) -> list[Any]:
-    if not isinstance(evaluators, (list, tuple)):
-        raise UserError("setting-not-a-list", f"train.evaluators takes a list, [@HeldOut()]; it is {evaluators!r}")
-    names = [evaluator.name for evaluator in evaluators]
-    if len(set(names)) < len(names):
-        raise UserError(
-            "evaluators-same-name",
-            f"two of train.evaluators are called {max(names, key=names.count)!r}: give each a different name",
-        )
-    return [evaluator.bind(model, plan.corpus.vocabulary_hash, devices) for evaluator in evaluators]

@@ -9,6 +9,7 @@ import pytest
 import toy
 
 from slm_jax.data.corpus import COLUMNS, Corpus, CorpusWriter
+from slm_jax.data.scores import ScoreName
 from slm_jax.data.store import SHARD_ROWS, Store, disk_full_is_an_answer
 from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.errors import UserError
@@ -136,6 +137,15 @@ def test_a_score_is_written_in_ranges_and_read_beside_the_columns(corpus):
     assert read["scores/small/loss"][:, 0].tolist() == [1.0, 2.0]
     message = toy.refused("score-no-statistic", corpus.read, np.array([0]), ["scores/small/entropy"])
     assert "'entropy'" in message
+
+
+def test_names_of_score_arrays():
+    assert (
+        str(ScoreName("small", "entropy")) == "scores/small/entropy" and str(ScoreName("small")) == "scores/small/loss"
+    )
+    assert ScoreName.parse("scores/small/entropy") == ("small", "entropy")
+    for column in ("tokens", "scores/small", "scores/small/", "scores//loss", "scores/a/b/c"):
+        assert repr(column) in toy.refused("corpus-no-column", ScoreName.parse, column)
 
 
 def test_score_refusals(corpus, tmp_path):

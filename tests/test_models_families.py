@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import refusal
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import make_batch
@@ -152,24 +151,3 @@ def test_a_config_without_the_newer_fields_is_a_llama():
     """What runs of the past have written stays readable, and means what it did."""
     written = {name: value for name, value in to_json(LLAMA).items() if name in FUNCTION_FIELDS[:8]}
     assert ModelConfig.from_json(written) == dataclasses.replace(LLAMA, init_std=0.02, max_length=2048)
-
-
-@pytest.mark.parametrize(
-    ("fields", "line"),
-    [
-        ({"norm": "batch"}, "norm 'batch': take 'rms' or 'layer'"),
-        ({"mlp": "relu"}, "mlp 'relu': take 'swiglu' or 'gelu'"),
-        ({"dropout": 1.0}, "dropout 1.0: take a share from 0 to below 1"),
-        (
-            {"rotary_share": 0.4},
-            "rotary_share 0.4 of head_dim 8 is 3 features: rotary embedding turns pairs, one or more of them",
-        ),
-    ],
-)
-def test_fields_that_name_nothing_are_refused(fields, line):
-    assert refusal(dataclasses.replace, LLAMA, **fields) == line
-
-
-def test_a_scaling_without_room_between_its_factors_is_refused():
-    line = "rope_scaling: high_freq_factor 1.0 must be above low_freq_factor 1.0"
-    assert refusal(RopeScaling, high_freq_factor=1.0) == line

@@ -1,16 +1,17 @@
 """The transformer: parameter counts, causality, segment isolation, rotary restart, remat and dtype."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from slm_jax.data.batches import make_batch
-from slm_jax.errors import UserError
 from slm_jax.models import forward
-from slm_jax.models.model_config import SIZES, ModelConfig, model_config
+from slm_jax.models.model_config import SIZES, ModelConfig, RopeScaling, model_config
 from slm_jax.score.token_loss import batch_loss
 
 TINY = ModelConfig(
@@ -177,19 +178,39 @@ def _at(tree, path):
 
 def test_named_sizes_take_changes():
     assert model_config("tinyllama_1_1b", num_layers=2) == dataclasses.replace(SIZES["tinyllama_1_1b"], num_layers=2)
-    with pytest.raises(UserError, match="'tiny_llama' is unknown: known are demo, small, tinyllama_1_1b"):
-        model_config("tiny_llama")
+    assert "'tiny_llama'" in (line := toy.refused("model-size-unknown", model_config, "tiny_llama"))
+    assert "tinyllama_1_1b" in line
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change",
     [
-        ({"num_heads": 3, "num_kv_heads": 2}, "num_heads 3 is not a multiple of num_kv_heads 2"),
-        ({"head_dim": 7}, "head_dim 7 is odd"),
-        ({"compute_dtype": "float16"}, "take 'float32' or 'bfloat16'"),
-        ({"remat": "some"}, "take 'full', 'dots' or 'none'"),
+        {"num_heads": 3, "num_kv_heads": 2},
+        {"head_dim": 7},
+        {"head_dim": 8, "rotary_share": 0.4},
+        {"head_dim": 8, "rotary_share": 0.1},
     ],
 )
-def test_impossible_shapes_are_refused(change, message):
-    with pytest.raises(UserError, match=message):
-        dataclasses.replace(TINY, **change)
+def test_impossible_shapes_are_refused(change):
+    line = toy.refused("model-shape", dataclasses.replace, TINY, **change)
+    assert all(name in line and str(value) in line for name, value in change.items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"compute_dtype": "float16"}, {"remat": "some"}, {"norm": "batch"}, {"mlp": "relu"}, {"attention": "flash"}),
+        *({"num_layers": 0}, {"vocab_size": -1}, {"sliding_window": 0}, {"norm_eps": 0.0}, {"rope_theta": math.nan}),
+        *({"dropout": 1.0}, {"rotary_share": 0.0}, {"rotary_share": 1.5}, {"init_std": -1.0}),
+    ],
+)
+def test_values_that_a_setting_does_not_take_are_refused(change):
+    ((name, value),) = change.items()
+    line = toy.refused("model-setting", dataclasses.replace, TINY, **change)
+    assert line.startswith(f"model.{name} is {value!r}: ")
+
+
+@pytest.mark.parametrize("change", [{"high_freq_factor": 1.0}, {"low_freq_factor": 0.0}])
+def test_a_scaling_out_of_range_is_refused(change):
+    ((name, value),) = change.items()
+    assert name in (line := toy.refused("model-setting", RopeScaling, **change)) and str(value) in line

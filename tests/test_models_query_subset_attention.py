@@ -1,4 +1,4 @@
-"""Attention at some rows: what the whole gives there, in value and gradient, however the rows are spread."""
+"""Attention at a subset of positions: what the whole gives there, in value and gradient, however they are spread."""
 
 import functools
 import math
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from slm_jax.models.attention import attention
-from slm_jax.models.position_subset import Rows
-from slm_jax.models.query_subset_attention import query_subset_attention, spread_evenly
+from slm_jax.models.position_subset import PositionSubset
+from slm_jax.models.query_subset_attention import fits_quarters, query_subset_attention
 
 SEQUENCES, LENGTH = 2, 512
 CAPACITY = SEQUENCES * LENGTH // 2 + 30
@@ -33,15 +33,15 @@ def _inputs():
     return query, key, value, segments, weights
 
 
-def _values_and_gradients(inputs, chosen, window, evenly):
-    """Value at the chosen rows, in place, and gradients of a weighted sum of it."""
+def _values_and_gradients(inputs, chosen, window, by_quarter):
+    """Value at the chosen positions, in place, and gradients of a weighted sum of it."""
     query, key, value, segments, weights = inputs
-    rows = Rows.of(chosen, CAPACITY)
+    subset = PositionSubset.from_mask(chosen, CAPACITY)
 
     def total(query, key, value):
-        settings = {"window": window, "backend": "xla", "evenly": evenly}
-        out = query_subset_attention(rows.take(query), rows, key, value, segments, **settings)
-        return jnp.sum(out * rows.take(weights)), rows.put(jnp.zeros_like(query), out)
+        settings = {"window": window, "backend": "xla", "by_quarter": by_quarter}
+        out = query_subset_attention(subset.gather(query), subset, key, value, segments, **settings)
+        return jnp.sum(out * subset.gather(weights)), subset.replace(jnp.zeros_like(query), out)
 
     return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(query, key, value)
 
@@ -61,22 +61,22 @@ def _whole(inputs, chosen, window):
 
 
 @pytest.mark.parametrize(
-    "how, window, evenly",
+    "how, window, by_quarter",
     [("evenly", None, True), ("evenly", 200, True), ("evenly", 20, True), ("one", None, False), ("one", 20, False)],
 )
-def test_equals_the_whole_attention_at_the_rows(how, window, evenly):
+def test_equals_the_whole_attention_there(how, window, by_quarter):
     chosen = _chosen(how)
-    found, expected = _at(_inputs(), chosen, window, evenly), _whole(_inputs(), chosen, window)
+    found, expected = _at(_inputs(), chosen, window, by_quarter), _whole(_inputs(), chosen, window)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 
 
-def test_rows_that_fill_a_quarter_beyond_its_places_are_not_spread_evenly():
-    """Told so although they are not, the attention would lose rows: the answer must be no."""
-    even = jax.jit(lambda chosen: spread_evenly(Rows.of(chosen, CAPACITY), SEQUENCES, LENGTH))
-    assert even(_chosen("evenly"))
-    assert not even(_chosen("late"))
+def test_a_quarter_with_more_positions_than_places_does_not_fit():
+    """Computed by quarter all the same, the attention would lose positions: the answer must be no."""
+    fits = jax.jit(lambda chosen: fits_quarters(PositionSubset.from_mask(chosen, CAPACITY), SEQUENCES, LENGTH))
+    assert fits(_chosen("evenly"))
+    assert not fits(_chosen("late"))
     mean, deviations = CAPACITY / (SEQUENCES * 4), 1 + math.sqrt(2 * math.log(SEQUENCES * 4))
     places = math.ceil(mean + deviations * math.sqrt(mean * (1 - mean / (LENGTH // 4))))
     full = jnp.zeros((SEQUENCES, LENGTH), bool).at[1, 256 : 256 + places].set(True)
-    assert even(full)
-    assert not even(full.at[1, 383].set(True))
+    assert fits(full)
+    assert not fits(full.at[1, 383].set(True))

@@ -15,7 +15,7 @@ from slm_jax.mesh import MeshConfig
 from slm_jax.models import forward, transformer
 from slm_jax.models.attention import attention
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.models.position_subset import Rows
+from slm_jax.models.position_subset import PositionSubset
 from slm_jax.score.selection import Selection, filtered_capacity
 from slm_jax.score.token_loss import batch_loss, predicted, predictors
 from slm_jax.train.filtered_gradient import filtered_vjp
@@ -99,8 +99,8 @@ def test_long_rows_leave_out_queries_only_where_they_may(late):
     batch = jax.tree.map(jnp.asarray, make_batch(tokens, segments, segments > 0))
     chosen = predicted(batch.segment_ids) & (jnp.arange(512) > (383 if late else 0))
     capacity = int(jnp.sum(chosen))  # more room would be more places for each quarter
-    rows = Rows.of(predictors(chosen), capacity)
-    assert forward.spread_evenly(model, rows, 2, 512) == (not late)
+    subset = PositionSubset.from_mask(predictors(chosen), capacity)
+    assert forward.fits_quarters(model, subset, 2, 512) == (not late)
     batch = batch._replace(loss_mask=chosen)
     found, exact = _filtered(params, model, batch, chosen, capacity), _exact(params, model, batch, chosen)
     if not late:

@@ -1,7 +1,7 @@
-"""Attention over packed rows: causal, within a segment, one function with a backend per platform.
+"""Causal attention within the segments of packed rows: one function, with one backend for each platform.
 
-`xla` runs anywhere and is what the others are tested against; `splash` is the TPU kernel of jax.experimental.pallas;
-`cudnn` is NVIDIA's flash attention behind jax.nn.dot_product_attention. Neither kernel holds [L, L] logits in memory.
+`xla` runs anywhere, and the others are tested against it; `splash` is the TPU kernel of jax.experimental.pallas;
+`cudnn` is NVIDIA's flash attention, called through jax.nn.dot_product_attention. Neither kernel holds [L, L] logits.
 """
 
 import functools
@@ -35,15 +35,15 @@ def attention(
 ) -> Float[Array, "B L H K"]:
     """Softmax attention with G key-value heads, each read by H / G neighbouring query heads; softmax in float32.
 
-    Query t reads key s where both are of one segment, s <= t and, with a window, t - window < s: itself and the
-    window - 1 tokens before it, as in Mistral and in Hugging Face's `sliding_window`. Padding (0) reads padding only.
+    Query t reads key s if both are in one segment, s <= t and, with a window, t - window < s: itself and the window - 1
+    tokens before it, as in Mistral and in Hugging Face's `sliding_window`. Padding (segment 0) reads only padding.
 
     Args:
-      window: tokens that a query reads at most; the whole segment before it if None.
+      window: maximum number of tokens that a query reads; None for all earlier tokens of its segment.
       backend: 'auto', 'xla', 'splash' or 'cudnn', see `chosen_backend`.
 
     Raises:
-      UserError: the backend cannot compute this on the devices at hand.
+      UserError: the named backend cannot compute this on these devices.
     """
     chosen = chosen_backend(backend, query.shape[1], query.shape[3], query.dtype)
     if chosen == "xla":
@@ -53,62 +53,59 @@ def attention(
 
 
 def chosen_backend(setting: str, length: int, head_dim: int, dtype: DTypeLike) -> str:
-    """The backend for rows of `length` tokens: what the setting names, or for 'auto' the platform's kernel.
+    """The backend for rows of `length` tokens: the one named, or for 'auto' the kernel of the platform.
 
-    Where the kernel cannot, 'auto' says so once and takes 'xla'.
+    Where the kernel does not support the shape, 'auto' prints the reason once and takes 'xla'.
 
     Raises:
-      UserError: the named backend cannot.
+      UserError: the named backend does not support the platform or the shape.
     """
-    here = platform()
-    kernel = KERNELS.get(here) if setting == "auto" else setting
+    kernel = KERNELS.get(platform()) if setting == "auto" else setting
     if kernel is None or kernel == "xla":
         return "xla"
-    reason = unable(kernel, here, length, head_dim, dtype)
+    reason = why_unsupported(kernel, platform(), length, head_dim, dtype)
     if reason is None:
         return kernel
     if setting != "auto":
-        raise UserError(f"attention {kernel!r} {reason}, or take model.attention = 'auto'")
-    _say_once(f"attention: 'xla', since {kernel!r} {reason}")
+        raise UserError("attention-unsupported", f"attention {kernel!r} {reason}, or set model.attention = 'auto'")
+    _print_once(f"attention: 'xla', since {kernel!r} {reason}")
     return "xla"
 
 
 def platform() -> str:
-    """What is compiled for: the devices of the mesh that is set, which may be those of another machine."""
+    """The platform to compile for: that of the mesh that is set, whose devices may be those of another machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def unable(kernel: str, here: str, length: int, head_dim: int, dtype: DTypeLike) -> str | None:
+def why_unsupported(kernel: str, here: str, length: int, head_dim: int, dtype: DTypeLike) -> str | None:
     """Why a kernel cannot compute attention on this platform, and the remedy; None if it can."""
     if KERNELS.get(here) != kernel:
         wanted = next(name for name, theirs in KERNELS.items() if theirs == kernel)
-        return f"is a kernel for {wanted.upper()}s, the devices are of platform {here}: start it there"
+        return f"is a kernel for {wanted.upper()}s, these devices are of platform {here}: run on a {wanted.upper()}"
     if kernel == "splash":
         if length % SPLASH_BLOCKS[-1]:
-            return (
-                f"takes rows of a multiple of 128 tokens, not {length}: prepare the corpus with such a sequence_length"
-            )
+            return f"takes rows of a multiple of 128 tokens, not {length}: choose such a sequence_length"
         return None
     capability = gpu_capability()
     largest = 256 if capability >= 9.0 else 128
     if capability < 8.0:
-        return "needs an NVIDIA GPU of compute capability 8.0 or later: start it on one"
+        return "needs an NVIDIA GPU of compute capability 8.0 or later: run on one"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"takes bfloat16, not {jnp.dtype(dtype)}: set model.compute_dtype = 'bfloat16'"
     if head_dim % 8 or head_dim > largest:
         return f"takes a head_dim that is a multiple of 8 up to {largest}, not {head_dim}: choose such a model"
     if length % 2:
-        return f"takes rows of an even length, not {length}: prepare the corpus with such a sequence_length"
+        return f"takes rows of an even length, not {length}: choose such a sequence_length"
     return None
 
 
 def gpu_capability() -> float:
-    """Compute capability of the GPU that is compiled for, 0 for one that is not NVIDIA's."""
-    if jax.default_backend() != "gpu":  # it is not here
+    """Compute capability of the GPU to compile for, 0 for one that is not NVIDIA's."""
+    if jax.default_backend() != "gpu":  # compiling for another machine
         device = jax.sharding.get_abstract_mesh().abstract_device
         chip = chip_of(device.device_kind) if device else None
-        # What is new in 9.0 (longer heads) JAX allows only where it finds a GPU that can.
+        # JAX allows what is new in 9.0 (larger heads) only where it finds such a GPU.
         return min(chip.compute_capability, 8.9) if chip else 0.0
     try:
         return float(jax.local_devices(backend="gpu")[0].compute_capability)
@@ -117,12 +114,12 @@ def gpu_capability() -> float:
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def _print_once(line: str) -> None:
     print(line, flush=True)
 
 
 def per_device(kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Calls a kernel, which knows of one device only, on each device's rows and heads of the mesh that is set.
+    """Calls a kernel for one device on each device's rows and heads of the mesh that is set.
 
     `arrays` are query, key, value and segment ids.
     """
@@ -132,14 +129,24 @@ def per_device(kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
     return jax.shard_map(kernel, in_specs=(heads, heads, heads, BATCH), out_specs=heads, check_vma=False)(*arrays)
 
 
-def readable(
-    segment_ids: Int[Array, "B L"], window: int | None, queries: slice = slice(None), keys: slice = slice(None)
+def in_reach(
+    query_position: Int[Array, "*B T"], key_position: Int[Array, "S"], window: int | None
+) -> Bool[Array, "*B T S"]:
+    """Whether a key lies at a query's own position or before it and, with a window, no further back than that."""
+    distance = query_position[..., :, None] - key_position
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def may_read(
+    query_position: Int[Array, "*B T"],
+    query_segment: Int[Array, "B T"],
+    key_position: Int[Array, "S"],
+    key_segment: Int[Array, "B S"],
+    window: int | None,
 ) -> Bool[Array, "B T S"]:
-    """Whether query t may read key s, for the queries and keys of two slices."""
-    position = jnp.arange(segment_ids.shape[1])
-    distance = position[queries, None] - position[keys]
-    reach = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    return (segment_ids[:, queries, None] == segment_ids[:, None, keys]) & reach
+    """Whether a query may read a key: of the same segment, and in reach. Positions count from the row's first token."""
+    same_segment = query_segment[:, :, None] == key_segment[:, None, :]
+    return same_segment & in_reach(query_position, key_position, window)
 
 
 def xla_attention(
@@ -149,34 +156,36 @@ def xla_attention(
     segment_ids: Int[Array, "B L"],
     window: int | None,
 ) -> Float[Array, "B L H K"]:
-    """Attention in four blocks of queries, so that three eighths of the logits, all in the future, are not computed.
+    """Attention in four blocks of queries, which skips three eighths of the logits, all of them in the future.
 
-    Heads stand before positions and a group's query heads are one matrix: on CPU that halves the time (the products
-    become large), and it holds fewer logits anywhere.
+    The head axis comes before the position axis, and the R = H / G query heads of a group form one matrix: on CPU that
+    halves the time (the products become large), and on every platform fewer logits are held.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
+    # [B, L, H, K] -> [B, G, R, L, K]
     query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, L, G, K] -> [B, G, L, K]
+    position = jnp.arange(length)
     size = max(64, -(-length // 4))  # rows of few tokens gain nothing and compile longer
 
     def block(start: int) -> Float[Array, "B G R T K"]:
         queries = slice(start, start + size)
         keys = slice(0 if window is None else max(0, start - window + 1), start + size)
-        mask = readable(segment_ids, window, queries, keys)
-        return read(query[:, :, :, queries], key[:, :, keys], value[:, :, keys], mask)
+        mask = may_read(position[queries], segment_ids[:, queries], position[keys], segment_ids[:, keys], window)
+        return attend(query[:, :, :, queries], key[:, :, keys], value[:, :, keys], mask)
 
     out = jnp.concatenate([block(start) for start in range(0, length, size)], axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)  # [B, G, R, L, K] -> [B, L, H, K]
 
 
-def read(
+def attend(
     query: Float[Array, "*B G R T K"],
     key: Float[Array, "*B G S K"],
     value: Float[Array, "*B G S K"],
     mask: Bool[Array, "*B T S"],
 ) -> Float[Array, "*B G R T K"]:
-    """T queries of R heads over S keys and values that these heads share; 0 weight where the mask is False."""
+    """T queries of R heads over the S keys and values that these heads share; weight 0 where the mask is False."""
     logits = jnp.einsum("...qk,...sk->...qs", _flatten(query), key, preferred_element_type=jnp.float32)
     logits = logits.reshape(*query.shape[:-1], -1)
     weights = _masked_softmax(logits, mask[..., None, None, :, :], 1 / math.sqrt(query.shape[-1])).astype(value.dtype)
@@ -190,9 +199,9 @@ def _flatten(x: Float[Array, "*B R T X"]) -> Float[Array, "*B RT X"]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _masked_softmax(logits: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
-    """softmax(scale * logits) over the last axis where the mask allows, 0 elsewhere.
+    """softmax(scale * logits) over the last axis where the mask is True, 0 elsewhere.
 
-    With the derivative written out, the weights alone are kept for the backward pass.
+    The derivative is written out so that only the weights are kept for the backward pass.
     """
     return jax.nn.softmax(jnp.where(mask, scale * logits, MASKED), axis=-1)
 
@@ -213,9 +222,10 @@ def splash_attention(
     segment_ids: Int[Array, "B L"],
     window: int | None,
 ) -> Float[Array, "B L H K"]:
-    """The TPU kernel, interpreted (and slow) on other platforms; key-value heads are read in place, not repeated.
+    """The TPU kernel, interpreted (and slow) on other platforms; it reads key-value heads in place, without repeating
+    them.
 
-    Blocks of keys in the future or before the window are skipped; segments are masked within blocks.
+    It skips blocks of keys in the future or before the window, and masks segments within blocks.
     """
     length, heads = query.shape[1:3]
     size = next(size for size in SPLASH_BLOCKS if length % size == 0)
@@ -224,9 +234,9 @@ def splash_attention(
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(
-            *(size, size, size),  # forward: queries, keys and values, those of one product
-            *(size, size, size),  # gradients of keys and values: likewise
-            *(size, size),  # gradients of queries
+            *(size, size, size),  # forward: queries, keys and values, keys and values of one product
+            *(size, size, size),  # gradients of keys and values: the same
+            *(size, size),  # gradients of queries: queries, keys and values
         ),
         interpret=platform() != "tpu",
     )
@@ -248,10 +258,11 @@ def cudnn_attention(
     segment_ids: Int[Array, "B L"],
     window: int | None,
 ) -> Float[Array, "B L H K"]:
-    """NVIDIA's kernel. Segments go in as a mask, 2 bytes for each of a row's L x L pairs of tokens, once for all heads.
+    """NVIDIA's kernel. Segments are passed as a mask for all heads: 2 bytes for each of a row's L x L pairs of tokens.
 
-    The kernel's own packed layout would need no mask, but no public function of JAX passes it; nor does one leave out
-    the mask's gradient, which the backward kernel writes and nobody reads.
+    The kernel's own packed layout would need no mask, but no public function of JAX passes it on. Neither does one skip
+    the gradient of the mask, which the backward kernel writes and nobody reads.
     """
-    mask = readable(segment_ids, window)[:, None]
+    position = jnp.arange(segment_ids.shape[1])
+    mask = may_read(position, segment_ids, position, segment_ids, window)[:, None]
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, implementation="cudnn")

@@ -1,8 +1,8 @@
-"""Keys and values of the tokens a row has read, so that its next token costs one token and not the whole row.
+"""Keys and values of the tokens that a row has read, so that its next token costs one token and not the whole row.
 
-The token at position p of a row lies in slot p: prompts of several lengths are padded on their right. Slot and position
-are then one number, so that reading the prompts is the forward pass of training over rows of one segment, whatever its
-attention kernel, and no row has an offset. New tokens overwrite the padding behind their prompt, which no query reads.
+The token at position p of a row is in slot p: prompts of several lengths are padded on the right. As slot and position
+are the same number, reading the prompts is the forward pass of training over rows of one segment, with any attention
+kernel, and no row has an offset. New tokens overwrite the padding after their prompt, which no query reads.
 """
 
 from typing import NamedTuple
@@ -12,27 +12,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from slm_jax import mesh
-from slm_jax.models.attention import read
+from slm_jax.models.attention import attend, in_reach
 
 SHARDING = mesh.P(None, *mesh.BATCH, "model")
 
 
 class Cache(NamedTuple):
-    """Of all layers, in the compute dtype; rows are split as a batch is, heads as the projections that make them."""
+    """Keys and values of all layers, in the compute dtype; split over devices by rows as a batch and by heads as the
+    projections that make them."""
 
     key: Float[Array, "layer B G S K"]
     value: Float[Array, "layer B G S K"]
 
 
 def of_prompts(key: Float[Array, "layer B L G K"], value: Float[Array, "layer B L G K"], slots: int) -> Cache:
-    """The cache of prompts that were read at positions 0 to L - 1; there are `slots` (at least L) for each row."""
-
+    """The cache of prompts that were read at positions 0 to L - 1, with `slots` (at least L) for each row."""
     wider = ((0, 0), (0, 0), (0, 0), (0, slots - key.shape[2]), (0, 0))
     return place(Cache(*(jnp.pad(x.swapaxes(2, 3), wider) for x in (key, value))))
 
 
 def place(cache: Cache) -> Cache:
-    """Pins where the cache lies."""
+    """Pins the sharding of the cache."""
     return Cache(*(mesh.constrain(x, SHARDING) for x in cache))
 
 
@@ -44,9 +44,8 @@ def write(
     positions: Int[Array, "B"],
 ) -> Cache:
     """The cache with one more token in each row, at its own position."""
-
-    # As `vmap` over the rows would write it, but with the rows where they are: vmap brings them to the front, a copy of
-    # the whole cache for each layer. Indexing with arange(B) writes in place too, and sends the tokens to all devices.
+    # What `vmap` over the rows would compute, with the rows left in place: vmap moves them to the front, which copies
+    # the whole cache for each layer. Indexing with arange(B) writes in place too, but sends the tokens to all devices.
     each_row = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2),  # G and K of [B, G, K]
         inserted_window_dims=(0, 3),  # layer and slot, which the indices name
@@ -69,10 +68,9 @@ def cached_attention(
     positions: Int[Array, "B"],
     window: int | None,
 ) -> Float[Array, "B 1 H K"]:
-    """What `attention` gives the token at each row's position over the tokens before it and itself."""
-    key, value = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
-    distance = positions[:, None] - jnp.arange(key.shape[2])
-    readable = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    """What `attention` gives for the token at each row's position over itself and the tokens before it."""
+    key, value = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)  # [B, G, S, K]
+    mask = in_reach(positions[:, None], jnp.arange(key.shape[2]), window)
     batch, _, heads, width = query.shape
-    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], 1, width)
-    return read(grouped, key, value, readable[:, None]).reshape(query.shape)
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], 1, width)  # [B, 1, H, K] -> [B, G, R, 1, K]
+    return attend(grouped, key, value, mask).reshape(query.shape)

@@ -1,6 +1,6 @@
-"""The only door to the model: plain dicts of arrays in, arrays out.
+"""The model as functions: plain dicts of arrays in, arrays out. No other package sees its NNX modules.
 
-Parameters are `{"embed", "layers", "final_norm", "head"}` (no head when tied); every array under "layers" has the layer
+Parameters are `{"embed", "layers", "final_norm", "head"}` (no head when tied). Every array under "layers" has the layer
 as its first axis, so that one compiled block is scanned over them.
 """
 
@@ -19,15 +19,15 @@ from slm_jax.models.attention import chosen_backend
 from slm_jax.models.cache import Cache
 from slm_jax.models.layers import NORMS, PROJECTION, dropout, rotary_angles
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.models.position_subset import Rows
-from slm_jax.models.transformer import Block, Embedding, Head
+from slm_jax.models.position_subset import PositionSubset
+from slm_jax.models.transformer import AroundSubset, Block, Embedding, Head
 
 Params = dict[str, Any]
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray | Int[Array, "2"]) -> Params:
-    """Random float32 parameters; the same for the same key on any mesh."""
+    """Random float32 parameters; a key gives the same ones on any mesh."""
     embed_key, layers_key, head_key = jax.random.split(key, 3)
 
     def params_of(module: nnx.Module) -> Params:
@@ -51,7 +51,7 @@ def param_shapes(config: ModelConfig, devices: Mesh | None = None) -> Params:
 
 
 def _module(build: Callable[[nnx.Rngs], Module], params: Params) -> Module:
-    """A module with the given parameters: its structure is built abstractly, its own values never exist."""
+    """A module with the given parameters. `build` is only traced: it allocates no parameters of its own."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     return nnx.merge(graphdef, params)
 
@@ -69,13 +69,13 @@ def layers(
     segment_ids: Int[Array, "B L"],
     dropout_key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B L D"]:
-    """All blocks, scanned, each rematerialised as `config.remat` says; with a key, with the dropout of training."""
+    """All blocks, as a scan, rematerialized as `config.remat` says; a key turns on the dropout of training."""
     angles = rotary_angles(positions, config)
     keys = None if dropout_key is None or not config.dropout else jax.random.split(dropout_key, config.num_layers)
 
     def block(x: jax.Array, layer_and_key: tuple[Params, jax.Array | None]) -> tuple[jax.Array, None]:
         layer, key = layer_and_key
-        return _block(layer, config)(mesh.constrain(x, mesh.BATCH), angles, segment_ids, key), None
+        return _block(layer, config)(mesh.constrain(x, mesh.BATCH), angles, segment_ids, key)[0], None
 
     if config.remat == "full":
         block = jax.checkpoint(block)
@@ -91,43 +91,46 @@ def layer_inputs(
     positions: Int[Array, "B L"],
     segment_ids: Int[Array, "B L"],
 ) -> tuple[Float[Array, "B L D"], Float[Array, "layer B L D"]]:
-    """`layers`, and the input of each of them: what a backward pass layer by layer starts from."""
+    """`layers`, and the input of each layer, which a backward pass layer by layer starts from."""
     angles = rotary_angles(positions, config)
 
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, jax.Array]:
         x = mesh.constrain(x, mesh.BATCH)
-        return _block(layer, config)(x, angles, segment_ids), x
+        return _block(layer, config)(x, angles, segment_ids)[0], x
 
     return jax.lax.scan(block, x, params["layers"])
 
 
-def layer_at(
+def layer_at_subset(
     layer: Params,
     config: ModelConfig,
-    z: Float[Array, "S C D"],
-    rows: Rows,
+    x_subset: Float[Array, "S C D"],
+    subset: PositionSubset,
     x: Float[Array, "B L D"],
     positions: Int[Array, "B L"],
     segment_ids: Int[Array, "B L"],
-    evenly: bool = False,
+    by_quarter: bool = False,
 ) -> Float[Array, "S C D"]:
-    """One block at some rows of its input x, whose values are z; no gradient reaches the other positions.
+    """One block at a subset of positions, where its input is `x_subset`; elsewhere it is x.
 
-    Equal in value to the whole block; its gradient holds the keys and values of the other positions constant.
-    `evenly`: as `spread_evenly` found; where it said nothing, False.
+    Equal in value to the whole block at these positions. Its gradient holds the keys and values of all other positions
+    constant. `by_quarter`: only where `fits_quarters` is True.
     """
     angles = rotary_angles(positions, config)
-    others = _block(layer, config).keys_values(x, angles)
-    return _block(layer, config).at_rows(z, rows, jax.lax.stop_gradient(others), angles, segment_ids, evenly)
+    keys_values = jax.lax.stop_gradient(_block(layer, config).keys_values(x, angles))
+    around = AroundSubset(subset, keys_values, angles, segment_ids, by_quarter)
+    return _block(layer, config).at_subset(x_subset, around)
 
 
-def spread_evenly(config: ModelConfig, rows: Rows, num_sequences: int, length: int) -> Bool[Array, ""] | None:
-    """Whether the rows lie along the sequences such that `layer_at` may leave out queries; None where nothing depends
-    on it: for flash kernels, and for rows so short that the second program is not worth its compilation."""
+def fits_quarters(config: ModelConfig, subset: PositionSubset, num_rows: int, length: int) -> Bool[Array, ""] | None:
+    """Whether `layer_at_subset` may compute `by_quarter`, which skips queries outside the subset.
+
+    None where it never should: with a flash kernel, and for rows too short to be worth compiling a second program.
+    """
     backend = chosen_backend(config.attention, length, config.head_dim, config.compute_dtype)
     if backend != "xla" or length < 512 or length % query_subset_attention.QUARTERS:
         return None
-    return query_subset_attention.spread_evenly(rows, num_sequences, length)
+    return query_subset_attention.fits_quarters(subset, num_rows, length)
 
 
 def _block(layer: Params, config: ModelConfig) -> Block:
@@ -135,7 +138,7 @@ def _block(layer: Params, config: ModelConfig) -> Block:
 
 
 def final_norm(params: Params, config: ModelConfig, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """What the head reads, from the last block's output."""
+    """The hidden states that the head reads, from the last block's output."""
     return _module(lambda _: NORMS[config.norm](config.embed_dim, config.norm_eps), params["final_norm"])(x)
 
 
@@ -147,9 +150,9 @@ def hidden_states(
     segment_ids: Int[Array, "B L"],
     dropout_key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B L D"]:
-    """The normed last hidden state of each token: what the head reads to predict the token after it.
+    """The last hidden state of each token, normed: the head reads it to predict the next token.
 
-    A key, one for each step, turns on dropout at the rate of the config; without one there is none.
+    A key turns on dropout at the rate of the config; take a new one for each step.
     """
     x = embed(params, config, tokens)
     if dropout_key is not None:
@@ -161,24 +164,24 @@ def hidden_states(
 def prefill(
     params: Params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"], slots: int
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Reads prompts, padded on the right, and keeps what later tokens read of them.
+    """Reads prompts, padded on the right, into a cache of their keys and values.
 
     Args:
         params: parameters.
         config: of the model.
-        tokens: ids; behind the first `lengths` of a row, anything.
-        lengths: tokens of each row, at least 1.
-        slots: how many tokens a row of the cache holds, prompt and new ones; at least L.
+        tokens: ids; after the first `lengths` of a row, anything.
+        lengths: number of tokens in each row, at least 1.
+        slots: tokens for which a row of the cache has room, prompt and new ones; at least L.
 
     Returns:
-        The normed last hidden state of each row's last token, and the cache.
+        The last hidden state of each row's last token, normed, and the cache.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     angles = rotary_angles(positions, config)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
 
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return _block(layer, config).and_keys_values(mesh.constrain(x, mesh.BATCH), angles, segment_ids)
+        return _block(layer, config)(mesh.constrain(x, mesh.BATCH), angles, segment_ids)
 
     x, keys_values = jax.lax.scan(block, embed(params, config, tokens), params["layers"])
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
@@ -188,17 +191,18 @@ def prefill(
 def decode(
     params: Params, config: ModelConfig, tokens: Int[Array, "B"], positions: Int[Array, "B"], known: Cache
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Reads one more token of each row, at its position; those before it are in the cache.
+    """Reads one more token of each row, at its position; the tokens before it are in the cache.
 
     Returns:
-        The normed last hidden state of each token, and the cache with these tokens in it.
+        The last hidden state of each token, normed, and the cache with these tokens in it.
     """
     angles = rotary_angles(positions[:, None], config)
 
-    # Carried, not scanned over: the scan would copy every layer's part of it for the sake of one token.
+    # The cache is carried, not scanned over: a scan would copy each layer's part of it to add one token.
     def block(carry: tuple[jax.Array, Cache], numbered: tuple[jax.Array, Params]) -> tuple[Any, None]:
         (x, known), (number, layer) = carry, numbered
-        return _block(layer, config).over_cache(mesh.constrain(x, mesh.BATCH), angles, known, number, positions), None
+        x = mesh.constrain(x, mesh.BATCH)
+        return _block(layer, config).at_next_token(x, angles, known, number, positions), None
 
     numbers = jnp.arange(config.num_layers)
     (x, known), _ = jax.lax.scan(block, (embed(params, config, tokens[:, None]), known), (numbers, params["layers"]))
@@ -206,8 +210,11 @@ def decode(
 
 
 def in_compute_dtype(params: Params, config: ModelConfig) -> Params:
-    """The parameters with their matrices in the dtype that products take them in, which changes no result: a new token
-    reads each of them whole, and needs no more bytes of it. Norms and biases are added in float32 and stay."""
+    """The parameters with their matrices cast to the compute dtype, as every product casts them: results stay the same.
+
+    For generation, where each new token reads all matrices from memory. Norms and biases are applied in float32 and
+    stay as they are.
+    """
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         is_matrix = mesh.path_name(path).endswith(("/kernel", "/embedding"))
@@ -222,6 +229,6 @@ def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:
 
 
 def logits(params: Params, config: ModelConfig, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-    """All logits at once: for generation and tests; losses go through score.token_loss."""
+    """All logits at once, for generation and tests; losses are computed in chunks by score/token_loss.py."""
     head = head_matrix(params, config)[:, : config.vocab_size]
     return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)

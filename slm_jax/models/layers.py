@@ -43,18 +43,17 @@ class LayerNorm(nnx.Module):
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
-PROJECTION = "projection"  # what rematerialisation may keep
+PROJECTION = "projection"  # the name by which rematerialization may keep an activation
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Float[Array, "*BX"], kernel: Float[Array, "*XY"], num_in: int) -> Float[Array, "*BY"]:
     """x times a kernel over the last `num_in` axes of x: operands in the dtype of x, sums in float32.
 
-    With its gradient written out (reverse mode only): that of the kernel comes out of one product over all tokens in
-    float32, never rounded to bfloat16, and in the kernel's own layout. JAX's is transposed by a copy: a tenth of a step
-    on CPU.
+    The gradient is written out (reverse mode only): that of the kernel is one product over all tokens in float32, never
+    rounded to bfloat16, and in the layout of the kernel. JAX would transpose it by a copy, a tenth of a step on CPU.
     """
-    # Asking for float32 out of the product doubles bfloat16's speed on CPU and is what accelerators do anyway.
+    # A float32 result doubles the speed of bfloat16 products on CPU; accelerators compute it anyway.
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_in, preferred_element_type=jnp.float32)
 
 
@@ -74,10 +73,11 @@ product.defvjp(lambda x, kernel, num_in: (product(x, kernel, num_in), (x, kernel
 def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B L"], dtype: DTypeLike) -> Float[Array, "B L D"]:
     """Rows of a table, in another dtype.
 
-    Its gradient is summed in float32: in bfloat16, a sum of ones stays at 256, and frequent tokens stand in a batch far
+    The gradient is summed in float32: in bfloat16 a sum of ones stops at 256, and frequent tokens occur in a batch far
     more often than that.
     """
-    # Gathered over fsdp, not over model: each part of the vocabulary looks up its own; the sum of all is the row.
+    # The table is gathered over fsdp but not over model: each part of the vocabulary looks up its own tokens, and the
+    # sum over the parts is the row.
     return mesh.constrain(mesh.constrain(table.astype(dtype), mesh.P("model"))[tokens], mesh.BATCH)
 
 
@@ -87,8 +87,8 @@ def _lookup_forward(table: Array, tokens: Array, dtype: DTypeLike) -> tuple[Arra
 
 def _lookup_backward(dtype: DTypeLike, saved: tuple[Array, Array], d_rows: Float[Array, "B L D"]) -> tuple[Array, None]:
     table, tokens = saved
-    nothing = jnp.zeros(table.shape, jnp.float32)
-    add = jax.vmap(lambda tokens, d_rows: nothing.at[tokens].add(d_rows))
+    zeros = jnp.zeros(table.shape, jnp.float32)
+    add = jax.vmap(lambda tokens, d_rows: zeros.at[tokens].add(d_rows))  # [S, N], [S, N, D] -> [S, V, D]
     parts = add(mesh.by_shard(tokens), mesh.by_shard(d_rows.astype(jnp.float32)))
     return mesh.sum_over_shards(parts, mesh.P("model", "fsdp")).astype(table.dtype), None
 
@@ -97,7 +97,7 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Projection(nnx.Module):
-    """A matrix between named groups of axes; contracts the last `num_in` axes of the input. A bias starts at 0."""
+    """A matrix whose first `num_in` axes are contracted with the last ones of the input. A bias starts at 0."""
 
     def __init__(self, shape: tuple[int, ...], num_in: int, std: float, rngs: nnx.Rngs, bias: bool = False):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
@@ -111,7 +111,7 @@ class Projection(nnx.Module):
 
 
 def rotary_angles(positions: Int[Array, "B L"], config: ModelConfig) -> Float[Array, "B L R2"]:
-    """Angle of each pair of features that turns: position / rope_theta^(2i / rotary_dim), scaled if so configured."""
+    """Angle of each pair of features that turns: position / rope_theta^(2i / rotary_dim); see also RopeScaling."""
     exponents = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling is not None:
@@ -136,12 +136,12 @@ def rotate(x: Float[Array, "B L H K"], angles: Float[Array, "B L R2"]) -> Float[
 
 
 def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    """x with a share of `rate` of its entries set to 0 and the others scaled up to keep the mean; x without a key.
+    """x with a fraction `rate` of its entries set to 0 and the others scaled up to keep the mean; just x without a key.
 
-    The mask depends on key and shape alone, not on how x is split over devices.
+    The mask depends only on key and shape, not on how x is split over devices.
     """
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    # bfloat16 knows 1 / (1 - rate) to three digits only: the mean of every layer would be off by as much.
+    # bfloat16 holds 1 / (1 - rate) to three digits only, and the mean of every layer would be off by that much.
     return jnp.where(kept, x.astype(jnp.float32) / (1 - rate), 0.0).astype(x.dtype)

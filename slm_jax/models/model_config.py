@@ -1,6 +1,7 @@
-"""What a model is: one frozen dataclass, and a named size with changes."""
+"""The architecture of a model: one frozen dataclass, and named sizes."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,24 @@ class RopeScaling:
     original_max_length: int = 8192
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise UserError("model-setting", f"RopeScaling.{name} is {value!r}: it takes a number above 0")
         if self.high_freq_factor <= self.low_freq_factor:
             raise UserError(
-                f"rope_scaling: high_freq_factor {self.high_freq_factor} must be above low_freq_factor "
-                f"{self.low_freq_factor}"
+                "model-setting",
+                f"RopeScaling.high_freq_factor {self.high_freq_factor} must be above low_freq_factor "
+                f"{self.low_freq_factor}",
             )
+
+
+_CHOICES = {
+    "norm": ("rms", "layer"),
+    "mlp": ("swiglu", "gelu"),
+    "compute_dtype": ("float32", "bfloat16"),
+    "remat": ("full", "dots", "none"),
+    "attention": ("auto", "xla", "splash", "cudnn"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,33 +123,47 @@ class ModelConfig:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if kind in (bool, str):
+                right, takes = isinstance(value, kind), "True or False" if kind is bool else "a text"
+            elif kind in (int, int | None):
+                right = (is_number and isinstance(value, int) and value >= 1) or (value is None and kind is not int)
+                takes = "a whole number from 1 on"
+            elif kind in (float, float | None):
+                right = (is_number and math.isfinite(value) and value >= 0) or (value is None and kind is not float)
+                takes = "a number from 0 on"
+            else:
+                right, takes = isinstance(value, RopeScaling | None), "a RopeScaling"
+            if field.name in _CHOICES:
+                takes = " or ".join(map(repr, _CHOICES[field.name]))
+                right = value in _CHOICES[field.name]
+            if not right:
+                raise UserError("model-setting", f"model.{field.name} is {value!r}: it takes {takes}")
+        for name, right in (
+            ("dropout", self.dropout < 1),
+            ("norm_eps", self.norm_eps > 0),
+            ("rope_theta", self.rope_theta > 0),
+            ("rotary_share", 0 < self.rotary_share <= 1),
+        ):
+            if not right:
+                raise UserError("model-setting", f"model.{name} is {getattr(self, name)}: it is out of range")
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
-        if not 0 < self.rotary_share <= 1 or self.rotary_dim % 2 or not self.rotary_dim:
             raise UserError(
-                f"rotary_share {self.rotary_share} of head_dim {self.head_dim} is {self.rotary_dim} features: rotary "
-                "embedding turns pairs, one or more of them"
+                "model-shape",
+                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
             )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout {self.dropout}: take a share from 0 to below 1")
-        if self.norm not in ("rms", "layer"):
-            raise UserError(f"norm {self.norm!r}: take 'rms' or 'layer'")
-        if self.mlp not in ("swiglu", "gelu"):
-            raise UserError(f"mlp {self.mlp!r}: take 'swiglu' or 'gelu'")
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise UserError(f"compute_dtype {self.compute_dtype!r}: take 'float32' or 'bfloat16'")
-        if self.remat not in ("full", "dots", "none"):
-            raise UserError(f"remat {self.remat!r}: take 'full', 'dots' or 'none'")
-        if self.attention not in ("auto", "xla", "splash", "cudnn"):
-            raise UserError(f"attention {self.attention!r}: take 'auto', 'xla', 'splash' or 'cudnn'")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise UserError(f"sliding_window {self.sliding_window}: a token reads at least itself, take 1 or more")
+        if self.head_dim % 2 or self.rotary_dim % 2 or not self.rotary_dim:
+            raise UserError(
+                "model-shape",
+                f"model.rotary_share {self.rotary_share} of model.head_dim {self.head_dim} is {self.rotary_dim} "
+                "features: rotary embedding turns pairs of them, one or more; and head_dim is even",
+            )
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ModelConfig":
-        """From what a run's files say; fields that came later have their defaults, with which nothing changed."""
+        """From a run's files. Fields that are missing in files of earlier versions take their defaults."""
         known = dict(fields)
         if known.get("rope_scaling"):
             known["rope_scaling"] = RopeScaling(**known["rope_scaling"])
@@ -144,7 +172,7 @@ class ModelConfig:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and columns of the head."""
-        assert self.vocab_size is not None, "the vocabulary size is not known yet"
+        assert self.vocab_size is not None, "vocab_size is not known yet"
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
@@ -153,7 +181,7 @@ class ModelConfig:
         return int(self.head_dim * self.rotary_share)
 
     def parameter_count(self) -> int:
-        """Parameters in all, embedding and head included (tested against those of the public models)."""
+        """Number of parameters, including embedding and head."""
         dim, width = self.embed_dim, self.head_dim
         read, written = self.num_heads + 2 * self.num_kv_heads, self.num_heads  # heads: query, key, value; output
         attention = dim * width * (read + written)
@@ -166,19 +194,19 @@ class ModelConfig:
         return self.num_layers * (attention + mlp + norms) + per_feature * dim + embedding
 
     def flops_per_token(self, length: int) -> float:
-        """Floating point operations of one training step per token: forward and backward, recomputation not counted.
+        """Floating point operations per token of a training step, forward and backward, without recomputation.
 
-        6 for each parameter of a matrix (the embedding is a look-up) and the attention scores of the keys that a token
-        reads: half of the row on average, fewer with a window.
+        6 for each parameter of a matrix (the embedding is a lookup), plus attention over the keys that a token reads:
+        half of the row on average, fewer with a window.
         """
         matrices = self.parameter_count() - (0 if self.tied_head else self.padded_vocab_size * self.embed_dim)
         window = min(self.sliding_window or length, length)
-        keys = window - window**2 / (2 * length)  # the first tokens of a row find fewer before them
-        attention = 2 * self.num_layers * self.num_heads * self.head_dim * keys  # products: scores, and what is read
+        keys = window - window**2 / (2 * length)  # the first tokens of a row have fewer before them
+        attention = 2 * self.num_layers * self.num_heads * self.head_dim * keys  # query x key, and weights x value
         return 6.0 * (matrices + attention)
 
 
-# What decides a function's shapes and values; the rest of ModelConfig may change between starts and runs.
+# The fields that decide the shapes of parameters and the function; the others may change between starts of a run.
 FUNCTION_FIELDS = (
     *("vocab_size", "vocab_multiple", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
     *("norm", "norm_eps", "mlp", "attention_bias", "output_bias", "mlp_bias", "parallel_residual", "query_key_norm"),
@@ -208,8 +236,8 @@ def _llama3(num_layers: int, embed_dim: int, mlp_dim: int, heads: tuple[int, int
 
 
 def _gpt_neox(num_layers: int, embed_dim: int, num_heads: int, vocab_size: int = 50304) -> ModelConfig:
-    """The vocabulary counts what pads it: there it takes probability, as where these models were trained. Parameters
-    start as there too (arXiv 2403.08763)."""
+    """Initialized as in arXiv 2403.08763. The vocabulary size includes the padding of the public models, which gets
+    probability as it did in their training."""
     return ModelConfig(
         vocab_size,
         num_layers=num_layers,
@@ -276,5 +304,7 @@ def model_config(size: str = "demo", **changes: Any) -> ModelConfig:
     if size in SIZES:
         return dataclasses.replace(SIZES[size], **changes)
     if not (Path(size) / "checkpoints").is_dir():
-        raise UserError(f"model size {size!r} is unknown: known are {', '.join(SIZES)}, and model directories")
+        raise UserError(
+            "model-size-unknown", f"model.size {size!r}: take {', '.join(SIZES)}, or the path of a model directory"
+        )
     return dataclasses.replace(ModelConfig.from_json(read_about(size)["model"]), **changes)

@@ -1,6 +1,6 @@
-"""Some positions of a batch, as rows of their own: what a backward pass over selected tokens works on.
+"""The positions that take part in a filtered backward pass.
 
-Everything moves by gathers, backward too: scatters are slow on every platform.
+Everything moves by gathers, in the backward pass too: scatters are slow on every platform.
 """
 
 from typing import NamedTuple
@@ -13,51 +13,55 @@ from slm_jax import mesh
 
 
 def take(x: Array, index: Int[Array, "S C"]) -> Array:
-    """x[s, index[s, i]] of [S, N, ...]; 0 where the index is N or more."""
+    """x[s, index[s, i]] of x [S, N, ...]; 0 where the index is N or more."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, index)
 
 
 @jax.custom_vjp
-def move(x: Array, there: Int[Array, "S C"], back: Int[Array, "S N"]) -> Array:
-    """`take(x, there)`, where `back` undoes it: back[s, there[s, i]] = i. Its gradient is `take(dy, back)`."""
-    return take(x, there)
+def take_and_back(x: Array, index: Int[Array, "S C"], inverse: Int[Array, "S N"]) -> Array:
+    """`take(x, index)`, with the gradient `take(dy, inverse)` where inverse[s, index[s, i]] = i: no scatter."""
+    return take(x, index)
 
 
-move.defvjp(
-    lambda x, there, back: (take(x, there), back),
-    lambda back, cotangent: (take(cotangent, back), None, None),
+take_and_back.defvjp(
+    lambda x, index, inverse: (take(x, index), inverse),
+    lambda inverse, d_out: (take(d_out, inverse), None, None),
 )
 
 
-class Rows(NamedTuple):
-    """Up to C of the N positions that each of S devices holds, in ascending order."""
+class PositionSubset(NamedTuple):
+    """Which of the N = B L / S positions on each of S devices take part in a filtered backward pass.
 
-    index: Int[Array, "S C"]  # position among the device's N; N where the place is empty
-    place: Int[Array, "S N"]  # where a position stands in `index`; C where it does not
+    A device has C slots for them, filled in ascending order of position; slots that are left over are empty.
+    """
+
+    position: Int[Array, "S C"]  # the position in each slot; N in an empty slot
+    slot: Int[Array, "S N"]  # the slot of each position; C for a position outside the subset
 
     @classmethod
-    def of(cls, chosen: Bool[Array, "B L"], capacity: int) -> "Rows":
-        """The chosen positions; those beyond a device's capacity are left out."""
-        chosen = mesh.by_shard(chosen)
-        positions = chosen.shape[1]
-        order = jnp.argsort(~chosen, axis=1, stable=True)[:, :capacity]
-        count = jnp.sum(chosen, axis=1, keepdims=True)
-        rank = jnp.cumsum(chosen, axis=1) - 1
+    def from_mask(cls, mask: Bool[Array, "B L"], capacity: int) -> "PositionSubset":
+        """The positions where the mask is True; of those beyond a device's capacity, the last are left out."""
+        mask = mesh.by_shard(mask)  # [B, L] -> [S, N]
+        num_positions = mask.shape[1]
+        order = jnp.argsort(~mask, axis=1, stable=True)[:, :capacity]
+        count = jnp.sum(mask, axis=1, keepdims=True)
+        rank = jnp.cumsum(mask, axis=1) - 1
         return cls(
-            jnp.where(jnp.arange(capacity) < count, order, positions),
-            jnp.where(chosen & (rank < capacity), rank, capacity),
+            jnp.where(jnp.arange(capacity) < count, order, num_positions),
+            jnp.where(mask & (rank < capacity), rank, capacity),
         )
 
     @property
     def filled(self) -> Bool[Array, "S C"]:
-        return self.index < self.place.shape[1]
+        """Which slots hold a position."""
+        return self.position < self.slot.shape[1]
 
-    def take(self, x: Array) -> Array:
-        """[B, L, ...] -> [S, C, ...]."""
-        return move(mesh.by_shard(x), self.index, self.place)
+    def gather(self, x: Array) -> Array:
+        """The values at the subset, [B, L, ...] -> [S, C, ...]; 0 in empty slots."""
+        return take_and_back(mesh.by_shard(x), self.position, self.slot)
 
-    def put(self, x: Array, values: Array) -> Array:
-        """[B, L, ...] with the values, [S, C, ...], in their places."""
-        there = (self.place < self.index.shape[1]).reshape(*self.place.shape, *(1,) * (values.ndim - 2))
-        moved = jnp.where(there, move(values, self.place, self.index), mesh.by_shard(x))
-        return mesh.to_rows(moved, x.shape[1])
+    def replace(self, x: Array, values: Array) -> Array:
+        """x [B, L, ...] with the values [S, C, ...] at the subset."""
+        inside = (self.slot < self.position.shape[1]).reshape(*self.slot.shape, *(1,) * (values.ndim - 2))
+        replaced = jnp.where(inside, take_and_back(values, self.slot, self.position), mesh.by_shard(x))
+        return mesh.to_rows(replaced, x.shape[1])

@@ -1,4 +1,6 @@
-"""The decoder: Embedding, Block, final norm and Head, as NNX modules used functionally (see forward.py)."""
+"""The decoder: Embedding, Block and Head, as NNX modules that forward.py uses as functions of their parameters."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,24 @@ from slm_jax.models.attention import attention
 from slm_jax.models.cache import Cache, cached_attention, write
 from slm_jax.models.layers import NORMS, Projection, dropout, lookup, rotate
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.models.position_subset import Rows
+from slm_jax.models.position_subset import PositionSubset
 from slm_jax.models.query_subset_attention import query_subset_attention
+
+KeysValues = tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]
+
+
+class AroundSubset(NamedTuple):
+    """What a block reads at a subset of positions, besides its input there.
+
+    keys_values: of all positions; those of the subset are replaced by the ones computed from its input.
+    by_quarter: see `query_subset_attention`.
+    """
+
+    subset: PositionSubset
+    keys_values: KeysValues
+    angles: Float[Array, "B L R2"]
+    segment_ids: Int[Array, "B L"]
+    by_quarter: bool
 
 
 class Embedding(nnx.Module):
@@ -24,6 +42,8 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
+    """Grouped-query attention with rotary embedding: H query heads share G heads of keys and values."""
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         dim, heads, kv_heads, width = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         std, bias = config.init_std, config.attention_bias
@@ -39,26 +59,19 @@ class Attention(nnx.Module):
         query = self.query(x)
         return rotate(query if self.query_norm is None else self.query_norm(query), angles)
 
-    def keys_values(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"]
-    ) -> tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]:
+    def keys_values(self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"]) -> KeysValues:
         key = self.key(x)
         return rotate(key if self.key_norm is None else self.key_norm(key), angles), self.value(x)
 
     def __call__(
         self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"], segment_ids: Int[Array, "B L"]
-    ) -> Float[Array, "B L D"]:
-        return self.and_keys_values(x, angles, segment_ids)[0]
-
-    def and_keys_values(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"], segment_ids: Int[Array, "B L"]
-    ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]]:
-        """The output, and what later tokens read of these."""
+    ) -> tuple[Float[Array, "B L D"], KeysValues]:
+        """The output, and the keys and values for a cache."""
         query, (key, value) = self.queries(x, angles), self.keys_values(x, angles)
         attended = attention(query, key, value, segment_ids, window=self.window, backend=self.backend)
         return self.out(attended), (key, value)
 
-    def over_cache(
+    def at_next_token(
         self,
         x: Float[Array, "B 1 D"],
         angles: Float[Array, "B 1 R2"],
@@ -70,21 +83,16 @@ class Attention(nnx.Module):
         cache = write(cache, layer, *self.keys_values(x, angles), positions)
         return self.out(cached_attention(self.queries(x, angles), cache, layer, positions, self.window)), cache
 
-    def at_rows(
-        self,
-        z: Float[Array, "S C D"],
-        rows: Rows,
-        others: tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]],
-        angles: Float[Array, "B L R2"],
-        segment_ids: Int[Array, "B L"],
-        evenly: bool,
-    ) -> Float[Array, "S C D"]:
-        """The output at the rows, whose inputs are z; keys and values of all other positions are given."""
-        turned = rows.take(angles)
-        key, value = (rows.put(x, own) for x, own in zip(others, self.keys_values(z, turned), strict=True))
-        query = self.queries(z, turned)
-        settings = {"window": self.window, "backend": self.backend, "evenly": evenly}
-        return self.out(query_subset_attention(query, rows, key, value, segment_ids, **settings))
+    def at_subset(self, x: Float[Array, "S C D"], around: AroundSubset) -> Float[Array, "S C D"]:
+        """The output at a subset of positions with input x."""
+        subset, angles = around.subset, around.subset.gather(around.angles)
+        key, value = (
+            subset.replace(every, own)
+            for every, own in zip(around.keys_values, self.keys_values(x, angles), strict=True)
+        )
+        settings = {"window": self.window, "backend": self.backend, "by_quarter": around.by_quarter}
+        query = self.queries(x, angles)
+        return self.out(query_subset_attention(query, subset, key, value, around.segment_ids, **settings))
 
 
 class MLP(nnx.Module):
@@ -106,7 +114,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with a parallel residual, x + attention(norm(x)) + mlp(norm(x)).
 
-    The two norms are apart in either case.
+    Each of the two has a norm of its own in either case.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -122,32 +130,24 @@ class Block(nnx.Module):
         angles: Float[Array, "B L R2"],
         segment_ids: Int[Array, "B L"],
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B L D"]:
-        attended = self.attention(self.attention_norm(x), angles, segment_ids)
-        return self._join(x, attended, dropout_key)
+    ) -> tuple[Float[Array, "B L D"], KeysValues]:
+        """The output, and the keys and values for a cache."""
+        attended, keys_values = self.attention(self.attention_norm(x), angles, segment_ids)
+        return self._add(x, attended, dropout_key), keys_values
 
-    def _join(
+    def _add(
         self, x: Float[Array, "B L D"], attended: Float[Array, "B L D"], dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "B L D"]:
-        """The stream x with what attention adds to it and what the MLP then adds."""
+        """The residual stream x plus attention's output and the MLP's."""
         attention_key, mlp_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        joined = x + dropout(attended, self.dropout, attention_key)
-        added = self.mlp(self.mlp_norm(x if self.parallel else joined))
-        return joined + dropout(added, self.dropout, mlp_key)
+        added = x + dropout(attended, self.dropout, attention_key)
+        from_mlp = self.mlp(self.mlp_norm(x if self.parallel else added))
+        return added + dropout(from_mlp, self.dropout, mlp_key)
 
-    def keys_values(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"]
-    ) -> tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]:
+    def keys_values(self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"]) -> KeysValues:
         return self.attention.keys_values(self.attention_norm(x), angles)
 
-    def and_keys_values(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "B L R2"], segment_ids: Int[Array, "B L"]
-    ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]]:
-        """The block's output, and the keys and values that later tokens read of these."""
-        attended, keys_values = self.attention.and_keys_values(self.attention_norm(x), angles, segment_ids)
-        return self._join(x, attended), keys_values
-
-    def over_cache(
+    def at_next_token(
         self,
         x: Float[Array, "B 1 D"],
         angles: Float[Array, "B 1 R2"],
@@ -155,26 +155,17 @@ class Block(nnx.Module):
         layer: Int[Array, ""],
         positions: Int[Array, "B"],
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
-        """The block's output at one more token of each row, and the cache with that token in it."""
-        attended, cache = self.attention.over_cache(self.attention_norm(x), angles, cache, layer, positions)
-        return self._join(x, attended), cache
+        """The output at one more token of each row, and the cache with that token in it."""
+        attended, cache = self.attention.at_next_token(self.attention_norm(x), angles, cache, layer, positions)
+        return self._add(x, attended), cache
 
-    def at_rows(
-        self,
-        z: Float[Array, "S C D"],
-        rows: Rows,
-        others: tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]],
-        angles: Float[Array, "B L R2"],
-        segment_ids: Int[Array, "B L"],
-        evenly: bool,
-    ) -> Float[Array, "S C D"]:
-        """The block's output at the rows, given their inputs z and the keys and values of the other positions."""
-        attended = self.attention.at_rows(self.attention_norm(z), rows, others, angles, segment_ids, evenly)
-        return self._join(z, attended)
+    def at_subset(self, x: Float[Array, "S C D"], around: AroundSubset) -> Float[Array, "S C D"]:
+        """The output at a subset of positions with input x."""
+        return self._add(x, self.attention.at_subset(self.attention_norm(x), around))
 
 
 class Head(nnx.Module):
-    """The matrix from hidden states to vocabulary logits; token_loss applies it in chunks."""
+    """The matrix from hidden states to logits; score/token_loss.py applies it in chunks."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.embed_dim, config.padded_vocab_size)

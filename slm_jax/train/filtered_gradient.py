@@ -17,7 +17,7 @@ from slm_jax.data.batches import Batch
 from slm_jax.models import forward
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.models.position_subset import Rows, take
+from slm_jax.models.position_subset import PositionSubset, take
 from slm_jax.score.token_loss import predictors, row_loss, token_loss
 
 
@@ -39,41 +39,41 @@ def filtered_vjp(
     losses = token_loss(hidden, head, batch.tokens, batch.segment_ids, model.vocab_size)
 
     def pullback(weights: Float[Array, "B L"]) -> tuple[Params]:
-        # A token's loss is computed one position before it: [B, L] at tokens -> [S, C] at the rows that predict them.
-        rows = Rows.of(predictors(weights) != 0, capacity)
-        targets = take(mesh.by_shard(predictors(batch.tokens)), rows.index)
-        row_weights = take(mesh.by_shard(predictors(weights)), rows.index)
+        # A token's loss is computed one position before it: [B, L] at tokens -> [S, C] at their predictors.
+        subset = PositionSubset.from_mask(predictors(weights) != 0, capacity)
+        targets = take(mesh.by_shard(predictors(batch.tokens)), subset.position)
+        subset_weights = take(mesh.by_shard(predictors(weights)), subset.position)
 
         # ---- Head and final norm: gradients of their parameters, and d_z [S, C, D] at the last layer's output.
         def head_loss(ends: Params, z: jax.Array) -> jax.Array:
             normed, head = forward.final_norm(ends, model, z), forward.head_matrix(ends, model)
-            return row_loss(normed, head, targets, row_weights, model.vocab_size)[0]
+            return row_loss(normed, head, targets, subset_weights, model.vocab_size)[0]
 
         ends = {name: value for name, value in params.items() if name != "layers"}
-        d_ends, d_z = jax.grad(head_loss, argnums=(0, 1))(ends, rows.take(top))
+        d_ends, d_z = jax.grad(head_loss, argnums=(0, 1))(ends, subset.gather(top))
 
         # ---- Layers, from the last to the first.
-        evenly = forward.spread_evenly(model, rows, *batch.tokens.shape)
+        fits_quarters = forward.fits_quarters(model, subset, *batch.tokens.shape)
 
         def layer_backward(d_z: jax.Array, layer_and_input: tuple[Params, jax.Array]) -> tuple[jax.Array, Params]:
             layer, x = layer_and_input
 
-            def pull(evenly: bool) -> tuple[Params, jax.Array]:
-                at_rows = lambda p, z: forward.layer_at(p, model, z, rows, x, *where, evenly)  # noqa: E731
-                return jax.vjp(at_rows, layer, rows.take(x))[1](d_z)
+            def pull(by_quarter: bool) -> tuple[Params, jax.Array]:
+                at_subset = lambda p, z: forward.layer_at_subset(p, model, z, subset, x, *where, by_quarter)  # noqa: E731
+                return jax.vjp(at_subset, layer, subset.gather(x))[1](d_z)
 
             # The condition is around the pull: one that is differentiated would keep what either branch needs.
-            if evenly is None:
+            if fits_quarters is None:
                 d_layer, d_z = pull(False)
             else:
-                d_layer, d_z = jax.lax.cond(evenly, lambda: pull(True), lambda: pull(False))
+                d_layer, d_z = jax.lax.cond(fits_quarters, lambda: pull(True), lambda: pull(False))
             return mesh.constrain(d_z, mesh.BATCH), d_layer
 
         d_z, d_layers = jax.lax.scan(layer_backward, d_z, (params["layers"], inputs), reverse=True)
 
-        # ---- Embedding, at the rows' own tokens.
-        row_tokens = take(mesh.by_shard(batch.tokens), rows.index)
-        _, embed_pullback = jax.vjp(lambda ends: forward.embed(ends, model, row_tokens), ends)
+        # ---- Embedding, of the tokens at the subset.
+        subset_tokens = take(mesh.by_shard(batch.tokens), subset.position)
+        _, embed_pullback = jax.vjp(lambda ends: forward.embed(ends, model, subset_tokens), ends)
         d_ends = jax.tree.map(jnp.add, d_ends, embed_pullback(d_z)[0])
         return ({name: d_layers if name == "layers" else d_ends[name] for name in params},)
 

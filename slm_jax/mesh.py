@@ -1,7 +1,7 @@
-"""The device mesh and the one table that says where every parameter lives.
+"""The device mesh, and one table that says how every parameter is sharded over it.
 
 Axes: `data` replicates the parameters, `fsdp` splits parameters and batch, `model` splits heads, hidden units and
-vocabulary. The batch is split over `data` and `fsdp`. Optimizer moments go through the same table as the parameters.
+vocabulary. The batch is split over `data` and `fsdp`. The table serves optimizer moments too.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ P = PartitionSpec
 AXES = ("data", "fsdp", "model")
 BATCH = P(("data", "fsdp"))
 
-# The first pattern found in a parameter's path decides. Kernels of layers are stacked: their first axis is the layer.
+# The first pattern that matches a path decides. Parameters of layers are stacked: their first axis is the layer.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding$", P("model", "fsdp")),  # [V, D]
     (r"head/kernel$", P("fsdp", "model")),  # [D, V]
@@ -64,23 +64,27 @@ def make_mesh(config: MeshConfig | None = None, devices: Any = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.model]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and one at most is -1")
+        shape = dict(zip(AXES, sizes, strict=True))
+        raise UserError("mesh-shape", f"mesh {shape}: sizes are positive, and one at most is -1: change MeshConfig")
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
     if math.prod(sizes) != len(devices):
         shape = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh {shape} needs {math.prod(sizes)} devices, {len(devices)} are here: change MeshConfig")
+        raise UserError(
+            "mesh-shape", f"mesh {shape} needs {math.prod(sizes)} devices, {len(devices)} are here: change MeshConfig"
+        )
     if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
         array = over_slices(sizes, devices)
-    else:  # an axis may be shorter than a dimension of the torus: 16 of v5p:4x8x8
+    else:  # an axis may be shorter than a dimension of the torus, such as 16 of v5p:4x8x8
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def over_slices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices of several slices (TPU slices, GPU hosts) as an array of the mesh's shape.
+    """The devices of several slices (TPU slices or GPU hosts) as an array of the mesh's shape.
 
-    The network between slices is slow: they lie along the first axis that their number divides, `data` if possible.
+    The network between slices is slow, so they are laid out along the first axis that their number divides: `data`, if
+    possible.
 
     Raises:
       UserError: their number divides no axis.
@@ -89,7 +93,8 @@ def over_slices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     along = next((number for number, size in enumerate(sizes) if size % slices == 0), None)
     if along is None:
         raise UserError(
-            f"{slices} slices or hosts split no axis of the mesh: set MeshConfig.data to a multiple of {slices}"
+            "mesh-shape",
+            f"{slices} slices or hosts split no axis of the mesh: set MeshConfig.data to a multiple of {slices}",
         )
     between = [slices if number == along else 1 for number in range(len(sizes))]
     within = [size // number for size, number in zip(sizes, between, strict=True)]
@@ -97,17 +102,18 @@ def over_slices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many pieces the rows of a batch are split."""
+    """The number of pieces into which the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(mesh: Mesh, batch_size: int, what: str, gradient_accumulation_steps: int = 1) -> None:
-    """Refuses a batch that the mesh cannot split evenly."""
+    """Refuses a batch that the mesh cannot split evenly; `what` names it in the message."""
     pieces = batch_shards(mesh) * gradient_accumulation_steps
     if batch_size < 1 or batch_size % pieces:
         raise UserError(
+            "batch-size",
             f"{what}: a batch of {batch_size} rows does not split into {batch_shards(mesh)} shards (data x fsdp) of "
-            f"{gradient_accumulation_steps} micro-batches: take a multiple of {pieces}"
+            f"{gradient_accumulation_steps} micro-batches: take a multiple of {pieces}",
         )
 
 
@@ -117,7 +123,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def partition_spec(path: str, ndim: int) -> PartitionSpec:
-    """The table's answer for one array. Scalars (step, optimizer counts) are replicated.
+    """How the table shards an array. Scalars (step, optimizer counts) are replicated.
 
     Raises:
       KeyError: no pattern matches; a new parameter needs a line in RULES.
@@ -131,7 +137,7 @@ def partition_spec(path: str, ndim: int) -> PartitionSpec:
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a tree of parameters or of train state.
+    """NamedShardings for a tree of parameters or a train state.
 
     Raises:
       UserError: an axis of the mesh does not divide the dimension it should split.
@@ -143,8 +149,9 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
+                    "mesh-shape",
                     f"mesh axis {axis} of {mesh.shape[axis]} does not divide {name} of shape {tuple(leaf.shape)}: "
-                    f"choose MeshConfig.{axis} so that it divides {size}"
+                    f"choose MeshConfig.{axis} so that it divides {size}",
                 )
         return NamedSharding(mesh, spec)
 
@@ -161,31 +168,31 @@ def sharded_shapes(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over data and fsdp, everything else whole."""
+    """The rows of a batch are split over data and fsdp, its other axes are whole."""
     return NamedSharding(mesh, BATCH)
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Pins the sharding of an activation when a mesh is set; without one (tests, notebooks) it is the identity."""
+    """Pins the sharding of an activation; the identity where no mesh is set (tests, notebooks)."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
 def num_shards() -> int:
-    """Into how many pieces the mesh that is set splits the rows of a batch; 1 where none is set."""
+    """The number of pieces into which the mesh that is set splits the rows of a batch; 1 if none is set."""
     return axis_size("data") * axis_size("fsdp")
 
 
 def axis_size(name: str) -> int:
-    """Size of an axis of the mesh that is set; 1 where none is set."""
+    """Size of an axis of the mesh that is set; 1 if none is set."""
     return jax.sharding.get_abstract_mesh().shape.get(name, 1)
 
 
 def by_shard(x: jax.Array) -> jax.Array:
     """[B, L, ...] to [S, N, ...]: the N = B L / S tokens of each of the `num_shards` shards as one row.
 
-    Sorting, gathering and counting along the second axis then need no other device, and nothing has to say so.
+    Sorting, gathering and counting along the second axis then stay within a device.
     """
     shards = num_shards()
     return _split_first(x.reshape(shards, x.shape[0] * x.shape[1] // shards, *x.shape[2:]))
@@ -197,22 +204,24 @@ def to_rows(x: jax.Array, length: int) -> jax.Array:
 
 
 def _split_first(x: jax.Array) -> jax.Array:
-    """The first axis over data and fsdp, the others as they are: heads stay split where they are."""
+    """Splits the first axis over data and fsdp, and leaves the others as they are (heads may be split)."""
     return constrain(x, P(*BATCH, *(P.UNCONSTRAINED,) * (x.ndim - 1)))
 
 
 def sum_over_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The sum of [S, ...] over the shards, each of which holds its own part; the result is split as `spec` says, which
-    names fsdp: every device receives the piece it keeps, not the whole."""
+    """The sum of [S, ...] over its first axis, of which each shard holds one entry.
+
+    The result is sharded by `spec`, which names fsdp: a device receives only the piece that it keeps.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.sum(x, axis=0)
     split = tuple(spec).index("fsdp")
 
-    def meet(part: jax.Array) -> jax.Array:
+    def reduce(part: jax.Array) -> jax.Array:
         return jax.lax.psum(jax.lax.psum_scatter(part[0], "fsdp", scatter_dimension=split, tiled=True), "data")
 
-    own = [None if axis == "fsdp" else axis for axis in spec]
-    return jax.shard_map(meet, in_specs=P(*BATCH, *own), out_specs=spec)(x)
+    within_shard = [None if axis == "fsdp" else axis for axis in spec]
+    return jax.shard_map(reduce, in_specs=P(*BATCH, *within_shard), out_specs=spec)(x)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -272,7 +281,7 @@ def map_rows(
 
 
 def to_host(tree: Any) -> Any:
-    """Global arrays as numpy, whole on every process."""
+    """Global arrays as numpy arrays, whole on every process."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import tracemalloc
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import toy
 from test_processes import finish, start
 from tokenizer_families import save
@@ -53,10 +55,10 @@ def same(one: TrainedModel, other: TrainedModel) -> None:
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
-def refused(source: Path, **settings) -> str:
+def refused(code: str, source: Path, **settings) -> str:
     """Why an import is refused; nothing is left of it that could be taken for a model."""
     target = source.parent / "target"
-    line = toy.refusal(import_model, str(source), str(target), **settings)
+    line = toy.refused(code, import_model, str(source), str(target), **settings)
     assert not (target / "checkpoints").exists()
     return line
 
@@ -95,13 +97,17 @@ def test_a_trained_model_comes_back_to_the_bit_on_any_mesh(reference, exported, 
     assert about["imported"]["vocabulary"] == {"ids": 259, "embedded": 260, "padded": 264}
 
 
-def test_the_files_are_those_of_the_library(exported):
-    library = pytest.importorskip("safetensors.numpy")
-    theirs = library.load_file(exported / SINGLE)
-    ours = {name: read_tensor(entry) for name, entry in open_tensors(exported).items()}
-    assert theirs.keys() == ours.keys()
-    for name, array in theirs.items():
-        np.testing.assert_array_equal(array, ours[name])
+def test_what_is_written_is_what_the_library_reads(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"tensor{i}": rng.normal(size=(3, i)[: 1 + i % 2]).astype(np.float16) for i in range(1, 6)}
+    shapes = [(name, array.shape) for name, array in arrays.items()]
+    write_tensors(tmp_path, shapes, "float16", 20, iter(arrays.values()))
+    theirs: dict[str, np.ndarray] = {}
+    for file in tmp_path.glob("*.safetensors"):
+        theirs |= safetensors.numpy.load_file(file)
+    assert theirs.keys() == arrays.keys() and len(list(tmp_path.glob("*.safetensors"))) > 1
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(theirs[name], array)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -140,7 +146,7 @@ def test_a_run_begins_with_it(exported, corpus, shell, tmp_path):
     [(_, loss)] = toy.losses(tmp_path / "run")
     assert loss < 4.5 < np.log(259)
     code, _, errors = shell(*train, f"--run_dir={imported}", folder=tmp_path)
-    assert code == 1 and "holds a run with initial import of" in errors and "choose another train.run_dir" in errors
+    assert code == 1 and "init_from import of" in errors and "train.run_dir" in errors
     branch = [f"--run_dir={tmp_path}/branch", f"--init_from={imported}", "--init_mode=state"]
     code, _, errors = shell(*train, *branch, folder=tmp_path)
     assert code == 1 and "was imported and has parameters only: take train.init_mode = 'params'" in errors
@@ -151,7 +157,7 @@ def test_the_architecture_of_a_model_directory_has_a_name(exported, tmp_path):
         import_model(str(exported), str(tmp_path / "imported"))
     found = model_config(str(tmp_path / "imported"), dropout=0.1)
     assert found == dataclasses.replace(toy.MODEL, dropout=0.1)
-    assert "model size 'nowhere' is unknown: known are demo" in toy.refusal(model_config, "nowhere")
+    assert "'nowhere'" in toy.refused("model-size-unknown", model_config, "nowhere")
 
 
 def test_a_killed_import_leaves_no_model_and_the_same_command_makes_one(exported, reference, tmp_path):
@@ -172,7 +178,9 @@ def test_an_import_of_other_weights_is_not_there_already(copy, tmp_path, capsys)
         import_model(str(copy), str(tmp_path / "model"))
     assert "is there already, made of the same files" in capsys.readouterr().out
     rewrite(copy, lambda arrays: arrays.update({name: array + 1 for name, array in arrays.items()}))
-    assert "holds another model already" in toy.refusal(import_model, str(copy), str(tmp_path / "model"))
+    line = toy.refused("import-target-exists", import_model, str(copy), str(tmp_path / "model"))
+    assert str(tmp_path / "model") in line
+    assert str(copy) in toy.refused("import-onto-source", import_model, str(copy), f"{copy}/../{copy.name}")
 
 
 @pytest.mark.slow
@@ -199,22 +207,26 @@ def test_a_broken_off_export_is_not_there(reference, exported, tmp_path, monkeyp
     with toy.one_device():
         export_model(str(reference), str(tmp_path / "model"))
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(p.name for p in exported.iterdir())
-    assert "exists: choose another export.target" in toy.refusal(export_model, str(reference), str(tmp_path / "model"))
+    toy.refused("export-target-exists", export_model, str(reference), str(tmp_path / "model"))
 
 
-def test_tensors_that_do_not_fit_are_named(copy):
+def test_tensors_that_do_not_fit_are_named(copy, exported):
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(copy, lambda arrays: arrays.pop(name))
-    assert f"lacks the tensors {name} of the model" in refused(copy)
+    assert name in refused("weights-mismatch", copy)
     rewrite(copy, lambda arrays: arrays.update({name: np.zeros((3, 5), np.float32)}))
-    assert f"{name} has shape (3, 5), config.json makes it (64, 32)" in refused(copy)
+    assert f"{name} has shape (3, 5), (64, 32) by config.json" in refused("weights-mismatch", copy)
     rewrite(
         copy, lambda arrays: arrays.update({name: np.zeros((64, 32), np.float32), "adapter": np.zeros(1, np.float32)})
     )
-    assert "holds tensors of which this model has none: adapter" in refused(copy)
+    assert "adapter" in refused("weights-mismatch", copy)
     reconfigure(copy, num_hidden_layers=4)
     missing = "model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight"
-    assert f"lacks the tensors {missing}" in (line := refused(copy)) and "and 15 more" in line
+    assert missing in (line := refused("weights-mismatch", copy)) and "and 15 more" in line
+    for sizes in ({"num_hidden_layers": 9_000_000}, {"hidden_size": 9_000_000}, {"intermediate_size": 10**7}):
+        shutil.copy(exported / "config.json", copy)
+        reconfigure(copy, **sizes)
+        assert "parameters" in refused("weights-mismatch", copy)
 
 
 def test_constants_of_older_versions_are_left_out(copy, tmp_path):
@@ -227,8 +239,7 @@ def test_constants_of_older_versions_are_left_out(copy, tmp_path):
 
 def test_a_head_that_is_the_embedding_may_be_saved_twice(copy, tmp_path):
     reconfigure(copy, tie_word_embeddings=True)
-    line = refused(copy)
-    assert "tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight" in line
+    assert "lm_head.weight is not model.embed_tokens.weight" in refused("weights-mismatch", copy)
     rewrite(copy, lambda arrays: arrays.update({"lm_head.weight": arrays["model.embed_tokens.weight"]}))
     with toy.one_device():
         import_model(str(copy), str(tmp_path / "target"))
@@ -240,43 +251,104 @@ def test_files_that_are_not_whole_are_refused(copy):
     content = weights_file.read_bytes()
     for length in (5, 100, len(content) - 4):
         weights_file.write_bytes(content[:length])
-        assert f"{weights_file} is damaged or half downloaded" in refused(copy)
+        assert str(weights_file) in refused("file-damaged", copy)
     weights_file.write_bytes(content[:8] + b"?" + content[9:])
-    assert "is damaged (not JSON)" in refused(copy)
+    assert str(weights_file) in refused("file-damaged", copy)
     weights_file.write_bytes(content)
-    (copy / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE, "b": "model-00002-of-00002.safetensors"}}))
-    assert "lacks model-00002-of-00002.safetensors, which its index names" in refused(copy)
+    second = "model-00002-of-00002.safetensors"
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE, "b": second}}))
+    assert second in refused("weights-missing", copy)
     (copy / INDEX).unlink()
-    (copy / "config.json").write_text("{")
-    assert "config.json is damaged (not JSON)" in refused(copy)
+    for damaged in ("{", "[1]", "[" * 100_000, "\xff"):
+        (copy / "config.json").write_text(damaged, "latin-1")
+        assert "config.json" in refused("file-damaged", copy)
     (copy / "config.json").unlink()
-    assert "config.json: No such file or directory" in refused(copy)
+    assert "config.json does not exist" in refused("model-file", copy)
+
+
+def with_header(directory: Path, change) -> None:
+    """Changes the header of the weights, and nothing else."""
+    content = (directory / SINGLE).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    (directory / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+NORM = "model.norm.weight"  # [32] in float32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header[NORM].update(data_offsets=[0, 128]),  # on another tensor
+        lambda header: header.update(twice=header[NORM]),
+        lambda header: header.pop(NORM),  # bytes of nobody
+        lambda header: header[NORM].update(shape=[31]),
+        lambda header: header[NORM].update(shape=[32.0]),
+        lambda header: header[NORM].update(shape=[-32]),
+        lambda header: header[NORM].update(shape=[2**62, 2**62]),
+        lambda header: header[NORM].update(data_offsets=[float(x) for x in header[NORM]["data_offsets"]]),
+        lambda header: header[NORM].update(data_offsets=[x + 2**40 for x in header[NORM]["data_offsets"]]),
+        lambda header: header[NORM].update(data_offsets=header[NORM]["data_offsets"][::-1]),
+        lambda header: header[NORM].update(dtype="PICKLE"),
+        lambda header: header.update({NORM: 7}),
+    ],
+)
+def test_headers_that_do_not_describe_the_bytes_are_refused(change, copy):
+    with_header(copy, change)
+    assert str(copy / SINGLE) in refused("file-damaged", copy)
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json", INDEX])
+def test_what_is_no_file_is_refused(name, copy):
+    """A pipe would never end."""
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy / name)
+    assert str(copy / name) in refused("model-file", copy)
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    assert str(copy / name) in refused("model-file", copy)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../weights.safetensors", "/etc/passwd", "a/b.safetensors", "a\0b"])
+def test_an_index_that_leaves_its_directory_is_refused(name, copy):
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    assert str(copy / INDEX) in refused("weights-outside", copy)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [NORM, "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_refused(name, value, copy, capsys):
+    rewrite(copy, lambda arrays: arrays[name].__setitem__((-1,) * arrays[name].ndim, value))
+    line = refused("weights-not-finite", copy)
+    assert str(copy) in line and "1 of the" in line and ("layer 1" in line) == ("layers.1" in name)
+
+
+def test_a_byte_order_mark_is_no_damage(copy, tmp_path):
+    (copy / "config.json").write_bytes(b"\xef\xbb\xbf" + (copy / "config.json").read_bytes())
+    with toy.one_device():
+        import_model(str(copy), str(tmp_path / "target"))
 
 
 def test_quantized_weights_are_refused(copy):
-    header_length = int.from_bytes((copy / SINGLE).read_bytes()[:8], "little")
-    content = (copy / SINGLE).read_bytes()
-    header = json.loads(content[8 : 8 + header_length])
-    header["model.norm.weight"]["dtype"] = "F8_E4M3"
-    text = json.dumps(header).encode()
-    (copy / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + header_length :])
-    assert "holds F8_E4M3: weights are read as F32, F16, BF16, not quantized" in refused(copy)
+    with_header(copy, lambda header: header[NORM].update(dtype="F8_E4M3", shape=[128]))
+    assert "F8_E4M3" in (line := refused("weights-dtype", copy)) and NORM in line
 
 
 def test_pickles_are_refused_with_the_way_to_convert_them(copy, tmp_path):
     (copy / SINGLE).rename(copy / "pytorch_model.bin")
-    line = refused(copy)
-    assert f"{copy} holds its weights as pytorch_model.bin, and reading a pickle can run what it likes" in line
+    line = refused("weights-pickled", copy)
+    assert f"{copy} holds its weights as pytorch_model.bin" in line
     assert f"M.from_pretrained('{copy}').save_pretrained('{copy}-converted')" in line
     (tmp_path / "model.pt").write_bytes(b"PK\x03\x04...")
     (tmp_path / "model.bin").write_bytes(b"\x80\x02...")
     for name in ("model.pt", "model.bin"):
-        assert f"{name} is pickled, and reading a pickle can run what it likes" in refused(tmp_path / name)
+        assert name in refused("weights-pickled", tmp_path / name)
     (copy / "pytorch_model.bin").unlink()
-    assert "holds no *.safetensors" in refused(copy)
-    assert "No such file or directory: download it, and give its directory or a .bin file of llama2.c" in refused(
-        tmp_path / "nowhere"
-    )
+    assert str(copy) in refused("weights-missing", copy)
+    assert "nowhere does not exist" in refused("model-file", tmp_path / "nowhere")
 
 
 def test_the_vocabulary_must_be_there_and_fit(copy, tmp_path):
@@ -284,32 +356,30 @@ def test_the_vocabulary_must_be_there_and_fit(copy, tmp_path):
     small.mkdir()
     for name in ("config.json", SINGLE):
         shutil.copy(copy / name, small)
-    assert "holds no vocabulary.json, tokenizer.json or tokenizer.model" in (line := refused(small))
-    assert line.endswith("(--vocabulary=PATH)")
+    line = toy.refusal(import_model, str(small), str(tmp_path / "target"))
+    assert str(small) in line and line.endswith("(--vocabulary=PATH)") and not (tmp_path / "target").exists()
     with toy.one_device():
         import_model(str(small), str(tmp_path / "other"), vocabulary=str(copy))
         assert run_vocabulary(str(tmp_path / "other"), ByteVocabulary().content_hash).size == 259
-        assert "holds another model already" in toy.refusal(import_model, str(copy), str(tmp_path / "other"))
+        toy.refused("import-target-exists", import_model, str(copy), str(tmp_path / "other"))
     rewrite(small, lambda arrays: arrays.update(
         {name: arrays[name][:200] for name in ("model.embed_tokens.weight", "lm_head.weight")}))  # fmt: skip
     reconfigure(small, vocab_size=200)
-    assert "has 259 ids, the model of" in (line := refused(small, vocabulary=str(copy))) and "embeds 200" in line
+    assert "259 ids" in (line := refused("vocabulary-too-large", small, vocabulary=str(copy))) and "200" in line
 
 
 def test_settings_that_cannot_be_are_refused(reference, exported, tmp_path, copy):
     run, target = str(reference), str(tmp_path / "target")
-    assert "export.dtype 'int8': take float32, float16, bfloat16" in toy.refusal(
-        export_model, run, target, dtype="int8"
-    )
-    assert "file_gigabytes is 0" in toy.refusal(export_model, run, target, file_gigabytes=0)
+    assert "'int8'" in toy.refused("export-dtype", export_model, run, target, dtype="int8")
+    toy.refused("export-file-size", export_model, run, target, file_gigabytes=0)
     assert "has no checkpoint of step 4: it has 3, 6" in toy.refusal(export_model, run, target, step=4)
-    assert "vocab_multiple is 0" in refused(copy, vocab_multiple=0)
-    assert "compute_dtype 'float64': take 'float32' or 'bfloat16'" in refused(copy, compute_dtype="float64")
+    assert "vocab_multiple is 0" in toy.refusal(import_model, str(copy), target, vocab_multiple=0)
+    assert "'float64'" in refused("model-setting", copy, compute_dtype="float64")
     rewrite(copy, lambda arrays: arrays.update({"model.norm.weight": np.full(32, 1e5, np.float32)}))
     with toy.one_device():
         import_model(str(copy), target)
-        line = toy.refusal(export_model, target, str(tmp_path / "half"), dtype="float16")
-    assert "model.norm.weight has values beyond float16: take export.dtype = 'bfloat16' or 'float32'" in line
+        line = toy.refused("weights-not-finite", export_model, target, str(tmp_path / "half"), dtype="float16")
+    assert NORM in line and "export.dtype" in line
     assert not list(tmp_path.glob("half*"))
 
 

@@ -20,6 +20,7 @@ from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.models import forward
 from slm_jax.models.huggingface import tensors, to_ours
+from slm_jax.models.huggingface_config import read_config
 from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig, RopeScaling
 from slm_jax.models.trained_model import load_model
 from slm_jax.score.token_loss import batch_loss
@@ -124,6 +125,53 @@ def _as_ours(model, config, of):
 
     assert left.keys() == {tensor.name for tensor in places.values()}
     return jax.tree_util.tree_map_with_path(leaf, forward.param_shapes(dataclasses.replace(config, vocab_multiple=1)))
+
+
+SIZES = {"vocab_size": 270, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 30}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        *(("llama", {}), ("llama", {"head_dim": None, "num_key_value_heads": None}), ("llama", {"head_dim": 16})),
+        *(("mistral", {"num_key_value_heads": 2}), ("mistral", {"num_key_value_heads": 4, "sliding_window": None})),
+        *(("qwen2", {"num_key_value_heads": 2}), ("qwen2", {"num_key_value_heads": 2, "sliding_window": 8})),
+        ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 0}),
+        ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": None}),
+        ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 30}),
+        *(
+            ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+            ("qwen3", {"num_key_value_heads": None, "head_dim": 8}),
+        ),
+        *(("gpt_neox", {}), ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 20000})),
+        ("llama", {"rope_theta": 5e5}),
+    ],
+)
+def test_missing_keys_have_the_defaults_of_transformers(kind, more):
+    ours = read_config(SIZES | more | {"model_type": kind}, "x")
+    theirs = transformers.AutoConfig.for_model(kind, **SIZES, **more)
+    kv_heads = getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert (ours.num_kv_heads, ours.head_dim) == (kv_heads, head_dim)
+    assert ours.norm_eps == getattr(theirs, "rms_norm_eps", getattr(theirs, "layer_norm_eps", None))
+    assert ours.tied_head == theirs.tie_word_embeddings
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rotary_share == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
+    slides = set(getattr(theirs, "layer_types", ["sliding_attention"])) == {"sliding_attention"}
+    assert ours.sliding_window == (getattr(theirs, "sliding_window", None) if slides else None)
+    assert ours.attention_bias == getattr(theirs, "attention_bias", kind == "qwen2")
+    assert ours.mlp_bias == getattr(theirs, "mlp_bias", kind == "gpt_neox")
+    assert ours.parallel_residual == getattr(theirs, "use_parallel_residual", False)
+
+
+def test_every_key_that_transformers_knows_is_read():
+    """A config.json with all keys and defaults of the library is read; a key that none of it explains is refused."""
+    for kind, more in (("llama", {}), ("mistral", {}), ("qwen2", {}), ("qwen3", {}), ("gpt_neox", {})):
+        there = json.loads(transformers.AutoConfig.for_model(kind, **SIZES, **more).to_json_string(use_diff=False))
+        there["num_key_value_heads"] = 4 if kind != "gpt_neox" else None
+        read_config(there, "x")
+        assert "strange" in toy.refused("config-unsupported", read_config, there | {"strange": 1}, "x")
 
 
 @pytest.mark.parametrize("name", ["llama 3", "mistral", "gpt neox"])

@@ -14,7 +14,7 @@ import pytest
 import toy
 
 from slm_jax import mesh as mesh_lib
-from slm_jax.checkpoint import read_about
+from slm_jax.checkpoint import read_about, save_params
 from slm_jax.data.batches import read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreColumn
@@ -170,6 +170,16 @@ def test_a_damaged_reference_is_one_line(corpus_copy, reference, tmp_path):
         run = shutil.copytree(reference, tmp_path / part)
         shutil.rmtree(run / "checkpoints" / "6" / part)
         assert "checkpoint 6 of" in (line := toy.refusal(score_here, corpus_copy, run)) and "cannot be read" in line
+
+
+def test_a_reference_that_computes_nan_is_refused(corpus_copy, reference, tmp_path):
+    with toy.one_device():
+        model = load_model(str(reference), mesh_lib.make_mesh())
+    scale = model.params["final_norm"]["scale"].at[0].set(jnp.nan)
+    about = {name: value for name, value in read_about(reference).items() if name in ("model", "vocabulary_hash")}
+    save_params(tmp_path / "run", 0, model.params | {"final_norm": {"scale": scale}}, about)
+    line = toy.refused("score-not-finite", score_here, corpus_copy, tmp_path / "run")
+    assert str(tmp_path / "run") in line and not corpus_copy.score("reference").complete
 
 
 def test_a_reference_that_is_the_model_itself_is_refused(scored, reference, tmp_path):

@@ -149,8 +149,8 @@ def test_read_from_behind_bos_the_first_token_has_no_loss(bytes_corpus, shape, t
     """Engines that put no BOS before: one token less of each document, the others where they belong."""
     answers = scored(bytes_corpus, slice(1, None))
     file = write(tmp_path / "lp.jsonl", (SHAPES[shape](bytes_corpus, *answer) for answer in answers))
-    refused = toy.refusal(at, bytes_corpus, external_logprobs=file, name="behind")
-    assert "tokens have no loss there" in refused and "score.max_unaligned (now 0.01)" in refused
+    line = toy.refused("logprobs-unaligned", at, bytes_corpus, external_logprobs=file, name="behind")
+    assert file in line and "score.max_unaligned (now 0.01)" in line
     assert not (Path(bytes_corpus.path) / "scores" / "behind").exists(), "nothing is half there"
     name = f"behind_{len(shape)}"
     at(bytes_corpus, external_logprobs=file, name=name, max_unaligned=0.1)
@@ -190,15 +190,15 @@ def test_what_does_not_align_is_counted_named_and_left_without_loss(bytes_corpus
     records[6]["id"] = "web:1000"
     records[7] = {"custom_id": [], "error": "too long"}
     file = write(tmp_path / "lp.jsonl", records[:-1])
-    refused = toy.refusal(at, bytes_corpus, external_logprobs=file, name="few")
+    line = toy.refused("logprobs-unaligned", at, bytes_corpus, external_logprobs=file, name="few")
     sizes = [len(ids) for _, ids, _ in answers]
     for part in (
-        "3 documents are not there",
+        "3 documents are missing",
         f"1 documents have other tokens (first: {answers[3][0]} at token 5: 99 for {was})",
         f"1 documents end before their last token (first: {answers[4][0]} at token {sizes[4] - 1}: not 2)",
         f"2 records cannot be used (first: {file}:7: id 'web:1000' names no document of the corpus)",
     ):
-        assert part in refused
+        assert part in line
     at(bytes_corpus, external_logprobs=file, name="few", max_unaligned=0.9)
     found = column(bytes_corpus, "few")
     for number in (6, 7, 39):
@@ -208,7 +208,7 @@ def test_what_does_not_align_is_counted_named_and_left_without_loss(bytes_corpus
     np.testing.assert_array_equal(found, expected(bytes_corpus, answers))
     read = bytes_corpus.read(np.arange(bytes_corpus.num_rows))
     counts = read["loss_mask"] & (positions_from_segments(read["segment_ids"]) > 0)
-    said = f"score: {np.isnan(found[counts]).sum():,} of {counts.sum():,} tokens have no loss there"
+    said = f"score: {np.isnan(found[counts]).sum():,} of {counts.sum():,} tokens have no loss"
     assert said in capsys.readouterr().out
     share = bytes_corpus.score("few").reference["tokens_without_loss"]
     assert share == np.isnan(found[counts]).sum() / counts.sum() > 0.05
@@ -239,8 +239,8 @@ def test_again_is_the_same_column_and_another_file_is_not(bytes_corpus, tmp_path
     other = write(tmp_path / "other.jsonl", records[::-1])
     assert "reference" in toy.refused("score-other-settings", at, bytes_corpus, external_logprobs=other, name="twice")
     doubled = write(tmp_path / "doubled.jsonl", [*records, records[0]])
-    refused = toy.refusal(at, bytes_corpus, external_logprobs=doubled, name="doubled")
-    assert f"{doubled}:41: document {answers[0][0]!r} was there before: keep one" in refused
+    line = toy.refused("logprobs-twice", at, bytes_corpus, external_logprobs=doubled, name="doubled")
+    assert f"{doubled}:41" in line and repr(answers[0][0]) in line
 
 
 def test_scored_without_the_prefix(tmp_path):
@@ -252,7 +252,7 @@ def test_scored_without_the_prefix(tmp_path):
         begins[about["id"]] = len(read["tokens"]) - len(ids) + 1
         records.append({"id": about["id"], "token_ids": ids, "logprobs": [None, *[-1.5] * (len(ids) - 1)]})
     file = write(tmp_path / "lp.jsonl", records)
-    assert "documents have other tokens" in toy.refusal(at, corpus, external_logprobs=file)
+    assert "documents have other tokens" in toy.refused("logprobs-unaligned", at, corpus, external_logprobs=file)
     at(corpus, external_logprobs=file, strip_metadata=True)
     read = corpus.read(np.arange(corpus.num_rows))
     found, counts = column(corpus), read["loss_mask"] & (positions_from_segments(read["segment_ids"]) > 0)
@@ -263,19 +263,21 @@ def test_scored_without_the_prefix(tmp_path):
 @pytest.mark.parametrize(
     "fields, reason",
     [
-        ({"text": "x"}, "no log-probs (fields there: text)"),
+        ({"text": "x"}, "(its fields: text)"),
         ({"logprobs": [None, -1.0]}, "log-probs without token ids"),
-        ({"token_ids": [1], "logprobs": [None, -1.0]}, "1 tokens and 2 log-probs"),
-        ({"token_ids": [1, 2], "logprobs": [None, 2.3]}, "2.3 is no log-prob: that is a number up to 0"),
-        ({"token_ids": [1, 2], "logprobs": [None, "-1"]}, "'-1' is no log-prob"),
+        ({"token_ids": [1], "logprobs": [None, -1.0]}, "1 tokens, but 2 log-probs"),
+        ({"token_ids": [1, 2], "logprobs": [None, 2.3]}, "2.3 is not a log-prob"),
+        ({"token_ids": [1, 2], "logprobs": [None, "-1"]}, "'-1' is not a log-prob"),
         ({"prompt_logprobs": [None, [1, 2]]}, "not of the form {id: {'logprob': x}}"),
         ({"prompt_logprobs": [None, {"5": {"rank": 1}}]}, "not of the form {id: {'logprob': x}}"),
-        ({"prompt_logprobs": [None, {"5": {"logprob": None}}, {"6": {"logprob": "x"}}]}, "'x' is no log-prob"),
+        ({"prompt_logprobs": [None, {"5": {"logprob": None}}, {"6": {"logprob": "x"}}]}, "'x' is not a log-prob"),
         ({"logprobs": {"token_logprobs": [-1.0]}}, "log-probs without token ids"),
-        ({"response": {"body": {"error": "x"}}}, "no log-probs (fields there: error)"),
-        ({"tokens": ["a", None], "token_logprobs": [None, -1.0]}, "tokens that are no text"),
+        ({"response": {"body": {"error": "x"}}}, "(its fields: error)"),
+        ({"tokens": ["a", None], "token_logprobs": [None, -1.0]}, "tokens that are not text"),
         ({"logprobs": "[" * 100_000}, "no log-probs"),
-        ({"choices": []}, "no log-probs (fields there: choices)"),
+        ({"response": "[1, 2]"}, "no log-probs"),
+        ({"response": [1], "body": 3, "choices": "x"}, "no log-probs"),
+        ({"choices": []}, "(its fields: choices)"),
     ],
 )
 def test_a_record_that_says_nothing(fields, reason):
@@ -287,8 +289,8 @@ def test_a_record_that_says_nothing(fields, reason):
 def test_what_it_says_no_to(bytes_corpus, tmp_path):
     empty = write(tmp_path / "none.jsonl", [{"id": "nobody", "token_ids": [], "logprobs": []}])
     assert "no such file: nowhere.jsonl" in toy.refusal(at, bytes_corpus, external_logprobs="nowhere.jsonl")
-    refused = toy.refusal(at, bytes_corpus, external_logprobs=empty)
-    assert "1 records cannot be used" in refused and "40 documents are not there" in refused
+    line = toy.refused("logprobs-unaligned", at, bytes_corpus, external_logprobs=empty)
+    assert "1 records cannot be used" in line and "40 documents are missing" in line
     both = {"external_logprobs": empty, "statistics": ("loss", "entropy")}
     assert "external_logprobs" in toy.refused("score-statistics", at, bytes_corpus, **both)
     assert "'run'" in toy.refused("score-source", at, bytes_corpus, reference="run", external_logprobs=empty)

@@ -52,25 +52,34 @@ def export_model(
       mesh: how devices hold the parameters.
     """
     if dtype not in NAMES:
-        raise UserError(f"export.dtype {dtype!r}: take {', '.join(NAMES)}")
+        raise UserError("export-dtype", f"export.dtype is {dtype!r}: take {', '.join(NAMES)}")
     if file_gigabytes <= 0:
-        raise UserError(f"export.file_gigabytes is {file_gigabytes}, must be above 0")
+        raise UserError("export-file-size", f"export.file_gigabytes is {file_gigabytes}: it must be above 0")
     where = Path(target)
     if processes.on_first(where.exists):
-        raise UserError(f"{target} exists: choose another export.target, or delete it")
+        raise UserError("export-target-exists", f"{target} exists: choose another export.target, or delete it")
     devices = mesh_lib.make_mesh(mesh)
     config_lib.print_unused()
     model = load_model(source, devices, step)
     words = run_vocabulary(source, model.vocabulary_hash)
     settings = write_config(model.config, dtype)
     print(f"export: step {model.step} of {source} as {settings['model_type']} in {dtype} -> {target}", flush=True)
+
     partial = where.with_name(where.name + ".partial")
     with contextlib.ExitStack() as stack:
         busy = f"another process is exporting to {target}: wait for it, or choose another export.target"
         stack.enter_context(processes.lock(partial / LOCK, busy))
-        processes.on_first(lambda: _empty(partial))
+        processes.on_first(lambda: _clear(partial))
         try:
-            _write_weights(partial, model, dtype, int(file_gigabytes * 1e9))
+            # All processes gather each tensor, the first writes it.
+            wanted = tensors(model.config)
+            arrays = _arrays(model, wanted, DTYPES[NAMES[dtype]])
+            if processes.first():
+                shapes = [(tensor.name, tensor.shape) for tensor in wanted]
+                write_tensors(partial, shapes, dtype, int(file_gigabytes * 1e9), arrays)
+            else:
+                for _ in arrays:
+                    pass
             processes.on_first(lambda: _finish(partial, where, settings, words))
         except Exception:
             if processes.first():
@@ -79,25 +88,15 @@ def export_model(
     print(f"export: done, {target}")
 
 
-def _empty(partial: Path) -> None:
+def _clear(partial: Path) -> None:
     """Removes what a killed export left."""
     for path in partial.iterdir():
         if path.name != LOCK:
             path.unlink()
 
 
-def _write_weights(directory: Path, model: TrainedModel, dtype: str, max_bytes: int) -> None:
-    """All processes gather each tensor, the first writes it."""
-    wanted = tensors(model.config)
-    arrays = _arrays(model, wanted, DTYPES[NAMES[dtype]])
-    if processes.first():
-        write_tensors(directory, [(tensor.name, tensor.shape) for tensor in wanted], dtype, max_bytes, arrays)
-    else:
-        for _ in arrays:
-            pass
-
-
 def _arrays(model: TrainedModel, wanted: list[Tensor], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The tensors of Hugging Face's files, gathered one at a time."""
     leaves = {mesh_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
     of_layer = jax.jit(lambda leaf, layer: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False))
     with progress(len(wanted), 0, "export", "tensor") as bar:
@@ -107,26 +106,25 @@ def _arrays(model: TrainedModel, wanted: list[Tensor], dtype: np.dtype) -> Itera
             whole = to_theirs(mesh_lib.to_host(held), tensor)
             with np.errstate(over="ignore"):
                 cast = whole.astype(dtype)
-            if np.isfinite(whole).all() and not np.isfinite(cast).all():
-                raise UserError(f"{tensor.name} has values beyond {dtype}: take export.dtype = 'bfloat16' or 'float32'")
+            if not np.isfinite(cast).all():
+                finite = np.isfinite(whole).all()
+                remedy = "take export.dtype = 'bfloat16' or 'float32'" if finite else "export an earlier checkpoint"
+                what = f"values beyond {dtype}" if finite else "values that are NaN or infinite"
+                raise UserError("weights-not-finite", f"{tensor.name} has {what}: {remedy}")
             yield cast
             bar.update()
 
 
 def _finish(partial: Path, target: Path, settings: dict[str, Any], words: Vocabulary) -> None:
-    """Writes what is small, and gives the directory its name."""
+    """Writes the small files, and gives the directory its name."""
     files = tokenizer_files(words)
     for name, content in files.items():
         (partial / name).write_bytes(content)
     if TOKENIZER_FILE not in files:
-        print(f"export: without {TOKENIZER_FILE}, which cannot say what this vocabulary does; it is {MODEL_FILE}")
+        print(f"export: without {TOKENIZER_FILE}, which cannot express this vocabulary; {MODEL_FILE} holds it")
     ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
-    if words.pad_id not in (
-        words.bos_id,
-        words.eos_id,
-        words.unk_id,
-    ):  # torch would not train that row of the embedding
-        ids["pad_token_id"] = words.pad_id
+    if words.pad_id not in (words.bos_id, words.eos_id, words.unk_id):
+        ids["pad_token_id"] = words.pad_id  # torch trains no row of the embedding that is named as padding
     write_json(partial / "config.json", settings | ids)
     write_json(partial / "generation_config.json", ids)
     (partial / LOCK).unlink()

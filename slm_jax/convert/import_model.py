@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import gin
-from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
@@ -24,6 +23,7 @@ from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
 from slm_jax.models.llama2c import Llama2cFile
 from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig
+from slm_jax.models.tensor_files import check_file
 from slm_jax.models.weights import HuggingFaceWeights, Weights, load_params
 
 PICKLE_STARTS = (b"PK", b"\x80")  # torch's zip of pickles, and a pickle
@@ -55,65 +55,89 @@ def import_model(
     """
     config_lib.at_least(1, **{"import.vocab_multiple": vocab_multiple})
     devices = mesh_lib.make_mesh(mesh)
-    source = os.path.expanduser(source)
+    source, where = os.path.expanduser(source), Path(target)
+    if Path(source).resolve() == where.resolve():
+        raise UserError("import-onto-source", f"import.target {target} is the source itself: choose another directory")
     weights = _open(Path(source))
     model = dataclasses.replace(weights.config, vocab_multiple=vocab_multiple)
     if compute_dtype is not None:
         model = dataclasses.replace(model, compute_dtype=compute_dtype)
     words = _vocabulary(vocabulary or source, source, model)
     config_lib.print_unused()
-    where, origin = Path(target), _origin(source, weights, words, model)
+    record = _record(source, weights, words, model)
     with contextlib.ExitStack() as stack:
         busy = f"another process is importing into {target}: wait for it, or choose another import.target"
         stack.enter_context(processes.lock(where / "lock", busy))
-        if processes.on_first(lambda: _begin(where, origin, words)):
+        if processes.on_first(lambda: _is_done(where, record)):
             print(f"import: {target} is there already, made of the same files")
             return
-        print(_describe(source, target, weights, model, words), flush=True)
-        _import(where, weights, model, words, devices)
+        processes.on_first(lambda: _begin(where, record, words))
+
+        # What will be imported, in words.
+        embedded = f" of {model.vocab_size:,} that are embedded" if model.vocab_size != words.size else ""
+        stored = sorted({str(weights.dtype("embed/embedding")), str(weights.dtype("final_norm/scale"))})
+        print(
+            f"import: {model.parameter_count():,} parameters of {source} in {' and '.join(stored)}, computing in "
+            f"{model.compute_dtype} -> {target}\n"
+            f"  vocabulary: {words.kind} of {words.size:,} ids{embedded}; BOS {words.bos_id}, EOS {words.eos_id}, "
+            f"padding {words.pad_id}\n  rows of up to {model.max_length:,} tokens",
+            flush=True,
+        )
+
+        with progress(sum(file.stat().st_size for file in weights.files()), 0, "import", "B") as bar:
+            bar.unit_scale = True
+            params = load_params(weights, model, devices, bar.update)
+            bar.total = bar.n
+        save_params(where, 0, params, to_json({"model": model, "vocabulary_hash": words.content_hash, "run": target}))
     print(f"import: done, {target}")
 
 
 def _open(source: Path) -> Weights:
     if source.is_dir():
         return HuggingFaceWeights(source)
-    try:
-        with source.open("rb") as file:
-            start = file.read(2)
-    except OSError as error:
-        raise UserError(
-            f"import.source {source}: {error.strerror}: download it, and give its directory or a .bin file of llama2.c"
-        ) from error
+    check_file(source)
+    with source.open("rb") as file:
+        start = file.read(2)
     try:
         return Llama2cFile(source)
     except UserError as error:
-        if not start.startswith(PICKLE_STARTS):  # which may be a number of llama2.c, too
+        if not start.startswith(PICKLE_STARTS):  # which the header of a llama2.c file may start with, too
             raise
         raise UserError(
-            f"{source} is pickled, and reading a pickle can run what it likes: give the directory of its safetensors, "
-            "or, where you trust it, save the model as such with transformers (save_pretrained)"
+            "weights-pickled",
+            f"{source} is pickled, and reading a pickle can run any code: give the directory of its safetensors, or, "
+            "if you trust it, save the model as safetensors with transformers (save_pretrained)",
         ) from error
 
 
 def _vocabulary(path: str, source: str, model: ModelConfig) -> Vocabulary:
     if path == source and Path(source).is_file():
-        raise UserError(f"{source} brings no vocabulary: name its tokenizer.bin or tokenizer.model, --vocabulary=PATH")
+        raise UserError(
+            "import-no-vocabulary",
+            f"{source} has no vocabulary in it: name its tokenizer.bin or tokenizer.model, --vocabulary=PATH",
+        )
     try:
         found = read_tokenizer_bin(Path(path).expanduser()) if path.endswith(".bin") else load_vocabulary(path)
     except UserError as error:
-        raise UserError(f"{error} (--vocabulary=PATH)") from error
+        raise UserError(error.code, f"{error} (--vocabulary=PATH)") from error
     assert model.vocab_size is not None
     if found.size > model.vocab_size:
         raise UserError(
+            "vocabulary-too-large",
             f"vocabulary {path} has {found.size} ids, the model of {source} embeds {model.vocab_size}: name the one it "
-            "was trained with, --vocabulary=PATH"
+            "was trained with, --vocabulary=PATH",
         )
     return found
 
 
-def _origin(source: str, weights: Weights, words: Vocabulary, model: ModelConfig) -> dict[str, Any]:
-    """run.json of the model directory: what it was made of, in the form of a run's."""
-    files = processes.on_first(lambda: [_file(file) for file in weights.files()])
+def _record(source: str, weights: Weights, words: Vocabulary, model: ModelConfig) -> dict[str, Any]:
+    """run.json of the model directory, with the keys of a train run: what the model was made from."""
+
+    def file_record(path: Path) -> dict[str, Any]:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"name": path.name, "bytes": path.stat().st_size, "sha256": content}
+
     identity = {
         "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
         "init_from": f"import of {source}",
@@ -121,47 +145,37 @@ def _origin(source: str, weights: Weights, words: Vocabulary, model: ModelConfig
         "corpora": {},
         "references": {},
     }
-    sizes = {"ids": words.size, "embedded": model.vocab_size, "padded": model.padded_vocab_size}
-    imported = {"source": str(Path(source).absolute()), "files": files, "vocabulary": sizes}
+    imported = {
+        "source": source,
+        "files": processes.on_first(lambda: [file_record(file) for file in weights.files()]),
+        "vocabulary": {"ids": words.size, "embedded": model.vocab_size, "padded": model.padded_vocab_size},
+    }
     return to_json({"identity": identity, "imported": imported, "settings": {"model": model}, "starts": []})
 
 
-def _file(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": content}
+def _is_done(target: Path, record: dict[str, Any]) -> bool:
+    """Whether the target holds this very import.
 
+    Raises:
+      UserError: it holds another model.
+    """
+    if not any(step.name.isdecimal() for step in (target / "checkpoints").glob("*")):
+        return False
 
-def _begin(target: Path, origin: dict[str, Any], words: Vocabulary) -> bool:
-    """Whether the import is done already. If not, everything but the checkpoint is written."""
+    def compared(record: dict[str, Any]) -> list[Any]:
+        imported = record.get("imported") or {}
+        return [record.get("identity"), record.get("settings"), imported.get("files"), imported.get("vocabulary")]
+
     path = target / "run.json"
-    if any(step.name.isdecimal() for step in (target / "checkpoints").glob("*")):
-        before = read_json(path) if path.exists() else {}
-        if all(before.get(name) == origin[name] for name in ("identity", "imported", "settings")):
-            return True
-        raise UserError(f"{target} holds another model already: choose another import.target, or delete it")
-    shutil.rmtree(target / "vocabulary", ignore_errors=True)  # an import that was killed may have had another
+    if not path.exists() or compared(read_json(path)) != compared(record):
+        raise UserError(
+            "import-target-exists", f"{target} holds another model already: choose another import.target, or delete it"
+        )
+    return True
+
+
+def _begin(target: Path, record: dict[str, Any], words: Vocabulary) -> None:
+    """Writes everything but the checkpoint."""
+    shutil.rmtree(target / "vocabulary", ignore_errors=True)  # a killed import may have left another
     words.save(target / "vocabulary")
-    write_json(path, origin | {"starts": [config_lib.environment()]})
-    return False
-
-
-def _describe(source: str, target: str, weights: Weights, model: ModelConfig, words: Vocabulary) -> str:
-    padding = f" of {model.vocab_size:,} that are embedded" if model.vocab_size != words.size else ""
-    kept = sorted({str(weights.dtype("embed/embedding")), str(weights.dtype("final_norm/scale"))})
-    return (
-        f"import: {model.parameter_count():,} parameters of {source} in {' and '.join(kept)}, computing in "
-        f"{model.compute_dtype} -> {target}\n"
-        f"  vocabulary: {words.kind} of {words.size:,} ids{padding}; BOS {words.bos_id}, EOS {words.eos_id}, padding "
-        f"{words.pad_id}\n  rows of up to {model.max_length:,} tokens"
-    )
-
-
-def _import(target: Path, weights: Weights, model: ModelConfig, words: Vocabulary, devices: Mesh) -> None:
-    about = {"model": model, "vocabulary_hash": words.content_hash, "run": str(target)}
-    size = sum(file.stat().st_size for file in weights.files())
-    with progress(size, 0, "import", "B") as bar:
-        bar.unit_scale = True
-        params = load_params(weights, model, devices, bar.update)
-        bar.total = bar.n
-    save_params(target, 0, params, to_json(about))
+    write_json(target / "run.json", record | {"starts": [config_lib.environment()]})

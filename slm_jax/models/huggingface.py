@@ -1,7 +1,7 @@
-"""Hugging Face's names and layouts of the tensors that our parameter tree holds, both ways; no files.
+"""Names and layouts of a model's tensors in Hugging Face's files and in our parameter tree, both ways; reads no files.
 
-Families: Llama 2 and 3, Mistral, Qwen2 and 2.5, Qwen3, and GPT-NeoX (Pythia), which has names of its own. A matrix of
-theirs is [out, in], a matrix of ours [in, out] with heads apart, and layers are stacked.
+Families: Llama 2 and 3, Mistral, Qwen2 and 2.5, Qwen3, all with the same names, and GPT-NeoX (Pythia). A matrix of
+theirs is [out, in]; ours is [in, out] with separate axes for heads, and layers are stacked.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _LLAMA = {
     "final_norm": "model.norm",
     "head": "lm_head",
 }
-# Query, key and value lie in one tensor, those of the first head before those of the second.
+# Query, key and value are one tensor, those of the first head before those of the second.
 _GPT_NEOX = {
     "embed": "gpt_neox.embed_in",
     "layers/attention_norm": "gpt_neox.layers.{}.input_layernorm",
@@ -54,7 +54,7 @@ BUFFERS = r"\.rotary_emb\.inv_freq$|\.attention\.(bias|masked_bias)$"
 
 
 class Tensor(NamedTuple):
-    """A tensor of theirs: name and shape, and which of ours it holds of which layer: one, or query, key and value."""
+    """A tensor of theirs, with the parameters of ours that it holds (one; or query, key and value) and their layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,19 +62,28 @@ class Tensor(NamedTuple):
     layer: int | None
 
 
-def tensors(model: ModelConfig) -> list[Tensor]:
-    """All tensors of a model, as they name them; without what pads our vocabulary to `vocab_multiple`."""
-    table = _GPT_NEOX if model.norm == "layer" else _LLAMA
-    held: dict[str, dict[str, tuple[int, ...]]] = {}
+def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each of our parameters, of one layer if it has layers, without padding of the vocabulary."""
     leaves = jax.tree_util.tree_leaves_with_path(param_shapes(dataclasses.replace(model, vocab_multiple=1)))
-    for path, leaf in ((path_name(key_path), leaf) for key_path, leaf in leaves):
+    shapes = {path_name(path): leaf.shape for path, leaf in leaves}
+    return {path: shape[1:] if path.startswith("layers/") else shape for path, shape in shapes.items()}
+
+
+def tensors(model: ModelConfig) -> list[Tensor]:
+    """All tensors of a model by their names, without the padding of our vocabulary to `vocab_multiple`."""
+    table = _GPT_NEOX if model.norm == "layer" else _LLAMA
+    held: dict[str, dict[str, tuple[int, ...]]] = {}  # their name -> our path -> the shape of its part
+    for path, shape in layer_shapes(model).items():
         module, _, kind = path.rpartition("/")
-        name = f"{table[module]}.{'bias' if kind == 'bias' else 'weight'}"
-        shape = leaf.shape[1:] if path.startswith("layers/") else leaf.shape
-        held.setdefault(name, {})[path] = _their_shape(path, shape)
+        if kind == "kernel":
+            num_in = _num_in(path)
+            shape = (math.prod(shape[num_in:]), math.prod(shape[:num_in]))  # [in, heads, width] -> [out, in]
+        elif path != "embed/embedding":
+            shape = (math.prod(shape),)
+        held.setdefault(f"{table[module]}.{'bias' if kind == 'bias' else 'weight'}", {})[path] = shape
     found = []
     for name, shapes in held.items():
-        paths = tuple(sorted(shapes, key=_place_within))
+        paths = tuple(sorted(shapes, key=lambda path: [part in path for part in reversed(_TOGETHER)]))
         out, *inner = shapes[paths[0]]
         for layer in range(model.num_layers) if "{}" in name else (None,):
             found.append(Tensor(name.format(layer), (len(paths) * out, *inner), paths, layer))
@@ -82,19 +91,23 @@ def tensors(model: ModelConfig) -> list[Tensor]:
 
 
 def to_ours(array: np.ndarray, tensor: Tensor, path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """What a tensor of theirs holds of our parameter `path`, of the shape of one layer; a view where it can be."""
+    """Our parameter `path` for one layer, of the given shape, from a tensor of theirs; a view if possible."""
     if len(tensor.paths) > 1:
         apart = array.reshape(shape[-2], len(tensor.paths), -1, *array.shape[1:])
         array = apart[:, tensor.paths.index(path)]
+    return in_first(array, path, shape)
+
+
+def in_first(array: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter of our shape from an array whose matrix is [out, in]."""
     if not path.endswith("kernel"):
         return array.reshape(shape)
     num_in = _num_in(path)
-    out_first = array.reshape(*shape[num_in:], *shape[:num_in])
-    return np.moveaxis(out_first, range(-num_in, 0), range(num_in))
+    return np.moveaxis(array.reshape(*shape[num_in:], *shape[:num_in]), range(-num_in, 0), range(num_in))
 
 
 def to_theirs(arrays: Sequence[np.ndarray], tensor: Tensor) -> np.ndarray:
-    """The tensor of theirs that holds these of our arrays, those of `tensor.paths` at its layer."""
+    """A tensor of theirs from our arrays, the ones of `tensor.paths` at its layer."""
     parts = []
     for path, array in zip(tensor.paths, arrays, strict=True):
         num_in = _num_in(path)
@@ -105,20 +118,6 @@ def to_theirs(arrays: Sequence[np.ndarray], tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(whole.reshape(tensor.shape))
 
 
-def _place_within(path: str) -> int:
-    module = path.split("/")[-2]
-    return _TOGETHER.index(module) if module in _TOGETHER else 0
-
-
 def _num_in(path: str) -> int:
-    """How many axes of a kernel of ours are those of its input."""
+    """The number of input axes of a kernel of ours."""
     return 2 if path.endswith("attention/out/kernel") else 1
-
-
-def _their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if path == "embed/embedding":
-        return shape
-    if not path.endswith("kernel"):
-        return (math.prod(shape),)
-    num_in = _num_in(path)
-    return math.prod(shape[num_in:]), math.prod(shape[:num_in])

@@ -1,12 +1,12 @@
 """The `.bin` files of llama2.c: a Llama in float32, one kind of matrix after the other, each for all layers.
 
 Version 0 begins with seven 32-bit numbers: width, width of the MLP, layers, heads, key-value heads, vocabulary, longest
-row; a vocabulary below 0 says that the head is not the embedding. Version 1 begins with a magic number, the version,
-the same seven, and one byte that says whether the head is the embedding, and is filled up to 256 bytes. The kinds have
-no names and stand in another order in either version.
+row; a negative vocabulary means that the head is not the embedding. Version 1 begins with a magic number, the version,
+the same seven numbers and one byte that says whether the head is the embedding, filled up to 256 bytes. The matrices
+have no names; their order depends on the version.
 
-Features of a head that turn together are neighbours there; here, as in Hugging Face's files, they are half a head
-apart.
+The two features of a head that turn together are neighbours there; here, as in Hugging Face's files, they are half a
+head apart.
 """
 
 import math
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from slm_jax.errors import UserError
+from slm_jax.models.huggingface import in_first, layer_shapes
 from slm_jax.models.model_config import ModelConfig
 
 MAGIC = 0x616B3432
@@ -36,7 +37,7 @@ class Llama2cFile:
     """The weights of a file of llama2.c, version 0 or 1 (see slm_jax.models.weights.Weights).
 
     Raises:
-      UserError: another version (2 is quantized), or the file is not as long as its header says.
+      UserError: the file has another version (2 is quantized), or another length than its header describes.
     """
 
     def __init__(self, path: Path):
@@ -45,9 +46,10 @@ class Llama2cFile:
             head = file.read(_HEADER_BYTES)
         version, numbers, shared, begin = _read_header(head, path)
         dim, mlp_dim, num_layers, num_heads, num_kv_heads, vocab_size, max_length = numbers
-        if min(numbers) < 1 or dim % num_heads or num_heads % num_kv_heads:
-            raise UserError(f"{path} is no model of llama2.c: its header says {', '.join(map(str, numbers))}")
-        self.config = ModelConfig(
+        if min(numbers) < 1 or dim % num_heads or num_heads % num_kv_heads or dim // num_heads % 2:
+            said = ", ".join(map(str, numbers))
+            raise UserError("llama2c-header", f"{path} is no model of llama2.c: the numbers in its header are {said}")
+        self.config = model = ModelConfig(
             vocab_size,
             num_layers=num_layers,
             embed_dim=dim,
@@ -58,18 +60,19 @@ class Llama2cFile:
             max_length=max_length,
             tied_head=shared,
         )
-        self._shapes = _their_shapes(self.config)
-        self._begins: dict[str, int] = {}
-        for name in _ORDER[version]:
-            if name in self._shapes:
-                self._begins[name] = begin
-                layers = num_layers if name.startswith("layers/") else 1
-                begin += 4 * layers * math.prod(self._shapes[name])
-        if begin != os.path.getsize(path):
+        table_size = max_length * model.head_dim if version == 0 else 0
+        size, described = os.path.getsize(path), begin + 4 * (model.parameter_count() + table_size)
+        if size != described:
             raise UserError(
-                f"{path} has {os.path.getsize(path):,} bytes, as a model of llama2.c (version {version}) its header "
-                f"asks for {begin:,}: it is something else, or half downloaded"
+                "llama2c-header",
+                f"{path} has {size:,} bytes, but the header of a llama2.c model (version {version}) describes "
+                f"{described:,}: it is something else, or half downloaded",
             )
+        self._shapes, self._begins = layer_shapes(model), {}
+        for name in _ORDER[version]:
+            self._begins[name] = begin
+            layers = num_layers if name.startswith("layers/") else 1
+            begin += 4 * (table_size if name == _TABLES else layers * math.prod(self._shapes.get(name, (0,))))
 
     def files(self) -> list[Path]:
         return [self.path]
@@ -78,51 +81,24 @@ class Llama2cFile:
         return np.dtype(np.float32)
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        shape = self._shapes[path]
+        shape, model = self._shapes[path], self.config
         offset = self._begins[path] + 4 * (layer or 0) * math.prod(shape)
-        array = np.fromfile(self.path, "<f4", math.prod(shape), offset=offset).reshape(shape)
-        model, parts = self.config, path.split("/")
-        if parts[-1] != "kernel":
-            return array
-        if parts[-2] == "out":
-            return array.T.reshape(model.num_heads, model.head_dim, model.embed_dim)
-        if parts[-2] in ("query", "key"):  # neighbours to half a head apart
+        array = np.fromfile(self.path, "<f4", math.prod(shape), offset=offset)
+        if path.endswith(("query/kernel", "key/kernel")):  # neighbours to half a head apart
             array = array.reshape(-1, model.head_dim // 2, 2, model.embed_dim).swapaxes(1, 2)
-        if parts[1] == "attention":
-            return np.moveaxis(array.reshape(-1, model.head_dim, model.embed_dim), -1, 0)
-        return array.T
+        return in_first(array, path, shape)
 
 
 def _read_header(head: bytes, path: Path) -> tuple[int, tuple[int, ...], bool, int]:
-    """Version, the seven numbers, whether the head is the embedding, and where the matrices begin."""
+    """The version, the seven numbers, whether the head is the embedding, and the byte at which the matrices begin."""
     head = head.ljust(_HEADER_BYTES, b"\0")
     magic, version = struct.unpack_from("<Ii", head)
     if magic != MAGIC:
         *numbers, vocab_size, max_length = _HEADER.unpack_from(head)
         return 0, (*numbers, abs(vocab_size), max_length), vocab_size > 0, _HEADER.size
     if version != 1:
-        raise UserError(f"{path} has version {version} of llama2.c's format: 0 and 1 are read; 2 is quantized")
+        raise UserError(
+            "llama2c-version",
+            f"{path} has version {version} of llama2.c's format: take 0 or 1 (2 is quantized)",
+        )
     return version, _HEADER.unpack_from(head, 8), bool(head[8 + _HEADER.size]), _HEADER_BYTES
-
-
-def _their_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of each kind, of one layer."""
-    dim, width = model.embed_dim, model.head_dim
-    heads, kv_heads = model.num_heads * width, model.num_kv_heads * width
-    assert model.vocab_size is not None
-    shapes = {
-        "embed/embedding": (model.vocab_size, dim),
-        "layers/attention/query/kernel": (heads, dim),
-        "layers/attention/key/kernel": (kv_heads, dim),
-        "layers/attention/value/kernel": (kv_heads, dim),
-        "layers/attention/out/kernel": (dim, heads),
-        "layers/mlp/gate/kernel": (model.mlp_dim, dim),
-        "layers/mlp/down/kernel": (dim, model.mlp_dim),
-        "layers/mlp/up/kernel": (model.mlp_dim, dim),
-        "final_norm/scale": (dim,),
-        _TABLES: (2 * model.max_length, width // 2),
-        **dict.fromkeys(_NORMS, (dim,)),
-    }
-    if not model.tied_head:
-        shapes["head/kernel"] = (model.vocab_size, dim)
-    return shapes

@@ -1,9 +1,11 @@
-"""safetensors files, read and written one tensor at a time, so that no more than one lies in memory.
+"""safetensors files, read and written one tensor at a time, so that memory holds no more than one.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, and where its bytes
-begin and end), and the bytes. Several files of one model have an index beside them: name -> file. None of it is code.
+The library reads them and checks their headers. Writing is ours, since the library would take all tensors of a file at
+once. A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, and where its
+bytes begin and end), and the bytes; several files of one model have an index beside them: name -> file.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from slm_jax.errors import UserError
 from slm_jax.files import write_json
@@ -20,58 +23,107 @@ from slm_jax.files import write_json
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LONGEST_HEADER = 100_000_000  # as the library has it
+MAX_JSON_BYTES = 100_000_000
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies."""
+    """A tensor in a file."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 def open_tensors(directory: Path) -> dict[str, Entry]:
-    """Name -> where it lies, of all tensors of a directory; reads the headers only.
+    """Name -> entry of each tensor in a model directory; reads only the headers.
 
     Raises:
-      UserError: no safetensors file, one that is missing or damaged, pickled weights.
+      UserError: there is no safetensors file, one is missing or damaged, or the weights are pickled.
     """
     index = directory / INDEX
     if index.exists():
-        files = _indexed(index)
+        files = _indexed_files(index)
     elif (directory / SINGLE).exists():
         files = [directory / SINGLE]
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise UserError(_why_none(directory))
+        raise _no_weights(directory)
     entries: dict[str, Entry] = {}
     for file in files:
-        for name, entry in _header(file):
-            if name in entries:
-                raise UserError(f"tensor {name} lies in both {entries[name].file} and {file}: remove one of the files")
-            entries[name] = entry
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if name in entries:
+                    raise UserError(
+                        "weights-twice",
+                        f"tensor {name} is in both {entries[name].file} and {file}: remove one of the files",
+                    )
+                header = tensors.get_slice(name)
+                entries[name] = Entry(file, name, header.get_dtype(), tuple(header.get_shape()))
     return entries
 
 
 def dtype_of(entry: Entry) -> np.dtype:
-    """In which type a tensor is kept.
+    """The dtype in which a tensor is stored.
 
     Raises:
-      UserError: it is quantized or of whole numbers.
+      UserError: it is quantized or an integer.
     """
     if entry.dtype not in DTYPES:
-        raise UserError(f"{entry.file} holds {entry.dtype}: weights are read as {', '.join(DTYPES)}, not quantized")
+        raise UserError(
+            "weights-dtype",
+            f"{entry.file} holds {entry.name} as {entry.dtype}: take a model whose weights are {', '.join(DTYPES)}",
+        )
     return DTYPES[entry.dtype]
 
 
 def read_tensor(entry: Entry) -> np.ndarray:
-    """The tensor, in the type in which it is kept; UserError as `dtype_of`."""
-    return np.fromfile(entry.file, dtype_of(entry), math.prod(entry.shape), offset=entry.begin).reshape(entry.shape)
+    """The tensor, in the dtype in which it is stored; UserError as `dtype_of`."""
+    dtype_of(entry)
+    with _opened(entry.file) as tensors:
+        return tensors.get_tensor(entry.name)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped into memory; its header is checked to describe exactly the bytes that follow."""
+    check_file(file)
+    try:
+        with safe_open(file, framework="numpy") as tensors:  # bfloat16 as ml_dtypes registers it, which JAX imports
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError("file-damaged", f"{file} is damaged or half downloaded ({error}): download it again") from error
+
+
+def check_file(path: Path) -> None:
+    """Refuses what is no regular file (or a link to one): reading a pipe or a device would never end."""
+    if not path.is_file():
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise UserError("model-file", f"{path} {what}: give a model directory of Hugging Face with all of its files")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model directory.
+
+    Raises:
+      UserError: the file is missing, damaged or larger than 100 MB.
+    """
+    check_file(path)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(
+            "model-file", f"{path} has {path.stat().st_size:,} bytes, which no settings need: download it again"
+        )
+    try:
+        value = json.loads(path.read_text("utf-8-sig"))  # with or without a byte order mark
+    except OSError as error:
+        raise UserError("model-file", f"{path}: {error.strerror}: make it readable") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError("file-damaged", f"{path} is damaged (not JSON): download it again") from error
+    if not isinstance(value, dict):
+        raise UserError("file-damaged", f"{path} is damaged (not an object): download it again")
+    return value
 
 
 def write_tensors(
@@ -81,13 +133,14 @@ def write_tensors(
     max_bytes: int,
     arrays: Iterable[np.ndarray],
 ) -> None:
-    """Writes tensors as one file, or as several with an index.
+    """Writes tensors to one file, or to several with an index.
 
     Args:
-      shapes: name and shape of each.
+      directory: where.
+      shapes: name and shape of each tensor.
       dtype: float32, float16 or bfloat16.
-      max_bytes: a file holds as much at most, unless one tensor is larger.
-      arrays: the tensors, in that order and of that dtype; each is asked for when the one before is written.
+      max_bytes: maximum size of a file, unless a single tensor is larger.
+      arrays: the tensors, in that order and of that dtype; each is taken when the one before it has been written.
     """
     item = DTYPES[NAMES[dtype]].itemsize
     files: list[list[tuple[str, tuple[int, ...]]]] = [[]]
@@ -118,7 +171,7 @@ def _write_file(
         begin, end = end, end + math.prod(shape) * kept.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # so that tensors lie at multiples of 8 bytes
+    text += b" " * (-len(text) % 8)  # tensors start at multiples of 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, shape), array in zip(held, arrays, strict=False):
@@ -128,62 +181,40 @@ def _write_file(
         os.fsync(file.fileno())
 
 
-def _indexed(index: Path) -> list[Path]:
-    places = _json(index.read_bytes(), index).get("weight_map")
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index names, all of them in its own directory."""
+    places = read_json_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"{index} is damaged (no weight_map): download it again")
-    files = [index.with_name(Path(name).name) for name in sorted(set(places.values()))]
-    if missing := [file.name for file in files if not file.exists()]:
-        raise UserError(f"{index.parent} lacks {some(missing)}, which its index names: download them too")
-    return files
+        raise UserError("file-damaged", f"{index} is damaged (no weight_map): download it again")
+    names = sorted(set(places.values()))
+    if outside := [name for name in names if name in ("", ".", "..") or Path(name).name != name or "\0" in name]:
+        raise UserError(
+            "weights-outside", f"{index} names {some(outside)}, which is no file beside it: download it again"
+        )
+    if missing := [name for name in names if not index.with_name(name).exists()]:
+        raise UserError(
+            "weights-missing", f"{index.parent} lacks {some(missing)}, which its index names: download them too"
+        )
+    return [index.with_name(name) for name in names]
 
 
-def _header(file: Path) -> Iterator[tuple[str, Entry]]:
-    """Checks that the file is whole, so that reading cannot go wrong later."""
-    damaged = f"{file} is damaged or half downloaded"
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        if size < 8 or length > min(size - 8, LONGEST_HEADER):
-            raise UserError(f"{damaged} (no header of safetensors): download it again")
-        header = _json(content.read(length), file)
-    for name, about in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape, (begin, end) = about["dtype"], tuple(map(int, about["shape"])), about["data_offsets"]
-            known = DTYPES.get(dtype)
-            fits = known is None or end - begin == math.prod(shape) * known.itemsize
-            fits = fits and 0 <= begin <= end and min(shape, default=0) >= 0
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{damaged} (what it says of {name}): download it again") from error
-        if not fits or 8 + length + end > size:
-            raise UserError(f"{damaged} ({name} lies beyond its {size:,} bytes): download it again")
-        yield name, Entry(file, dtype, shape, 8 + length + begin, 8 + length + end)
-
-
-def _json(content: bytes, file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged (not JSON): download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is damaged (not an object): download it again")
-    return value
-
-
-def _why_none(directory: Path) -> str:
+def _no_weights(directory: Path) -> UserError:
     pickled = sorted(file.name for file in directory.glob("*") if file.suffix in PICKLED)
     if not pickled:
-        return f"{directory} holds no *.safetensors: give a directory of Hugging Face, or the .bin file of llama2.c"
-    return (
-        f"{directory} holds its weights as {some(pickled)}, and reading a pickle can run what it likes: where you "
-        'trust them, convert them with transformers: python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{directory}').save_pretrained('{directory}-converted')" + '", and copy the tokenizer there'
+        return UserError(
+            "weights-missing",
+            f"{directory} holds no *.safetensors: give a model directory of Hugging Face, or a .bin file of llama2.c",
+        )
+    return UserError(
+        "weights-pickled",
+        f"{directory} holds its weights as {some(pickled)}, and reading a pickle can run any code: if you trust them, "
+        'convert them with transformers: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{directory}').save_pretrained('{directory}-converted')"
+        + '", and copy the tokenizer there',
     )
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

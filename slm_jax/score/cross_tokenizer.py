@@ -1,7 +1,7 @@
-"""Scoring by a reference with another vocabulary: it reads the text of the corpus in its own tokens.
+"""Scoring by a reference with another vocabulary, which reads the text of the corpus in its own tokens.
 
-What it reads at a time is what the model that trains reads at a time: a segment of a row, with its own BOS before it,
-also where the segment goes on with a document that was cut. Its losses come back through the bytes of the text, see
+It reads the same text at a time as the model in training: a segment of a row, after a BOS of its own, even if the
+segment continues a document that was cut. Its losses are mapped back through the bytes of the text, see
 `slm_jax.data.alignment`.
 """
 
@@ -23,11 +23,11 @@ from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig
 
-LONGER = 4  # the reference's rows hold so many tokens for one of the corpus', if it reads so many
+LONGER = 4  # the reference's rows have this many tokens for each token of a corpus row, if it can read them
 
 
 class Segment(NamedTuple):
-    """Where a segment lies, which of its tokens the reference reads, and as what."""
+    """A segment of a row: the places of the tokens that the reference reads, and these tokens in its vocabulary."""
 
     row: int
     places: Int[np.ndarray, "T"]
@@ -36,10 +36,10 @@ class Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Sequences of any length as rows of one length: longer ones in overlapping windows.
+    """Sequences of any length packed into rows of one length, longer ones in overlapping windows.
 
-    tokens, segment_ids: the rows [R, L]. sources: for each sequence and window, as (first, end) in the sequence of what
-    counts, and where in the flat rows that lies.
+    tokens, segment_ids: the rows [R, L]. sources: for each sequence its windows, as (first, end, at): the part of the
+    sequence whose values are taken from this window, and where that part begins in the flattened rows.
     """
 
     tokens: Int[np.ndarray, "R L"]
@@ -47,15 +47,15 @@ class Windows:
     sources: list[list[tuple[int, int, int]]]
 
     def gathered(self, values: Float[np.ndarray, "R L"]) -> Iterator[np.ndarray]:
-        """What stands in the rows, sequence by sequence."""
+        """Values of the rows, sequence by sequence."""
         flat = values.reshape(-1)
         for parts in self.sources:
             yield np.concatenate([flat[at : at + end - first] for first, end, at in parts])
 
 
 def windows(sequences: list[np.ndarray], length: int) -> Windows:
-    """Of a sequence longer than a row, every window but the first begins half a row after the one before, and counts
-    from where that one ended: what counts has at least half a row before it."""
+    """Packs sequences into rows. In a sequence longer than a row, each window begins half a row after the one before it
+    and counts from where that one ended, so that a token that counts has at least half a row of context."""
     starts = [list(range(0, max(1, len(s) - length + (half := max(1, length // 2))), half)) for s in sequences]
     pieces = [(number, start) for number, many in enumerate(starts) for start in many]
     lengths = np.array([min(length, len(sequences[number]) - start) for number, start in pieces], np.int64)
@@ -72,39 +72,39 @@ def windows(sequences: list[np.ndarray], length: int) -> Windows:
 
 
 class CrossTokenizerScorer:
-    """Losses of rows by a reference with another vocabulary."""
+    """Losses of rows by a reference with another vocabulary; `removed`: it does not read metadata before documents."""
 
     def __init__(self, ours: Vocabulary, theirs: Vocabulary, model: ModelConfig, sequence_length: int, removed: bool):
-        """`removed`: metadata before documents is not read."""
         self._aligner, self._removed = Aligner(ours, theirs), removed
         self._length = min(model.max_length, LONGER * sequence_length)
         if model.vocab_size is not None and theirs.size > model.vocab_size:
             raise UserError(
-                f"the reference embeds {model.vocab_size} ids, its vocabulary has {theirs.size}: import it again"
+                "vocabulary-too-large",
+                f"the reference embeds {model.vocab_size} ids, its vocabulary has {theirs.size}: import it again",
             )
 
     def chunks(
         self, table: Corpus, ranges: Sequence[tuple[int, int]], score: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> Generator[dict[str, np.ndarray], None, None]:
-        """The losses of ranges of rows; the text of the next is translated while the devices score. `score` as in
-        `losses`. Says at the end how many tokens have none."""
+        """The losses of ranges of rows. The next range is tokenized while the devices score; `score` as in `losses`.
+        Prints at the end how many tokens have no loss."""
 
-        def translated(number: int) -> tuple[Batch, list[Segment]]:
+        def tokenized(number: int) -> tuple[Batch, list[Segment]]:
             rows = np.arange(*ranges[number])
             batch = read_batch([table], np.zeros(len(rows), np.int64), rows)
             return batch, self.segments(batch)
 
         unread, tokens = 0, 0
-        with contextlib.closing(read_ahead(translated, 0, len(ranges))) as ahead:
+        with contextlib.closing(read_ahead(tokenized, 0, len(ranges))) as ahead:
             for batch, segments in ahead:
                 loss = self.losses(batch, segments, score)
                 counts = batch.loss_mask & (batch.positions > 0)
                 unread, tokens = unread + int((np.isnan(loss) & counts).sum()), tokens + int(counts.sum())
                 yield {"loss": loss}
-        print(f"score: {unread:,} of {tokens:,} tokens stand for text that the reference could not read: no loss")
+        print(f"score: {unread:,} of {tokens:,} tokens have no loss: the reference could not read their text")
 
     def segments(self, batch: Batch) -> list[Segment]:
-        """All segments of rows on the host, each in the reference's tokens."""
+        """All segments of rows on the host, in the reference's tokens."""
         unread = (
             prefix_tokens(batch.segment_ids, batch.loss_mask) if self._removed else np.zeros(batch.tokens.shape, bool)
         )
@@ -119,7 +119,7 @@ class CrossTokenizerScorer:
         self, batch: Batch, segments: list[Segment], score: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> Float[np.ndarray, "B L"]:
         """The loss of each token of rows on the host; 0 where it has no predecessor in its segment or is not read, NaN
-        where the reference's text is not its.
+        where the reference cannot represent its text.
 
         score: tokens and segment ids of rows [R, L] in the reference's tokens -> their losses [R, L].
         """
@@ -127,7 +127,7 @@ class CrossTokenizerScorer:
         result = np.zeros(batch.tokens.shape, np.float32)
         theirs = rows.gathered(score(rows.tokens, rows.segment_ids)) if segments else iter(())
         for segment, losses in zip(segments, theirs, strict=True):
-            known = segment.aligned.ids != self._aligner.theirs.unk_id  # what it takes for unknown, it has not read
+            known = segment.aligned.ids != self._aligner.theirs.unk_id  # it has not read text that is unknown to it
             result[segment.row, segment.places] = carried(np.where(known, losses, np.nan), segment.aligned)
         result[batch.positions == 0] = 0.0
         return result

@@ -1,14 +1,14 @@
-"""Log-probs that an API or another engine gave, as a column of the corpus.
+"""Log-probs from an API or another engine as a column of the corpus.
 
-A file has one record per document, JSON lines (.gz, .zst) or Parquet. It names the document: `id` or `custom_id` as in
-documents.parquet, or `index`, its place there. What it scored stands in the record itself, in `choices` [0], or in
-`response.body.choices` [0]:
+A file has one record per document, as JSON lines (.gz, .zst) or Parquet. A record names its document by `id` or
+`custom_id`, as in documents.parquet, or by `index`, its row there. The scores are in the record itself, in `choices`
+[0], or in `response.body.choices` [0]:
     token_ids [n], logprobs [n]                     plain
-    prompt_logprobs [n], maybe prompt_token_ids     vLLM: of each token {id: {"logprob": x}}, or null
+    prompt_logprobs [n], maybe prompt_token_ids     vLLM: {id: {"logprob": x}} for each token, or null
     logprobs {tokens [n], token_logprobs [n]}       completions with echo: the tokens as text
 
-The engine scored a whole document; the model that trains sees what a row holds of it. So behind a cut these losses know
-more of what came before than the model does, and a reference of the stage `score` would.
+The engine scored a whole document, the model in training sees only the part of it that is in a row. So after a cut,
+these losses are based on more context than the model has, and than a reference of the stage `score` would have.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ from slm_jax.metrics import progress
 ID_FIELDS = ("custom_id", "id", "index")
 FIELDS = (*ID_FIELDS, "token_ids", "logprobs", "prompt_token_ids", "prompt_logprobs", "tokens", "token_logprobs")
 NESTED = ("response", "choices")
-TOGETHER = 256  # documents whose tokens are read at a time
+READ_AT_ONCE = 256  # documents, or rows
 CONTROL = re.compile(r"\s*(<.*>|\[.*\])?\s*", re.DOTALL)  # how engines name BOS and EOS: </s>, <|endoftext|>, [EOS]
-ROUNDING = 1e-2  # a log-prob may be so much above 0
+ROUNDING = 1e-2  # how far above 0 a log-prob may be
 
 
 class Answer(NamedTuple):
-    """What an engine said of the tokens of one document, each list [n].
+    """An engine's scores of the n tokens of one document.
 
-    logprobs: a number, None where there is none, or the numbers of several ids. ids, texts: the tokens; None where it
-    does not say.
+    logprobs: for each token a number, None, or {id: number} of several ids. ids, texts: the tokens, if the engine
+    reports them so.
     """
 
     logprobs: list[Any]
@@ -53,10 +53,10 @@ class Answer(NamedTuple):
 
 
 class LogProbs:
-    """The losses of a corpus' tokens that files have.
+    """Losses of the tokens of a corpus, from files.
 
     Attributes:
-        about: names the files, as the reference of a column.
+        about: describes the files in the column's manifest.
     """
 
     def __init__(self, pattern: str, table: Corpus, strip_metadata: bool, max_unaligned: float):
@@ -66,32 +66,32 @@ class LogProbs:
             pattern: path or glob.
             table: the corpus.
             strip_metadata: the documents were scored without the metadata before them.
-            max_unaligned: the share of tokens that may be without a loss.
+            max_unaligned: maximum fraction of tokens without a loss.
 
         Raises:
-            UserError: no such file, or more tokens without a loss.
+            UserError: there is no such file, or more tokens have no loss.
         """
         self._table, self._without_prefix = table, strip_metadata
         self._paths = readers.resolve([pattern], "score.external_logprobs")
         self._documents = table.documents()
-        self._numbers = {name: number for number, name in enumerate(self._documents["id"].to_pylist())}
+        self._ids: list[str] = self._documents["id"].to_pylist()
+        self._numbers = {name: number for number, name in enumerate(self._ids)}
         self._counts, self._first = Counter[str](), dict[str, str]()
         self._sizes, self._vocabulary = None, None
-        with tempfile.TemporaryFile() as file:  # as large as the column, wherever temporary files lie
+        with tempfile.TemporaryFile() as file:  # as large as the column, in the folder for temporary files
             self._losses = np.memmap(file, np.float32, "w+", shape=(table.num_rows, table.sequence_length))
         self._losses[:] = np.nan
         self._read()
-        without, tokens = self._without_loss()
-        self._report(without, tokens, max_unaligned)
+        without_loss = self._check(max_unaligned)
         self.about = {
             "files": [os.path.basename(path) for path in self._paths],
             "fingerprint": _hash(self._paths),
             "context": "the whole document",
-            "tokens_without_loss": without / max(tokens, 1),
+            "tokens_without_loss": without_loss,
         }
 
     def chunks(self, ranges: Sequence[tuple[int, int]]) -> Generator[dict[str, np.ndarray], None, None]:
-        """The losses of ranges of rows; 0 where a token has no predecessor in its row, NaN where there is none."""
+        """The losses of ranges of rows; 0 where a token has no predecessor in its row, NaN where it has no loss."""
         for start, stop in ranges:
             segments = self._table.read(np.arange(start, stop), ["segment_ids"])["segment_ids"]
             yield {"loss": np.where(positions_from_segments(segments) == 0, np.float32(0), self._losses[start:stop])}
@@ -99,7 +99,8 @@ class LogProbs:
     def _read(self) -> None:
         seen: set[int] = set()
         with progress(len(self._documents), 0, "read", "document") as bar:
-            for group in _groups(self._answers(seen)):
+            answers = iter(self._answers(seen))
+            while group := list(itertools.islice(answers, READ_AT_ONCE)):
                 picked = self._documents.take(pyarrow.array([number for number, _ in group]))
                 columns = self._table.read_documents(picked, ("tokens", "loss_mask"))
                 places = picked["row"].to_numpy() * self._table.sequence_length + picked["start"].to_numpy()
@@ -108,10 +109,10 @@ class LogProbs:
                     losses = self._aligned(answer, read["tokens"][kept].tolist(), number)
                     self._losses.reshape(-1)[place + np.flatnonzero(kept)[: len(losses)]] = losses
                 bar.update(len(group))
-        self._counts["documents are not there"] = len(self._documents) - len(seen)
+        self._counts["documents are missing"] = len(self._documents) - len(seen)
 
     def _answers(self, seen: set[int]) -> Iterable[tuple[int, Answer]]:
-        """Number of the document and what was said of it, for every record that says something."""
+        """(number of the document, its scores) of each usable record."""
         for path in self._paths:
             for record in readers.records(path, (*FIELDS, *NESTED)):
                 try:
@@ -119,7 +120,10 @@ class LogProbs:
                         raise BadRecord(record.problem)
                     number = self._number(record.fields)
                     if number in seen:
-                        raise UserError(f"{record.place}: document {self._name(number)!r} was there before: keep one")
+                        name = self._ids[number]
+                        raise UserError(
+                            "logprobs-twice", f"{record.place}: document {name!r} has an earlier record: keep one"
+                        )
                     answer = answer_of(record.fields)
                 except BadRecord as problem:
                     self._note("records cannot be used", f"{record.place}: {problem}")
@@ -132,34 +136,30 @@ class LogProbs:
         for name, value in given.items():
             if name != "index" and isinstance(value, str) and value in self._numbers:
                 return self._numbers[value]
-            if name == "index" and isinstance(value, int) and 0 <= value < len(self._documents):
+            if name == "index" and type(value) is int and 0 <= value < len(self._documents):
                 return value
         said = ", ".join(f"{name} {value!r}" for name, value in given.items()) or "no id, custom_id or index"
         raise BadRecord(f"{said} names no document of the corpus")
 
-    def _name(self, number: int) -> str:
-        return self._documents["id"][number].as_py()
-
     def _aligned(self, answer: Answer, tokens: list[int], number: int) -> np.ndarray:
-        """The losses of the tokens, with NaN for the first, up to the first that is another than the corpus'.
+        """The losses of the tokens, NaN for the first, up to the first token that differs from the corpus.
 
-        The engine read them from BOS on or from behind it: whichever fits further.
+        The engine read the document with BOS or without it: whichever agrees for more tokens.
         """
         texts = self._texts(tokens) if answer.texts is not None else None
         given = len(answer.logprobs)
-        from_bos, behind = (_agreeing(answer, tokens, texts, offset) for offset in (0, 1))
-        losses = from_bos if len(from_bos) >= 1 + len(behind) else [math.nan, *behind]
+        with_bos, without = (_agreeing(answer, tokens, texts, offset) for offset in (0, 1))
+        losses = with_bos if len(with_bos) >= 1 + len(without) else [math.nan, *without]
         if len(losses) < len(tokens):
-            begins_behind = losses is not from_bos
-            place = len(losses) - begins_behind
+            place = len(losses) - (losses is not with_bos)
             what = "documents end before their last token" if place >= given else "documents have other tokens"
-            there = answer.ids or answer.texts
-            shows = f"{there[place]!r} for " if there and place < given else "not "
-            self._note(what, f"{self._name(number)} at token {len(losses)}: {shows}{tokens[len(losses)]}")
+            given_tokens = answer.ids or answer.texts
+            instead = f"{given_tokens[place]!r} for " if given_tokens and place < given else "not "
+            self._note(what, f"{self._ids[number]} at token {len(losses)}: {instead}{tokens[len(losses)]}")
         return np.array(losses, np.float32)
 
     def _texts(self, tokens: list[int]) -> list[str] | None:
-        """The text that each token stands for; a part of a character shows as U+FFFD."""
+        """The text of each token; a part of a character is U+FFFD."""
         if self._vocabulary is None or self._sizes is None:
             self._vocabulary = self._table.vocabulary()
             self._sizes = self._vocabulary.token_bytes()
@@ -175,40 +175,40 @@ class LogProbs:
         self._counts[what] += 1
         self._first.setdefault(what, example)
 
-    def _without_loss(self) -> tuple[int, int]:
-        """Tokens that can train and have no loss here, and all that can train."""
+    def _check(self, limit: float) -> float:
+        """The fraction of the tokens that can train without a loss; prints it and its reasons, or refuses it."""
         without, tokens = 0, 0
-        for begin in range(0, self._table.num_rows, TOGETHER):
-            rows = np.arange(begin, min(begin + TOGETHER, self._table.num_rows))
+        for begin in range(0, self._table.num_rows, READ_AT_ONCE):
+            rows = np.arange(begin, min(begin + READ_AT_ONCE, self._table.num_rows))
             read = self._table.read(rows, ["loss_mask", "segment_ids"])
             counts = read["loss_mask"] & (positions_from_segments(read["segment_ids"]) > 0)
             without, tokens = without + int((counts & np.isnan(self._losses[rows])).sum()), tokens + int(counts.sum())
-        return without, tokens
-
-    def _report(self, without: int, tokens: int, limit: float) -> None:
         reasons = [
             f"{count:,} {what}" + (f" (first: {self._first[what]})" if what in self._first else "")
             for what, count in self._counts.items()
             if count
         ]
-        said = f"{without:,} of {tokens:,} tokens have no loss there" + ("; " if reasons else "") + ", ".join(reasons)
+        said = f"{without:,} of {tokens:,} tokens have no loss" + ("; " if reasons else "") + ", ".join(reasons)
         if without > limit * tokens:
             raise UserError(
-                f"score.external_logprobs {', '.join(self._paths)}: {said}. Score what is missing too, or allow "
-                f"a share with "
-                f"score.max_unaligned (now {limit:g})"
+                "logprobs-unaligned",
+                f"score.external_logprobs {', '.join(self._paths)}: {said}. Score the missing documents too, or raise "
+                f"score.max_unaligned (now {limit:g})",
             )
         print(f"score: {said}")
+        return without / max(tokens, 1)
 
 
 def answer_of(fields: dict[str, Any]) -> Answer:
-    """What a record says, in whichever shape.
+    """The scores of a record, in any of the three formats.
 
     Raises:
-        BadRecord: in none of them, or numbers that cannot be log-probs.
+        BadRecord: it has another format, or numbers that cannot be log-probs.
     """
-    inner = _read(fields.get("response")) or fields
-    inner = _read(inner["body"]) if isinstance(inner.get("body"), dict) else inner
+    response = _read(fields.get("response"))
+    inner = response if isinstance(response, dict) else fields
+    body = _read(inner.get("body"))
+    inner = body if isinstance(body, dict) else inner
     choices = _read(inner.get("choices"))
     inner = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else inner
     logprobs, listed = _read(inner.get("logprobs")), _read(inner.get("prompt_logprobs"))
@@ -220,24 +220,24 @@ def answer_of(fields: dict[str, Any]) -> Answer:
     elif isinstance(logprobs, list):
         answer = Answer(logprobs, _read(inner.get("token_ids")))
     else:
-        raise BadRecord(f"no log-probs (fields there: {', '.join(sorted(inner)) or 'none'})")
+        raise BadRecord(f"no log-probs (its fields: {', '.join(sorted(inner)) or 'none'})")
     names_itself = any(isinstance(entry, dict) for entry in answer.logprobs)
-    told = answer.ids if answer.ids is not None else answer.texts
-    if not isinstance(told, list) and not names_itself:
-        raise BadRecord("log-probs without token ids: nothing says that these are the tokens of the corpus")
-    if isinstance(told, list) and len(told) != len(answer.logprobs):
-        raise BadRecord(f"{len(told)} tokens and {len(answer.logprobs)} log-probs")
+    reported = answer.ids if answer.ids is not None else answer.texts
+    if not isinstance(reported, list) and not names_itself:
+        raise BadRecord("log-probs without token ids: they may be of other tokens than the corpus has")
+    if isinstance(reported, list) and len(reported) != len(answer.logprobs):
+        raise BadRecord(f"{len(reported)} tokens, but {len(answer.logprobs)} log-probs")
     if answer.texts is not None and not all(isinstance(text, str) for text in answer.texts):
-        raise BadRecord("tokens that are no text")
+        raise BadRecord("tokens that are not text")
     for entry in answer.logprobs:
         for value in entry.values() if isinstance(entry, dict) else (entry,):
             if value is not None and (not isinstance(value, int | float) or value > ROUNDING):
-                raise BadRecord(f"{value!r} is no log-prob: that is a number up to 0")
+                raise BadRecord(f"{value!r} is not a log-prob, a number up to 0")
     return answer
 
 
 def _read(value: Any) -> Any:
-    """Parquet has nested values as JSON too."""
+    """Parses a text as JSON, since Parquet files may hold nested values so."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -256,7 +256,7 @@ def _several(entry: Any) -> dict[str, Any] | None:
 
 
 def _agreeing(answer: Answer, tokens: list[int], texts: list[str] | None, offset: int) -> list[float]:
-    """The losses of the engine's tokens, from the first on, as long as they are the corpus' from `offset` on."""
+    """The losses of the engine's first tokens, as long as they equal the corpus' tokens from `offset` on."""
     losses = []
     for place, token in enumerate(tokens[offset : offset + len(answer.logprobs)]):
         value = answer.logprobs[place]
@@ -273,19 +273,14 @@ def _agreeing(answer: Answer, tokens: list[int], texts: list[str] | None, offset
 
 
 def _same_text(theirs: str, ours: list[str] | None, place: int) -> bool:
-    """Engines show BOS and EOS by names of their own, or as nothing, parts of characters as they like, and the first
-    space or not. What stands for other text than EOS is no EOS: an answer may go on where a document ends."""
+    """Whether the texts are of one token. Engines have their own names for BOS and EOS, or none; show parts of
+    characters in various ways; and may drop the first space. Other text than a name is not EOS: an answer may continue
+    after the end of the document."""
     if ours is None:
         return False
     text = ours[place]
     shown = theirs.lstrip(" ") == text.lstrip(" ") if place == 1 else theirs == text
     return shown or "\ufffd" in text or (text == "" and bool(CONTROL.fullmatch(theirs)))
-
-
-def _groups(answers: Iterable[tuple[int, Answer]]) -> Iterable[list[tuple[int, Answer]]]:
-    remaining = iter(answers)
-    while group := list(itertools.islice(remaining, TOGETHER)):
-        yield group
 
 
 def _hash(paths: Sequence[str]) -> str:

@@ -204,7 +204,15 @@ def _from_model(
         return scored if place is None else {name: put_back(value, place) for name, value in scored.items()}
 
     def on_mesh(read: Callable[[np.ndarray], tuple[Batch, np.ndarray | None]], num_rows: int) -> dict[str, np.ndarray]:
-        return mesh_lib.map_rows(lambda rows: compute(model.params, rows), read, num_rows, batch_size, devices)
+        scored = mesh_lib.map_rows(lambda rows: compute(model.params, rows), read, num_rows, batch_size, devices)
+        for name, values in scored.items():
+            if wrong := values.size - int(np.isfinite(values).sum()):
+                raise UserError(
+                    "score-not-finite",
+                    f"{wrong:,} of {values.size:,} values of {name} by step {model.step} of {reference} are NaN or "
+                    "infinite: score with another checkpoint",
+                )
+        return scored
 
     def losses(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
         return on_mesh(lambda rows: (make_batch(tokens[rows], segment_ids[rows]), None), len(tokens))["loss"]

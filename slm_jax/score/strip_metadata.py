@@ -1,4 +1,4 @@
-"""Rows without their metadata, for a reference that was trained on plain documents."""
+"""Removes metadata from rows, for a reference that was trained on plain documents, and maps its scores back."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +9,11 @@ from slm_jax.data.metadata import prefix_tokens
 
 
 def remove_prefix(batch: Batch) -> tuple[Batch, Int[np.ndarray, "B L"]]:
-    """Takes the metadata out of rows on the host.
+    """Removes the metadata from rows on the host.
 
     Returns:
-        The rows, as long as before: what is left moves to the left within its row, padding follows. And where each
-        token of the given rows is now, -1 where it was taken out.
+        The rows, as long as before: the remaining tokens move to the left within their row, padding follows. And the
+        new place of each token of the given rows, -1 for a removed one.
     """
     kept = (batch.segment_ids > 0) & ~prefix_tokens(batch.segment_ids, batch.loss_mask)
     order = np.argsort(~kept, axis=1, kind="stable")
@@ -27,5 +27,5 @@ def remove_prefix(batch: Batch) -> tuple[Batch, Int[np.ndarray, "B L"]]:
 
 
 def put_back(values: Float[Array, "B L"], place: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """Values of the rows that `remove_prefix` gave, at the tokens that they are about; 0 at those taken out."""
+    """Values of the rows from `remove_prefix`, back at the tokens they belong to; 0 at removed tokens."""
     return jnp.where(place < 0, 0.0, jnp.take_along_axis(values, jnp.maximum(place, 0), axis=1))

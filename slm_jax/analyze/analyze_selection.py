@@ -88,7 +88,7 @@ def analyze_selection(
             f"two runs are called {max(names, key=names.count)!r}: give their folders different names",
         )
     config_lib.print_unused()
-    record = of_runs(read, downstream) | {"downstream": downstream}
+    record: dict[str, Any] = of_runs(read, downstream) | {"downstream": downstream}
     folder = Path(output or f"{runs[0]}/selection")
     if corpus is None and (dynamics or selection or references):
         raise UserError(

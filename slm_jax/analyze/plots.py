@@ -357,7 +357,7 @@ def stacked(
     for number, name in enumerate(names):
         look = {"color": colours[number], "hatch": HATCHES[number % 4], "edgecolor": "white", "alpha": 0.85}
         axes.barh(places, shares[:, number], left=left, label=name, height=0.72, **look)
-        for place in np.flatnonzero(shares[:, number] >= 0.06):
+        for place in np.flatnonzero(shares[:, number] >= 0.06).tolist():
             share = shares[place, number]
             at = left[place] + share / 2
             axes.text(at, place, f"{share:.0%}", ha="center", va="center", fontsize=8, bbox=box)

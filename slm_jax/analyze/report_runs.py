@@ -67,9 +67,8 @@ def analyze_report(runs: Sequence[str] = (), output: str = "report") -> None:
 
 
 def _arm_run(run: Run) -> ArmRun:
-    flops = run.flops()
-    known = flops.training is not None and flops.scoring is not None
-    return ArmRun.of_rows(run.rows, (flops.scoring, flops.training) if known else None)
+    training, scoring, _ = run.flops()
+    return ArmRun.of_rows(run.rows, None if training is None or scoring is None else (scoring, training))
 
 
 def _intro(groups: Sequence[Group], runs: Mapping[str, Run]) -> Iterator[str]:

@@ -100,7 +100,7 @@ def of_tokens(
         "scores": {score: selector.of(rows, own.values[-1], score=score) for score in scores},
         "references": {name: selector.of(rows, own.values[-1], reference=name) for name in references},
     }
-    share = float(last.mean())
+    share = float(sets[-1].mean())
     overlap: dict[str, Any] = {"by_chance": share / (2 - share)}
     for name, family in families.items():
         if len(family) > 1:
@@ -111,7 +111,7 @@ def of_tokens(
     return {
         "corpus": rows.table.path,
         "fingerprint": rows.table.fingerprint,
-        "tokens": sets.shape[1],
+        "tokens": len(sources),
         "selection": dataclasses.asdict(selector.selection),
         "batch_size": selector.batch_size,
         "run": first,

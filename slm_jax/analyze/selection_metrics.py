@@ -51,10 +51,9 @@ def of_runs(runs: Sequence[Run], downstream: str) -> dict[str, Any]:
 def _of_run(run: Run, downstream: str) -> dict[str, Any]:
     phase = run.selective_phase()
     selection = selection_of(phase["selection"]) if phase else None
-    ratio: float | None = 1.0
-    if phase:  # one number, or None
-        varies = not isinstance(selection, Selection) or selection.threshold is not None or phase.get("keep_ratio")
-        ratio = None if varies else selection.ratio
+    ratio: float | None = None if phase else 1.0
+    if phase and isinstance(selection, Selection) and selection.threshold is None and not phase.get("keep_ratio"):
+        ratio = selection.ratio  # else it is not one number
     counters = {name: (run.curve(name)[1][-1:].tolist() or [None])[0] for name in ("tokens_seen", "tokens_trained")}
     seen, trained = (None if value is None else int(value) for value in counters.values())
 

@@ -317,7 +317,8 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
 
 def _draw(folder: Path, name: str, label: str, entries: Sequence[tuple[str, str, float | None]]) -> None:
     """Bars of (text, vocabulary, value)."""
-    texts, vocabularies = (list(dict.fromkeys(entry[i] for entry in entries)) for i in range(2))
+    texts = list(dict.fromkeys(text for text, _, _ in entries))
+    vocabularies = list(dict.fromkeys(vocabulary for _, vocabulary, _ in entries))
     values = np.full((len(texts), len(vocabularies)), np.nan)
     for text, vocabulary, value in entries:
         values[texts.index(text), vocabularies.index(vocabulary)] = np.nan if value is None else value

@@ -34,6 +34,10 @@ STAGES = {
     "analyze tokenizers": "slm_jax.analyze.tokenizers",
     "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.compile_ahead",
+    "experiment": "slm_jax.experiment.run_experiment",
+    "experiment world": "slm_jax.experiment.worlds.write_world",
+    "experiment label": "slm_jax.experiment.worlds.label",
+    "experiment filter": "slm_jax.experiment.worlds.filter_documents",
 }
 SHARED = (  # stages that several processes can run together
     *("train", "score", "evaluate", "evaluate_math", "generate", "import", "export"),
@@ -56,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="file of settings; repeatable")
     parser.add_argument("--gin.NAME=VALUE", dest="_", action="store_true", help="one setting; overrides files")
-    parser.add_argument("--NAME=TEXT", dest="_", action="store_true", help="a setting of the stage that is a string")
+    parser.add_argument(
+        "--NAME=VALUE", dest="_", action="store_true", help="a setting of the stage: a string or number"
+    )
     parser.add_argument("--NAME", dest="_", action="store_true", help="turns on a setting of the stage")
     parser.add_argument("--help", "-h", action="store_true", help="show this text, or the settings of the stage")
     try:
@@ -79,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(settings_lib.help_text(stage))
         return DONE
     bindings = [_binding(stage, argument) for argument in rest]
-    if runs and config.takes_runs(stage):
-        bindings.append(f"{stage}.runs={runs!r}")
+    if runs and (binding := config.words_binding(stage, runs)):
+        bindings.append(binding)
     elif runs or None in bindings:
         argument = runs[0] if runs else rest[bindings.index(None)]
         message = f"unknown argument {argument!r}: settings look like --gin.NAME=VALUE"
@@ -92,13 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _binding(stage: str, argument: str) -> str | None:
-    """NAME=VALUE for gin, from --gin.NAME=VALUE, from --NAME=TEXT for a string setting of the stage, or from --NAME for
-    a flag; None for another argument."""
+    """NAME=VALUE for gin, from --gin.NAME=VALUE, from --NAME=VALUE for a setting of the stage that is a string or
+    a number, or from --NAME for a flag; None for another argument."""
     if re.fullmatch(r"--gin\.[^=]+=.*", argument, re.DOTALL):
         return argument.removeprefix("--gin.")
     found = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
     if found and found[1] in config.text_settings(stage):
         return f"{stage}.{found[1]}={found[2]!r}"
+    if found and found[1] in config.number_settings(stage):
+        return f"{stage}.{found[1]}={found[2]}"
     if argument.removeprefix("--") in config.flags(stage):
         return f"{stage}.{argument.removeprefix('--')}=True"
     return None

@@ -22,7 +22,7 @@ import gin
 from slm_jax.errors import UserError
 from slm_jax.renamed import new_setting
 
-_command_line: list[str] = []  # names bound by `--gin.NAME=VALUE` in this process
+_command_line: list[str] = []  # bindings of `--gin.NAME=VALUE` in this process
 RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 # Otherwise gin also looks for includes in Python packages: it logs "Path not found" for each, and fails if the folder
 # `configs` can be imported.
@@ -38,14 +38,29 @@ def load(files: Sequence[str] = (), bindings: Sequence[str] = ()) -> None:
       UserError: `gin-no-file`, `gin-unknown-name`, `gin-renamed`, `gin-syntax`, or `gin-error` for anything else.
     """
     gin.clear_config()
-    _command_line[:] = [binding.split("=")[0].strip() for binding in bindings]
+    _command_line[:] = bindings
     for file in files:
-        if not os.path.isfile(file):
-            raise UserError("gin-no-file", f"gin file {file} does not exist: check --gin_file")
-        for directory in Path(file).resolve().parents[:4]:
-            gin.add_config_file_search_path(str(directory))
+        load_more(file)
+    _parse([], bindings)
+
+
+def load_more(file: str | os.PathLike) -> None:
+    """Parses one more gin file; the bindings of the last `load` still override it.
+
+    Raises:
+      UserError: as `load`.
+    """
+    if not os.path.isfile(file):
+        raise UserError("gin-no-file", f"gin file {file} does not exist: check --gin_file")
+    for directory in Path(file).resolve().parents[:4]:
+        gin.add_config_file_search_path(str(directory))
+    _parse([str(file)], _command_line)
+
+
+def _parse(files: Sequence[str], bindings: Sequence[str]) -> None:
     try:
-        gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)
+        with gin.unlock_config():
+            gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)
     except (ValueError, SyntaxError, OSError, ImportError) as error:
         raise UserError(*_explain(error)) from error
 
@@ -108,9 +123,20 @@ def flags(stage: str) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.default is False]
 
 
-def takes_runs(stage: str) -> bool:
-    """Whether the stage has a setting `runs`, given as words after its name: `slm-jax analyze report RUN RUN`."""
-    return "runs" in inspect.signature(gin.get_configurable(stage)).parameters
+def number_settings(stage: str) -> list[str]:
+    """Names of the stage's own settings that are one number, so that `--NAME=VALUE` needs no `gin.STAGE`."""
+    parameters = inspect.signature(gin.get_configurable(stage)).parameters.values()
+    numbers = (int, float, int | None, float | None)
+    return [parameter.name for parameter in parameters if parameter.annotation in numbers]
+
+
+def words_binding(stage: str, words: Sequence[str]) -> str | None:
+    """The binding of words after the stage's name, `slm-jax analyze report RUN RUN` or `slm-jax experiment RECIPE`;
+    None where the stage takes none, or fewer."""
+    parameters = inspect.signature(gin.get_configurable(stage)).parameters
+    if "runs" in parameters:
+        return f"{stage}.runs={list(words)!r}"
+    return f"{stage}.recipe={words[0]!r}" if "recipe" in parameters and len(words) == 1 else None
 
 
 def _default(parameter: inspect.Parameter) -> str:
@@ -141,7 +167,7 @@ def print_unused() -> None:
     """Prints the settings of the command line that nothing has read; call it once a stage has built its settings."""
     used = {line.split(" = ")[0] for line in gin.operative_config_str().splitlines() if " = " in line}
     used = {re.sub(r"^(.*/)?(\w+\.)*(\w+\.\w+)$", r"\3", name) for name in used}
-    for name in _command_line:
+    for name in (binding.split("=")[0].strip() for binding in _command_line):
         if re.sub(r"^.*/", "", name) not in used:
             print(f"setting {name} has no effect: nothing that this stage builds reads it", flush=True)
 

@@ -97,7 +97,7 @@ def help_text(stage: str) -> str:
     """What `slm-jax STAGE --help` prints: the stage's docstring, then its settings and those of all that it reaches."""
     about = re.split(r"\n\w+:\n", inspect.cleandoc(configurables()[stage].wrapped.__doc__ or ""))[0].strip()
     lines = [about, "", "Settings, as --gin.NAME=VALUE or in a --gin_file; those of the stage that are text also as"]
-    lines += ["--NAME=TEXT, those that are off also as --NAME:"]
+    lines += ["--NAME=VALUE (numbers too), those that are off also as --NAME:"]
     for name in reached_by(stage):
         lines += ["", name if name == stage else textwrap.fill(f"{name}: {summary(name)}", WIDTH)]
         for setting in settings_of(name):

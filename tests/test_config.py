@@ -50,7 +50,7 @@ def test_every_configurable_is_frozen_with_its_required_settings_marked():
     assert surface["train"]["seed"] == "0" and "num_layers" in surface["model"]
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.gin")), ids=lambda path: "/".join(path.parts[-2:]))
+@pytest.mark.parametrize("path", sorted((RECIPES / "runs").rglob("*.gin")), ids=lambda path: "/".join(path.parts[-2:]))
 def test_recipes_name_what_exists(path, monkeypatch, tmp_path, caplog):
     """From any working directory, and where `configs` looks like a package; every one opens with what it is, and how
     to run it unless it is included."""

@@ -33,9 +33,11 @@ MAY_IMPORT = {
     "evaluate": BOTTOM | {"models", "data", "score"},
     "analyze": BOTTOM | {"models", "data", "score", "evaluate"},
     "convert": BOTTOM | {"models", "data", "score"},
-    "demo": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze"},
+    "experiment": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze"},
+    "demo": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze", "experiment"},
     "compile": BOTTOM | {"models", "data", "score", "train"},
-    "__main__": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze", "convert", "demo", "compile"},
+    "__main__": BOTTOM
+    | {"models", "data", "score", "train", "evaluate", "analyze", "convert", "demo", "experiment", "compile"},
     "__init__": set(),
 }
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -88,7 +88,7 @@ def test_help_lists_every_setting_of_a_stage(stage, run):
 @pytest.mark.parametrize(
     "arguments, code, messages",
     [
-        (["train", "--seed=1"], 2, ["unknown argument '--seed=1'", "--gin.NAME=VALUE", "--run_dir=TEXT"]),
+        (["train", "--sead=1"], 2, ["unknown argument '--sead=1'", "--gin.NAME=VALUE", "--run_dir=TEXT"]),
         (["train", "--run_dirs=r"], 2, ["unknown argument '--run_dirs=r'", "--run_dir=TEXT"]),
         (["train", "more"], 2, ["unknown argument 'more'"]),
         (["train", "--gin.train.run_dir"], 2, ["unknown argument '--gin.train.run_dir'"]),

@@ -5,10 +5,10 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from slm_jax.demo.draw import number, pick
-from slm_jax.demo.general import general_text
-from slm_jax.demo.noise import inject_noise
-from slm_jax.demo.stories import Story, clean_story
+from slm_jax.experiment.worlds.draw import number, pick
+from slm_jax.experiment.worlds.general import general_text
+from slm_jax.experiment.worlds.noise import inject_noise
+from slm_jax.experiment.worlds.stories import Story, clean_story
 
 NOISE_RATE = 0.045  # of the blanks of a story
 GENERAL_SHARE = 0.38  # of the documents of the noisy corpus

@@ -32,6 +32,7 @@ class Samples:
       prefix: text placed after the BOS of each prompt.
       sampling: how to sample; by default the most likely token.
       batch_size: prompts continued at a time.
+      per_prompt: samples of each prompt.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Samples:
     prefix: str = ""
     sampling: Sampling | None = None
     batch_size: int = 8
+    per_prompt: int = 1
 
     def __post_init__(self) -> None:
         if not self.prompts or isinstance(self.prompts, str):
@@ -58,10 +60,11 @@ class Samples:
                 generator = Generator(params, model, vocabulary, mesh, self.batch_size)
             else:
                 generator.load(params)
-            continuations = generator.complete(self.prompts, sampling, self.prefix)
+            prompts = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
+            continuations = generator.complete(prompts, sampling, self.prefix)
             generator.unload()
             rows = []
-            for prompt, made in zip(self.prompts, continuations, strict=True):
+            for prompt, made in zip(prompts, continuations, strict=True):
                 tokens = [token for token in made.tokens if token != vocabulary.eos_id]
                 loop = longest_loop(tokens)
                 row = {"prefix": self.prefix, "prompt": prompt, "text": made.text, "ended": made.ended}

@@ -1,5 +1,4 @@
-"""MixtureComponents that are the same on every version of Python: the standard library promises that of `random()`
-alone."""
+"""Random draws that are the same on every version of Python: the standard library promises that of `random()` alone."""
 
 import random
 from collections.abc import Sequence

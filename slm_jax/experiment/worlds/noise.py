@@ -3,7 +3,7 @@
 import random
 import string
 
-from slm_jax.demo.draw import characters, number, pick
+from slm_jax.experiment.worlds.draw import characters, number, pick
 
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 MENU = (
@@ -53,6 +53,10 @@ def _tracking(rng: random.Random) -> str:
 
 
 KINDS = (_timestamp, _user, _identifier, _advertisement, _menu, _tracking)
+
+
+def piece_of_noise(rng: random.Random) -> str:
+    return pick(rng, KINDS)(rng)
 
 
 def inject_noise(text: str, rng: random.Random, rate: float) -> tuple[str, list[tuple[int, int]]]:

@@ -6,7 +6,7 @@ predict, and so keeps taking a share of what a model learns.
 
 import random
 
-from slm_jax.demo.draw import characters, number, pick
+from slm_jax.experiment.worlds.draw import characters, number, pick
 
 # Slots in braces are filled from the lists below, or: {n} is a number, {x} a random code, {w} a made-up word and {name}
 # a made-up name. " | " stands between sentences.

@@ -8,8 +8,8 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from slm_jax.demo.draw import number, pick, pick_two
-from slm_jax.demo.words import DAYS, GOODS, NAMES, PLACES, SCENERY, SCENERY_WORDS, TIMES, Place
+from slm_jax.experiment.worlds.draw import number, pick, pick_two
+from slm_jax.experiment.worlds.words import DAYS, GOODS, NAMES, PLACES, SCENERY, SCENERY_WORDS, TIMES, Place
 
 
 class Step(NamedTuple):

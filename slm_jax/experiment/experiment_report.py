@@ -1,0 +1,288 @@
+"""The report of an experiment: report.html, results.md and summary.json."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slm_jax.analyze import report as report_lib
+from slm_jax.analyze.plots import Figure
+from slm_jax.analyze.report import ArmRun, Passage, Report, ShownToken, arm_figures, heading
+from slm_jax.analyze.tables import NOTHING, Cell, Table, kind_of, number
+from slm_jax.experiment import findings
+from slm_jax.experiment.findings import By, Verdict
+from slm_jax.experiment.intervals import Estimate
+from slm_jax.experiment.recipe import Recipe
+from slm_jax.files import write_json, write_text
+
+Runs = Mapping[int, findings.Result]
+MAIN_FIGURES = 6  # shown before the details
+MET = {True: "met", False: "not met", None: "not run"}
+SELECTION = ("planted", "recall", "precision")
+INTERVALS = (
+    "Paired by seed. In brackets: 95 % interval by Student's t; then by bootstrap over the seeds, which is too narrow "
+    "where they are few."
+)
+
+
+def write_report(folder: Path, recipe: Recipe, results: Mapping[str, findings.Result], total: int) -> dict[str, Any]:
+    """Writes the three files from the results that are there; returns the summary."""
+    by = findings.grouped(recipe, list(results.values()))
+    verdicts = [findings.verdict(recipe, by, threshold) for threshold in recipe.thresholds]
+    tables = [table for table in _tables(recipe, by) if table.rows]
+    summary = summary_of(recipe, by, verdicts, total)
+    write_json(folder / "summary.json", summary)
+    write_text(folder / "results.md", _markdown(recipe, by, verdicts, tables, total))
+    first, *others = tables
+    figures = list(_figures(recipe, by))
+    report = Report(
+        title=f"slm_jax: {recipe.name}",
+        heading=recipe.question,
+        intro=[_progress(by, total), *recipe.sources],
+        table=first,
+        passages=_passages(by),
+        findings=[(_kind(each), _sentence(each)) for each in verdicts],
+        figures=figures[:MAIN_FIGURES],
+        details=others,
+        more_figures=figures[MAIN_FIGURES:],
+        facts={"Made with": _facts(by)},
+    )
+    report_lib.write_report(folder, report)
+    return summary
+
+
+def summary_of(recipe: Recipe, by: By, verdicts: Sequence[Verdict], total: int) -> dict[str, Any]:
+    """All numbers of the report: variant -> arm -> measure, comparison with the baseline, cost, selection."""
+    first = recipe.measures[0]
+    found: dict[str, Any] = {}
+    for variant, arms in by.items():
+        base = arms[recipe.baseline]
+        for arm, runs in arms.items():
+            if not runs:
+                continue
+            row: dict[str, Any] = {"seeds": sorted(runs)}
+            row["measures"] = {name: _plain(findings.mean_of(runs, name)) for name in recipe.measures}
+            row["cost"] = _mean_cost(runs)
+            if arm != recipe.baseline:
+                row["difference"] = {name: _plain(findings.difference(runs, base, name)) for name in recipe.measures}
+                row["equal_flops"] = {
+                    "scoring counted": _plain(findings.equal_cost(runs, base, first, False)),
+                    "scoring and reference counted": _plain(findings.equal_cost(runs, base, first, True)),
+                }
+                row["reaches_baseline_at_share_of_tokens"] = findings.crossings(runs, base, first)
+            if recipe.oracle and arm not in (recipe.oracle, recipe.baseline):
+                row["recovered"] = _plain(findings.recovered(runs, base, arms[recipe.oracle], first))
+            selection = {name: _plain(findings.mean_of(runs, f"selected/{name}")) for name in SELECTION}
+            row |= {"selection": selection} if selection["recall"] else {}
+            found.setdefault(variant, {})[arm] = row
+    return {
+        "recipe": recipe.name,
+        "question": recipe.question,
+        "runs": sum(len(runs) for arms in by.values() for runs in arms.values()),
+        "runs_planned": total,
+        "baseline": recipe.baseline,
+        "verdicts": [
+            {
+                "name": each.threshold.name,
+                "claim": each.threshold.claim,
+                "verdict": MET[each.met],
+                "bound": {"at_most": each.threshold.at_most, "at_least": each.threshold.at_least},
+                "values": {variant: _plain(value) for variant, value in each.values.items()},
+            }
+            for each in verdicts
+        ],
+        "variants": found,
+    }
+
+
+def _plain(value: Estimate | None) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    rounded = {name: [round(x, 6) for x in item] for name, item in value._asdict().items() if isinstance(item, tuple)}
+    return {"mean": round(value.mean, 6), "t": None, "bootstrap": None} | rounded
+
+
+def _mean_cost(runs: Runs) -> dict[str, Any]:
+    """Means over the seeds; None where one is not known."""
+    costs: dict[str, Any] = {}
+    for name in ("steps", "tokens_seen", "tokens_trained", "train_seconds"):
+        costs[name] = float(np.mean([result[name] for result in runs.values()]))
+    for name in ("training", "scoring", "reference"):
+        values = [result["flops"][name] for result in runs.values()]
+        costs[f"flops_{name}"] = None if None in values else float(np.mean(values))
+    return costs
+
+
+def _progress(by: By, total: int) -> str:
+    done = sum(len(runs) for arms in by.values() for runs in arms.values())
+    return f"{done} of {total} runs are done." if done < total else f"All {total} runs are done."
+
+
+def _kind(found: Verdict) -> str:
+    return {True: "better", False: "worse", None: "note"}[found.met]
+
+
+def _sentence(found: Verdict) -> str:
+    values = "; ".join(f"{variant or 'found'}: {_estimate(value)}" for variant, value in found.values.items())
+    bound = f"at most {found.threshold.at_most:g}" if found.threshold.at_most is not None else ""
+    bound = bound or f"at least {found.threshold.at_least:g}"
+    return f"{found.threshold.claim} ({bound}, {found.threshold.seeds}): {MET[found.met]}. {values}"
+
+
+def _estimate(value: Estimate | None, digits: int = 3, signed: bool = False) -> str:
+    if value is None:
+        return NOTHING
+    text = number(value.mean, digits, signed=signed)
+    for interval in (value.t, value.bootstrap):
+        if interval is not None:
+            text += f" [{number(interval[0], digits, signed)}, {number(interval[1], digits, signed)}]"
+    return text
+
+
+class Row(NamedTuple):
+    """An arm that has results, and those of the baseline in its variant."""
+
+    label: str
+    arm: str
+    runs: Runs
+    base: Runs
+    oracle: Runs
+
+
+def _rows(recipe: Recipe, by: By) -> Iterator[Row]:
+    labels = {arm.name: arm.label or arm.name for arm in recipe.arms}
+    for variant, arms in by.items():
+        oracle = arms[recipe.oracle] if recipe.oracle else {}
+        for arm, runs in arms.items():
+            label = f"{variant}: {labels[arm]}" if variant else labels[arm]
+            if runs:
+                yield Row(label, arm, runs, arms[recipe.baseline], oracle)
+
+
+def _tables(recipe: Recipe, by: By) -> Iterator[Table]:
+    rows = list(_rows(recipe, by))
+    compared = [row for row in rows if row.arm != recipe.baseline]
+    headings, first = [heading(name) for name in recipe.measures], recipe.measures[0]
+
+    def arm_cells(row: Row) -> list[Cell]:
+        seeds = Cell(str(len(row.runs)), value=len(row.runs))
+        return [seeds, *(_cell(row.runs, row.base, name) for name in recipe.measures)]
+
+    note = f"Means over seeds, lowest and highest; small: difference to {recipe.baseline}. Losses in nats per token."
+    yield Table("Arms", ["arm", "seeds", *headings], [(row.label, arm_cells(row)) for row in rows], note, "arms")
+
+    def differences(row: Row) -> list[Cell]:
+        return [_difference_cell(findings.difference(row.runs, row.base, name)) for name in recipe.measures]
+
+    title = f"Differences to {recipe.baseline} at equal tokens"
+    yield Table(title, ["arm", *headings], [(r.label, differences(r)) for r in compared], INTERVALS, "differences")
+
+    def costs(row: Row) -> list[Cell]:
+        equal = [findings.equal_cost(row.runs, row.base, first, reference) for reference in (False, True)]
+        reached = findings.crossings(row.runs, row.base, first)
+        crossed = ", ".join("never" if share is None else f"{share:.0%}" for share in reached)
+        return [*map(_difference_cell, equal), Cell(crossed), *_cost_cells(row.runs)]
+
+    columns = ["arm", "scoring counted", "and reference", "tokens to its end", "TFLOP training", "scoring", "reference"]
+    note = (
+        f"Difference to {recipe.baseline} where it ends, in operations: an arm that pays for scoring or a reference is "
+        "read off there in the middle of its schedule. Tokens: the share of the baseline's after which the arm's curve "
+        "first reaches the baseline's final value, for each seed."
+    )
+    yield Table(f"{first} at equal cost", columns, [(row.label, costs(row)) for row in compared], note, "costs")
+
+    gains = {r.label: findings.recovered(r.runs, r.base, r.oracle, first) for r in compared if r.arm != recipe.oracle}
+    cells = [(label, [Cell(_estimate(share, 2), value=share.mean)]) for label, share in gains.items() if share]
+    note = "Mean gain over the oracle's mean gain; brackets: Fieller's interval, then bootstrap."
+    yield Table(f"Share of the oracle's gain in {first}", ["arm", "recovered"], cells, note, "recovered")
+
+    kept = [(r.label, [findings.mean_of(r.runs, f"selected/{name}") for name in SELECTION]) for r in rows]
+    cells = [(label, [Cell(_percent(x), value=x.mean) for x in values if x]) for label, values in kept if all(values)]
+    columns = ["arm", "kept of planted tokens", "of all others (recall)", "not planted, of the kept (precision)"]
+    yield Table("What selection keeps", columns, cells, "Over the second half of the run.", "selection")
+    yield from _samples(by)
+
+
+def _samples(by: By) -> Iterator[Table]:
+    """What the models of the first seed write, side by side."""
+    note = "First seed; prompt … continuation. Noise is recognised by the generator's grammar."
+    for variant, arms in by.items():
+        first = {arm: runs[min(runs)]["samples"] for arm, runs in arms.items() if runs}
+        for name in dict.fromkeys(name for samples in first.values() for name in samples):
+            rows = []
+            for arm, samples in first.items():
+                if (about := samples.get(name)) and "answer" not in about["shown"][0]:
+                    texts = [Cell(f"{shown.get('prompt', '')} … {shown['text']}") for shown in about["shown"][:3]]
+                    rows.append((f"{arm}: {_share(about['noisy'])} hold noise", texts))
+            where = f", {variant}" if variant else ""
+            yield Table(f"What the models write: {name}{where}", ["arm", "", "", ""], rows, note, words=True)
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.0%}"
+
+
+def _percent(value: Estimate) -> str:
+    return f"{value.mean:.1%}"
+
+
+def _cell(runs: Runs, base: Runs, name: str) -> Cell:
+    value, change = findings.mean_of(runs, name), findings.difference(runs, base, name)
+    if value is None:
+        return Cell(NOTHING)
+    cell = Cell(number(value.mean, 3), value=value.mean)
+    if len(value.each) > 1:
+        spread = (min(value.each), max(value.each))
+        cell = cell._replace(spread=spread, range=f"{number(spread[0], 3)} to {number(spread[1], 3)}")
+    if change is None or runs is base:
+        return cell
+    is_loss = "loss" in name or "bits" in name
+    kind = kind_of(change.mean if is_loss else -change.mean)
+    return cell._replace(change=number(change.mean, 3, signed=True), kind=kind)
+
+
+def _difference_cell(value: Estimate | None) -> Cell:
+    return Cell(_estimate(value, signed=True), value=value.mean if value else None)
+
+
+def _cost_cells(runs: Runs) -> list[Cell]:
+    values = [_mean_cost(runs)[f"flops_{name}"] for name in ("training", "scoring", "reference")]
+    return [Cell(NOTHING) if value is None else Cell(number(value / 1e12, 2), value=value / 1e12) for value in values]
+
+
+def _figures(recipe: Recipe, by: By) -> Iterator[Figure]:
+    labels = {arm.name: arm.label or arm.name for arm in recipe.arms}
+    measures = [name for name in recipe.measures if "loss" in name]
+    for variant, arms in by.items():
+        shown = []
+        for arm, runs in arms.items():
+            each = [ArmRun(r["evaluations"], r["training"], findings.cost(r, True)) for r in runs.values()]
+            shown += [report_lib.Arm(labels[arm], each)] if each else []
+        yield from arm_figures(shown, measures, f", {variant}" if variant else "")
+
+
+def _passages(by: By) -> list[Passage]:
+    """Those of the first result that has any."""
+    for runs in (runs for arms in by.values() for runs in arms.values() if runs):
+        if stored := runs[min(runs)].get("passages"):
+            return [
+                Passage(**about | {"tokens": [ShownToken(*token) for token in about["tokens"]]}) for about in stored
+            ]
+    return []
+
+
+def _facts(by: By) -> list[tuple[str, str]]:
+    results = [result for arms in by.values() for runs in arms.values() for result in runs.values()]
+    values = {name: sorted({str(result[name]) for result in results}) for name in ("commit", "device", "parameters")}
+    return [(name, ", ".join(value)) for name, value in values.items()]
+
+
+def _markdown(recipe: Recipe, by: By, verdicts: Sequence[Verdict], tables: Sequence[Table], total: int) -> str:
+    lines = [f"# {recipe.name}: {recipe.question}", "", _progress(by, total), ""]
+    lines += [f"- {source}" for source in recipe.sources] + [""]
+    lines += [f"- **{MET[each.met]}**: {_sentence(each)}" for each in verdicts] + [""]
+    for table in tables:
+        lines += [f"## {table.title}", "", table.markdown(), table.note, ""]
+    lines += [f"{name}: {value}  " for name, value in _facts(by)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,156 @@
+"""What the results of a recipe say: differences paired by seed, at equal tokens and at equal cost, and verdicts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from slm_jax.experiment.intervals import Estimate, at, crossing, estimate, ratio_of_means
+from slm_jax.experiment.recipe import Recipe, Threshold
+from slm_jax.experiment.results import selection_quality
+
+Result = Mapping[str, Any]
+By = dict[str, dict[str, dict[int, Result]]]  # variant -> arm -> seed -> result
+
+
+class Verdict(NamedTuple):
+    """met: None where runs are missing. values: variant -> what was found."""
+
+    threshold: Threshold
+    met: bool | None
+    values: dict[str, Estimate]
+
+
+def grouped(recipe: Recipe, results: Sequence[Result]) -> By:
+    """In the order of the recipe."""
+    by: By = {variant: {arm.name: {} for arm in recipe.arms} for variant in recipe.variants}
+    for result in results:
+        by[result["variant"]][result["arm"]][result["seed"]] = result
+    return by
+
+
+def measure_of(result: Result, measure: str) -> float | None:
+    """A number of a result: of the evaluators ('target/loss'); 'selected/SOURCE', or 'selected/planted',
+    'selected/recall' and 'selected/precision'; 'noisy/NAME', the share of an evaluator's texts that hold noise."""
+    kind, _, name = measure.partition("/")
+    if kind == "noisy":
+        return result["samples"].get(name, {}).get("noisy")
+    if kind != "selected":
+        return result["final"].get(measure)
+    if name in result["selected"]:
+        return result["selected"][name]["selected"]
+    planted = [source for source in result["selected"] if source.endswith("/noise")]
+    quality = selection_quality(result["selected"], planted)
+    return quality.get(name) if quality else None
+
+
+def paired(
+    runs: Mapping[int, Result], others: Mapping[int, Result], of: Callable[[Result, Result], float | None]
+) -> list[float]:
+    """What a function finds in each pair of runs of one seed, where it finds something."""
+    return [value for seed in runs if seed in others and (value := of(runs[seed], others[seed])) is not None]
+
+
+def mean_of(runs: Mapping[int, Result], measure: str) -> Estimate | None:
+    values = [value for result in runs.values() if (value := measure_of(result, measure)) is not None]
+    return estimate(values) if values else None
+
+
+def difference(runs: Mapping[int, Result], others: Mapping[int, Result], measure: str) -> Estimate | None:
+    """At the end of both: at equal tokens, where both have seen as many."""
+
+    def change(a: Result, b: Result) -> float | None:
+        x, y = measure_of(a, measure), measure_of(b, measure)
+        return None if x is None or y is None else x - y
+
+    values = paired(runs, others, change)
+    return estimate(values) if values else None
+
+
+def cost(result: Result, with_reference: bool) -> tuple[float, float] | None:
+    """Floating point operations before the first step, and of training; None where they are not known."""
+    flops = result["flops"]
+    before = [flops["scoring"], flops["reference"] if with_reference else 0.0]
+    return None if None in (*before, flops["training"]) else (sum(before), flops["training"])
+
+
+def cost_curve(result: Result, measure: str, with_reference: bool) -> tuple[list[float], list[Any]] | None:
+    """The measure over the operations spent, scoring counted, and the training of the references if asked."""
+    spent = cost(result, with_reference)
+    if spent is None or measure not in result["evaluations"]:
+        return None
+    before, training = spent
+    steps = result["evaluations"]["step"]
+    return [before + training * step / result["steps"] for step in steps], result["evaluations"][measure]
+
+
+def equal_cost(
+    runs: Mapping[int, Result], others: Mapping[int, Result], measure: str, with_reference: bool
+) -> Estimate | None:
+    """Difference where `others` end in operations; the arm is read off its curve there, in the middle of its schedule
+    or, if it costs less altogether, at its end. None if it has not begun to train by then."""
+
+    def change(a: Result, b: Result) -> float | None:
+        curve, there = cost_curve(a, measure, with_reference), cost_curve(b, measure, with_reference)
+        if curve is None or there is None:
+            return None
+        value = at(*curve, min(curve[0][-1], there[0][-1]))
+        return None if value is None or there[1][-1] is None else value - there[1][-1]
+
+    values = paired(runs, others, change)
+    return estimate(values) if values else None
+
+
+def crossings(runs: Mapping[int, Result], others: Mapping[int, Result], measure: str) -> list[float | None]:
+    """Of each seed: the share of the others' tokens after which the arm first reaches their final loss; None for
+    never."""
+    found = []
+    for seed in runs:
+        if seed in others and (goal := measure_of(others[seed], measure)) is not None:
+            curve = runs[seed]["evaluations"]
+            tokens = crossing(curve["tokens"], curve.get(measure, []), goal) if measure in curve else None
+            found.append(None if tokens is None else tokens / others[seed]["tokens_seen"])
+    return found
+
+
+def recovered(
+    runs: Mapping[int, Result], others: Mapping[int, Result], oracle: Mapping[int, Result], measure: str
+) -> Estimate | None:
+    """The share of the gain from `others` to the oracle that an arm has, over the seeds that all three have."""
+    gains, best = [], []
+    for seed in [seed for seed in runs if seed in others and seed in oracle]:
+        mine, base, top = (measure_of(arm[seed], measure) for arm in (runs, others, oracle))
+        if mine is not None and base is not None and top is not None:
+            gains.append(base - mine)
+            best.append(base - top)
+    return ratio_of_means(gains, best) if gains else None
+
+
+def verdict(recipe: Recipe, by: By, threshold: Threshold) -> Verdict:
+    """Whether a claim holds: in every variant it names, for the mean, every seed or the interval as it says."""
+    values, held = {}, []
+    against = threshold.against or recipe.baseline
+    wanted = next(arm for arm in recipe.arms if arm.name == threshold.arm).seeds or recipe.seeds
+    for variant in threshold.variants or recipe.variants:
+        runs, others = by[variant][threshold.arm], by[variant][against]
+        if threshold.comparison == "value":
+            found = mean_of(runs, threshold.measure)
+        elif threshold.comparison == "difference":
+            found = difference(runs, others, threshold.measure)
+        else:
+            assert recipe.oracle is not None
+            found = recovered(runs, others, by[variant][recipe.oracle], threshold.measure)
+        if found is not None:
+            values[variant] = found
+        complete = found is not None and len(found.each) == len(wanted)
+        held.append(_holds(threshold, found) if found is not None and complete else None)
+    met = False if False in held else None if None in held else True
+    return Verdict(threshold, met, values)
+
+
+def _holds(threshold: Threshold, found: Estimate) -> bool | None:
+    checked = {"mean": (found.mean,), "every": found.each, "interval": found.t}[threshold.seeds]
+    if checked is None:
+        return None
+    if threshold.at_most is not None:
+        return all(value <= threshold.at_most for value in checked)
+    assert threshold.at_least is not None
+    return all(value >= threshold.at_least for value in checked)

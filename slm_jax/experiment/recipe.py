@@ -1,0 +1,234 @@
+"""A recipe: an experiment as data. Which arms are compared, over which seeds and variants, and what they share.
+
+Settings are gin text. In it `%NAME` is the product of the shared stage NAME: a directory or, for a stage that writes a
+score column, the name of the column. Whoever names a product runs after its stage. `%seed` is the seed of the run.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import gin
+
+from slm_jax import config as config_lib
+from slm_jax.errors import UserError
+
+DIMENSIONS = ("variant", "seed")
+COMPARISONS = ("value", "difference", "recovered")
+SEEDS = ("mean", "every", "interval")
+
+
+class _Named:
+    """Takes its gin scope as its name unless it is given one: `causal/Arm.settings = ...`."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", gin.current_scope_str().split("/")[-1])
+        if not re.fullmatch(r"\w[\w.+-]*", self.name):
+            raise UserError(
+                "experiment-bad-name",
+                f"{type(self).__name__} has the name {self.name!r}: give it a gin scope or a name of letters, digits, "
+                "'_', '.', '+' and '-'",
+            )
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class SharedStage(_Named):
+    """A stage whose product several runs read: text, a corpus, a reference, a score column.
+
+    Attributes:
+        stage: `prepare`, `train`, `score`, `experiment world` and the like.
+        settings: gin text, besides the recipe's for that stage.
+        per: make it anew for each 'variant', each 'seed'; those of what it reads are added. The seed of a train stage
+          is 100 + seed.
+        after: shared stages to wait for that the settings do not name.
+        column: name of the score column, its own name by default. Two stages that score different corpora with one
+          reference share a column name.
+        name: by default its gin scope.
+    """
+
+    stage: str
+    settings: str = ""
+    per: Sequence[str] = ()
+    after: Sequence[str] = ()
+    column: str = ""
+    name: str = ""
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class Arm(_Named):
+    """A train run that is compared with others.
+
+    Attributes:
+        settings: gin text, besides the recipe's for `train`.
+        seeds: None takes the recipe's.
+        after: shared stages to wait for that the settings do not name.
+        label: in reports; the name by default.
+        name: by default its gin scope.
+    """
+
+    settings: str = ""
+    seeds: Sequence[int] | None = None
+    after: Sequence[str] = ()
+    label: str = ""
+    name: str = ""
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class Threshold(_Named):
+    """A claim written down before the run: the verdict is computed.
+
+    Attributes:
+        claim: in words.
+        arm: of which arm.
+        comparison: `value` of the measure at the end; `difference` to `against`, paired by seed; `recovered`, the
+          share of the gain from `against` to the recipe's oracle.
+        measure: a number of the evaluators such as 'target/loss', or 'selected/SOURCE', the share of a source's tokens
+          selected over the second half of the run.
+        at_most: the bound.
+        at_least: the bound, in place of `at_most`.
+        against: None takes the recipe's baseline.
+        variants: in which variants it must hold; all by default.
+        seeds: the bound holds for the `mean`, for `every` seed, or for the whole 95 % `interval` (t).
+        name: by default its gin scope.
+    """
+
+    claim: str
+    arm: str
+    measure: str
+    comparison: str = "difference"
+    at_most: float | None = None
+    at_least: float | None = None
+    against: str | None = None
+    variants: Sequence[str] = ()
+    seeds: str = "mean"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.at_most is None) == (self.at_least is None):
+            raise UserError(
+                "experiment-bad-threshold", f"Threshold {self.name}: give it at_most or at_least, one of the two"
+            )
+        for setting, known in (("comparison", COMPARISONS), ("seeds", SEEDS)):
+            if getattr(self, setting) not in known:
+                raise UserError(
+                    "experiment-bad-threshold",
+                    f"Threshold {self.name}: {setting} {getattr(self, setting)!r} is unknown: known are "
+                    f"{', '.join(known)}",
+                )
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment.
+
+    Attributes:
+        name: of its folders.
+        question: what it asks, in a sentence.
+        sources: where its text comes from: for each, its public name, licence, and how to get it.
+        settings: stage -> gin text for all jobs of that stage.
+        changes: the same for a recipe that includes another: settings that override the other's.
+        shared: stages before the arms.
+        arms: what is compared.
+        variants: name -> gin text; every arm runs once in each. One without a name by default.
+        seeds: of the arms.
+        measures: numbers of the evaluators to report; the first is the target's loss, the second that of general text.
+        baseline: the arm that others are compared with.
+        oracle: the arm that knows which tokens are worth training on, if there is one.
+        thresholds: claims written before the run.
+        keep_runs: keep the run directories of arms when their results are written.
+    """
+
+    name: str
+    question: str
+    arms: Sequence[Arm]
+    sources: Sequence[str] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, str] = field(default_factory=dict)
+    shared: Sequence[SharedStage] = ()
+    variants: Mapping[str, str] = field(default_factory=lambda: {"": ""})
+    seeds: Sequence[int] = (0,)
+    measures: Sequence[str] = ("target/loss", "general/loss")
+    baseline: str = "causal"
+    oracle: str | None = None
+    thresholds: Sequence[Threshold] = ()
+    keep_runs: bool = True
+
+    def __post_init__(self) -> None:
+        for setting, kind in (("arms", Arm), ("shared", SharedStage), ("thresholds", Threshold)):
+            items = config_lib.as_list(getattr(self, setting), kind, f"Recipe.{setting}")
+            object.__setattr__(self, setting, tuple(items))
+            names = [item.name for item in items]
+            if len(set(names)) < len(names):
+                raise UserError(
+                    "experiment-name-taken",
+                    f"Recipe.{setting}: two are called {max(names, key=names.count)!r}: rename one",
+                )
+        stages, arms = {stage.name for stage in self.shared}, {arm.name for arm in self.arms}
+        for item in (*self.shared, *self.arms):
+            if wrong := {*item.after} - stages:
+                raise UserError(
+                    "experiment-unknown-stage",
+                    f"{item.name} runs after {min(wrong)!r}: the shared stages are {', '.join(stages)}",
+                )
+        for arm in (self.baseline, self.oracle, *(name for t in self.thresholds for name in (t.arm, t.against))):
+            if arm is not None and arm not in arms:
+                raise UserError(
+                    "experiment-unknown-arm",
+                    f"recipe {self.name} has no arm {arm!r}: it has {', '.join(a.name for a in self.arms)}",
+                )
+        for threshold in self.thresholds:
+            if wrong := {*threshold.variants} - {*self.variants}:
+                raise UserError(
+                    "experiment-unknown-variant",
+                    f"Threshold {threshold.name}: {min(wrong)!r} is no variant of recipe {self.name}",
+                )
+
+    def stage(self, name: str) -> SharedStage:
+        return next(stage for stage in self.shared if stage.name == name)
+
+    def common(self, stage: str) -> tuple[str, str]:
+        """The gin texts of all jobs of a stage."""
+        return self.settings.get(stage, ""), self.changes.get(stage, "")
+
+    def reads(self, item: SharedStage | Arm) -> list[str]:
+        """Names of the shared stages that an item runs after."""
+        stage, varied = (item.stage, "variant" in item.per) if isinstance(item, SharedStage) else ("train", True)
+        texts = [
+            line
+            for variant in (self.variants.values() if varied else [""])
+            for line in statements(*self.common(stage), variant, item.settings)
+        ]
+        named = {name for text in texts for name in re.findall(r"%(\w+)", text)} - {item.name}
+        return [stage.name for stage in self.shared if stage.name in named | {*item.after}]
+
+    def dimensions(self, item: SharedStage | Arm) -> tuple[str, ...]:
+        """Over what an item is repeated: variants, seeds, both or none."""
+        if isinstance(item, Arm):
+            return DIMENSIONS
+        own = {*item.per}.union(*(self.dimensions(self.stage(name)) for name in self.reads(item)))
+        return tuple(name for name in DIMENSIONS if name in own)
+
+
+def statements(*texts: str) -> list[str]:
+    """The statements of gin texts one after the other, without comment lines and indentation; of those that bind the
+    same name the last."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in (line.strip() for text in texts for line in text.splitlines()):
+        if not line or line.startswith("#"):
+            continue
+        if begins := re.match(r"(?:([\w./]+)\s*=(?!=)|include\b)", line):
+            name = begins[1] or line
+            found.pop(name, None)
+            found[name] = line
+        elif name:
+            found[name] += f"\n{line}"
+    return list(found.values())

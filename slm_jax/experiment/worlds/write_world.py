@@ -1,0 +1,133 @@
+"""Stage `experiment world`: text whose every character is known to be worth learning or not.
+
+A world has a target (short arithmetic texts), general text of other styles, and a crawl that holds both with planted
+text in them. It is the same for the same settings on every machine.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import gin
+
+from slm_jax.errors import UserError
+from slm_jax.experiment.worlds.draw import number
+from slm_jax.experiment.worlds.general import general_text
+from slm_jax.experiment.worlds.plant import RESULT, Planter, Span
+from slm_jax.experiment.worlds.stories import clean_story
+from slm_jax.files import write_json_lines
+
+TASKS = 1000  # of reasoning-gym at a time
+
+
+class Document(NamedTuple):
+    """A line of a JSONL file. noise: [start, end) characters of `text` that were planted."""
+
+    text: str
+    url: str
+    source: str
+    noise: list[Span]
+
+
+@gin.configurable
+def experiment_world(
+    output: str,
+    target: str = "stories",
+    documents: int = 4000,
+    held_out: int = 400,
+    general_share: float = 0.38,
+    kinds: Sequence[str] = (),
+    share: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Writes the text of a world into a folder.
+
+    clean.jsonl         half as many target documents as the crawl has documents
+    clean_general.jsonl the same number of general documents
+    target.jsonl        held-out target documents
+    general.jsonl       held-out general documents
+    questions.jsonl     prompt and answer: held-out target documents up to their last calculation's result
+    crawl.jsonl         target and general documents with planted text; `noise` has its characters
+
+    No target document occurs twice. All files but the crawl, and the crawl's text without what is planted, are the same
+    whatever is planted.
+
+    Args:
+      output: folder.
+      target: 'stories', generated here, or 'gsm': the GSM-symbolic tasks of the package reasoning-gym, with their
+        solutions.
+      documents: in the crawl.
+      held_out: documents in each held-out file.
+      general_share: share of the crawl's documents that are general text.
+      kinds: what is planted, of `noise`, `boilerplate`, `foreign` and `wrong`.
+      share: of the crawl's characters that are planted (of `wrong`: of its results).
+      seed: of everything.
+    """
+    folder = Path(output)
+    new_target = _distinct(_targets(target, seed))
+    planter = Planter(random.Random(f"planted {seed}"), kinds, share)
+    rng, other_rng = random.Random(f"general {seed}"), random.Random(f"crawl {seed}")
+
+    def targets(count: int) -> list[Document]:
+        return [Document(next(new_target), _url(other_rng, target), target, []) for _ in range(count)]
+
+    def generals(count: int) -> list[Document]:
+        return [_general(rng) for _ in range(count)]
+
+    held = targets(held_out)
+    files = {"target": held, "general": generals(held_out)}
+    files |= {"clean": targets(documents // 2), "clean_general": generals(documents // 2)}
+    crawl = [(generals if other_rng.random() < general_share else targets)(1)[0] for _ in range(documents)]
+    for name, lines in files.items():
+        write_json_lines(folder / f"{name}.jsonl", (line._asdict() for line in lines))
+    write_json_lines(folder / "questions.jsonl", filter(None, (question(line.text) for line in held)))
+    planted = (line._replace(text=text, noise=spans) for line in crawl for text, spans in [planter.plant(line.text)])
+    write_json_lines(folder / "crawl.jsonl", (line._asdict() for line in planted))
+    what = f"{share:.0%} {', '.join(kinds)} planted" if kinds else "nothing planted"
+    print(f"experiment world: {documents:,} documents in {folder}/crawl.jsonl, {what}")
+
+
+def question(text: str) -> dict[str, str] | None:
+    """A text up to its last calculation's result, and the result; None where it spells out none."""
+    found = list(RESULT.finditer(text))
+    return {"prompt": text[: found[-1].start(1)].rstrip(), "answer": found[-1][1]} if found else None
+
+
+def _targets(target: str, seed: int) -> Iterator[str]:
+    rng = random.Random(f"target {seed}")
+    if target == "stories":
+        while True:
+            yield clean_story(rng).text
+    if target != "gsm":
+        raise UserError(
+            "world-unknown-target", f"experiment_world.target {target!r} is unknown: known are stories, gsm"
+        )
+    try:
+        from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
+    except ImportError as error:
+        raise UserError(
+            "world-package-missing",
+            "experiment_world.target 'gsm' needs the package reasoning-gym: install slm_jax[experiments]",
+        ) from error
+    while True:  # a block at a time: a dataset draws the templates of all its tasks when it is made
+        for task in GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=number(rng, 0, 2**31), size=TASKS)):
+            asked = task["question"].split(" Give the result")[0]
+            yield f"{asked}\n{task['metadata']['answer_cot']}"
+
+
+def _distinct(texts: Iterator[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for text in texts:
+        if text not in seen:
+            seen.add(text)
+            yield text
+
+
+def _general(rng: random.Random) -> Document:
+    style, text = general_text(rng)
+    return Document(text, _url(rng, f"{style}-pages"), "general", [])
+
+
+def _url(rng: random.Random, host: str) -> str:
+    return f"https://{host}.example/{number(rng, 2009, 2023)}/{number(rng, 100, 99999)}"

@@ -1,0 +1,128 @@
+"""What results say: differences, costs, the share of the oracle's gain, verdicts; and the three files of the report."""
+
+import dataclasses
+import json
+
+import pytest
+
+from slm_jax.experiment import findings
+from slm_jax.experiment.experiment_report import write_report
+from slm_jax.experiment.recipe import Arm, Recipe, Threshold
+from slm_jax.experiment.results import selection_quality
+
+CLAIMS = (
+    Threshold("recovers half", "selective", "target/loss", "recovered", at_least=0.5, name="half"),
+    Threshold("is better in every seed", "selective", "target/loss", at_most=-0.45, seeds="every", name="every"),
+    Threshold("is better on average", "selective", "target/loss", at_most=-0.44, name="mean"),
+    Threshold("surely better", "selective", "target/loss", at_most=0.0, seeds="interval", name="sure"),
+    Threshold("keeps little noise", "selective", "selected/planted", "value", at_most=0.3, name="noise"),
+    Threshold("is better than random", "selective", "target/loss", against="random", at_most=0.0, name="random"),
+)
+RECIPE = Recipe(
+    "toy",
+    "Does selection <help>?",
+    [Arm(name=name) for name in ("causal", "selective", "random", "oracle")],
+    sources=["generated"],
+    seeds=[0, 1],
+    oracle="oracle",
+    thresholds=CLAIMS,
+)
+
+
+def result(arm: str, seed: int, target: float, general: float = 3.0, scoring: float = 0.0) -> dict:
+    """A run of 100 steps whose loss falls in a straight line from 4 to `target`."""
+    chosen = {"crawl/stories": (0.8, 0.75), "crawl/stories/noise": (0.2, 0.25)} if arm == "selective" else {}
+    return {
+        "arm": arm,
+        "variant": "",
+        "seed": seed,
+        "commit": "abc",
+        "device": "cpu",
+        "parameters": 10,
+        "steps": 100,
+        "tokens_seen": 1000,
+        "tokens_trained": 600,
+        "train_seconds": 1.0,
+        "flops": {"training": 1e12, "scoring": scoring, "reference": scoring},
+        "final": {"target/loss": target, "general/loss": general},
+        "evaluations": {
+            "step": [0, 50, 100],
+            "tokens": [0, 500, 1000],
+            "target/loss": [4.0, (4 + target) / 2, target],
+            "general/loss": [4.0, 3.5, general],
+        },
+        "training": {"step": [1, 100], "loss": [4.0, 3.0]},
+        "selected": {name: {"selected": share, "of_tokens": part} for name, (share, part) in chosen.items()},
+        "samples": {"texts": {"texts": 2, "noisy": 0.5, "shown": [{"prompt": "", "text": "hens & pigs"}]}},
+    }
+
+
+RESULTS = [
+    *(result("causal", seed, loss) for seed, loss in enumerate((3.0, 2.8))),
+    *(result("selective", seed, loss, 2.9, scoring=2e11) for seed, loss in enumerate((2.5, 2.4))),
+    *(result("oracle", seed, loss) for seed, loss in enumerate((2.0, 2.2))),
+]
+
+
+@pytest.fixture
+def by():
+    return findings.grouped(RECIPE, RESULTS)
+
+
+def test_differences_are_paired_by_seed(by):
+    found = findings.difference(by[""]["selective"], by[""]["causal"], "target/loss")
+    assert found is not None and found.each == pytest.approx((-0.5, -0.4)) and found.mean == pytest.approx(-0.45)
+    only = findings.difference({1: by[""]["selective"][1]}, by[""]["causal"], "target/loss")
+    assert only is not None and only.each == pytest.approx((-0.4,)) and only.t is None
+
+
+def test_equal_cost_charges_scoring_and_reference(by):
+    """Where causal ends, at 1 TFLOP, selective has paid 0.2 for scoring and is at step 80, with a reference at 60."""
+    first = {0: by[""]["selective"][0]}
+    found = findings.equal_cost(first, by[""]["causal"], "target/loss", with_reference=False)
+    assert found is not None and found.mean == pytest.approx(4 - 1.5 * 0.8 - 3.0)
+    found = findings.equal_cost(first, by[""]["causal"], "target/loss", with_reference=True)
+    assert found is not None and found.mean == pytest.approx(4 - 1.5 * 0.6 - 3.0)
+    dear = {0: result("selective", 0, 2.5, scoring=2e12)}
+    assert findings.equal_cost(dear, by[""]["causal"], "target/loss", True) is None
+    unknown = {0: result("selective", 0, 2.5) | {"flops": {"training": 1e12, "scoring": None, "reference": None}}}
+    assert findings.equal_cost(unknown, by[""]["causal"], "target/loss", True) is None
+
+
+def test_tokens_to_the_end_of_the_baseline(by):
+    assert findings.crossings(by[""]["selective"], by[""]["causal"], "target/loss") == pytest.approx([2 / 3, 0.75])
+    assert findings.crossings(by[""]["causal"], by[""]["oracle"], "target/loss") == [None, None]
+
+
+def test_verdicts_say_met_only_with_all_seeds(by):
+    verdicts = {t.name: findings.verdict(RECIPE, by, t) for t in RECIPE.thresholds}
+    met = {name: found.met for name, found in verdicts.items()}
+    assert met == {"half": True, "every": False, "mean": True, "sure": False, "noise": True, "random": None}
+    assert verdicts["half"].values[""].mean == pytest.approx(0.45 / 0.8)
+    assert verdicts["noise"].values[""].mean == pytest.approx(0.2)
+    fewer = findings.grouped(RECIPE, [each for each in RESULTS if each["seed"] == 0])
+    assert findings.verdict(RECIPE, fewer, CLAIMS[2]).met is None
+
+
+def test_quality_of_a_selection():
+    found = selection_quality(RESULTS[2]["selected"], ["crawl/stories/noise"])
+    assert found == pytest.approx({"precision": 0.6 / 0.65, "recall": 0.8, "planted": 0.2})
+    assert selection_quality(RESULTS[2]["selected"], []) is None
+
+
+def test_the_report_holds_numbers_verdicts_and_no_foreign_text(tmp_path):
+    write_report(tmp_path, RECIPE, {str(n): each for n, each in enumerate(RESULTS)}, total=8)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["runs"] == 6 and summary["runs_planned"] == 8
+    assert summary["variants"][""]["selective"]["recovered"]["mean"] == pytest.approx(0.45 / 0.8)
+    assert [each["verdict"] for each in summary["verdicts"]].count("met") == 3
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "results.md").read_text()
+    assert "<help>" not in page and "&lt;help&gt;" in page and "hens &amp; pigs" in page and 'src="http' not in page
+    assert page.count("<svg") >= 3 and "is better on average" in page
+    assert "6 of 8 runs" in text and "**not run**: is better than random" in text and "−0.450" in text
+
+
+def test_a_recipe_without_oracle_or_general_text_reports_too(tmp_path):
+    recipe = dataclasses.replace(RECIPE, oracle=None, thresholds=(), measures=["target/loss"])
+    write_report(tmp_path, recipe, {"0": RESULTS[0]}, total=1)
+    assert "All 1 runs are done" in (tmp_path / "results.md").read_text()

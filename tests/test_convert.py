@@ -149,7 +149,7 @@ def test_a_run_begins_with_it(exported, corpus, shell, tmp_path):
     assert code == 1 and "init_from import of" in errors and "train.run_dir" in errors
     branch = [f"--run_dir={tmp_path}/branch", f"--init_from={imported}", "--init_mode=state"]
     code, _, errors = shell(*train, *branch, folder=tmp_path)
-    assert code == 1 and "was imported and has parameters only: take train.init_mode = 'params'" in errors
+    assert code == 1 and "[branch-not-trained]" in errors and "train.init_mode = 'params'" in errors
 
 
 def test_the_architecture_of_a_model_directory_has_a_name(exported, tmp_path):

@@ -45,7 +45,7 @@ ROWS = {
 def write(path, *lines) -> str:
     content = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode("utf-8")
     if path.suffix == ".gz":
-        content = gzip.compress(content)
+        content = gzip.compress(content, mtime=0)
     if path.suffix == ".zst":
         content = zstandard.compress(content)
     path.write_bytes(content)
@@ -93,7 +93,7 @@ def test_zstd_of_several_frames_and_text_files(tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
     assert [row["text"][0] for row in read(str(tmp_path / "a.jsonl.zst"))] == ["0", "1", "2"]
     (tmp_path / "b.txt").write_text("one\ndocument\n")
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"first"))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"first", mtime=0))
     assert [row["text"] for row in read(str(tmp_path / "*.txt*"), schema="text")] == ["first", "one\ndocument\n"]
 
 
@@ -168,7 +168,7 @@ def parquet(**columns) -> bytes:
         ("mac.jsonl", b'{"text": "one"}\r{"text": "two"}\r', "mac.jsonl:1: not JSON (its lines end with CR alone"),
         ("empty.jsonl", b"\n\n", "no records"),
         ("void.jsonl", b'{"text": ""}\n{"text": null}\n', "void.jsonl:1: empty text"),
-        ("void.jsonl.gz", gzip.compress(b""), "no records"),
+        ("void.jsonl.gz", gzip.compress(b"", mtime=0), "no records"),
         ("other.parquet", parquet(content=["a", "b"]), "other.parquet:row 1: no field 'text'"),
         ("numbers.parquet", parquet(text=[1, 2]), "numbers.parquet:row 1: field 'text' is not a string (it is 1)"),
         ("none.parquet", parquet(text=pyarrow.array([], pyarrow.string())), "no records"),
@@ -188,12 +188,12 @@ def test_a_file_without_a_single_document_is_refused_by_name(name, content, reas
     [
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
-        ("a.jsonl", gzip.compress(b'{"text": "a"}\n'), "gzip data: end its name in .gz"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(b'{"text": "a"}\n')), "gzip data"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}\n', mtime=0), "gzip data: end its name in .gz"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(b'{"text": "a"}\n', mtime=0), mtime=0), "gzip data"),
         ("a.jsonl", zstandard.compress(b'{"text": "a"}\n'), "zstd data: end its name in .zst"),
         ("a.jsonl", parquet(text=["a"]), "Parquet data: end its name in .parquet"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "UTF-16 text: convert it with `iconv -f UTF-16 -t UTF-8`"),
-        ("a.jsonl.gz", gzip.compress('{"text": "a"}\n'.encode("utf-16")), "UTF-16 text"),
+        ("a.jsonl.gz", gzip.compress('{"text": "a"}\n'.encode("utf-16"), mtime=0), "UTF-16 text"),
         ("a.txt", b"\xfe\xff" + "a".encode("utf-16-be"), "UTF-16 text"),
         ("a.txt", "a".encode("utf-32"), "UTF-32 text"),
     ],
@@ -206,7 +206,7 @@ def test_a_file_in_another_format_is_refused_with_the_remedy(name, content, what
 def test_a_byte_order_mark_is_no_text(tmp_path):
     mark, two = b"\xef\xbb\xbf", b'{"text": "one"}\n{"text": "\xef\xbb\xbftwo"}\n'
     (tmp_path / "a.jsonl").write_bytes(mark + two)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(mark + two))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(mark + two, mtime=0))
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(mark + two))
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")]
     # Within a text, U+FEFF is a character like any other.
@@ -254,7 +254,7 @@ def test_lines_and_documents_have_a_limit(ending, tmp_path):
 def test_a_small_file_cannot_fill_the_memory(tmp_path):
     """A line of 2 GB in 2 MB: refused once the limit is read."""
     path = tmp_path / "a.jsonl.gz"
-    zeros = gzip.compress(b"0" * (1 << 24), 1)  # several members are one stream
+    zeros = gzip.compress(b"0" * (1 << 24), 1, mtime=0)  # several members are one stream
     path.write_bytes(zeros * 128)
     tracemalloc.start()
     message = refused("file-line-too-long", read, str(path), max_line_bytes=1 << 20)
@@ -303,7 +303,7 @@ def test_a_source_that_makes_no_sense(settings, code, named, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "a.csv").write_text("text\nx\n")
-    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1", mtime=0))
     names = {"EMPTY": "empty.jsonl", "FOLDER": "folder.jsonl", "CSV": "a.csv", "PARQUET": "a.parquet.gz"}
     names = {name: tmp_path / file for name, file in names.items()}
     names["GOOD"] = write(tmp_path / "good.jsonl", {"text": "x"})

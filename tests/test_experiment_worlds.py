@@ -90,13 +90,15 @@ def test_a_wrong_result_is_marked_and_only_it():
     planter = Planter(random.Random(4), ["wrong"], 0.5)
     right = wrong = 0
     for _ in range(200):
-        text = clean_story(rng).text
-        altered, spans = planter.plant(text)
+        story = clean_story(rng)
+        stated = {story.text[start:end] for start, end in story.results}
+        assert stated and stated <= {str(step.result) for step in story.steps}
+        altered, spans = planter.plant(story.text, story.results)
         marked = {span[0] for span in spans}
         for found in re.finditer(r"(\d+) ([-+x/]) (\d+) = (\d+)", altered):
             is_right = OPERATORS[found[2]](int(found[1]), int(found[3])) == int(found[4])
             assert is_right != (found.start(4) in marked)
-            right, wrong = right + is_right, wrong + (not is_right)
+        right, wrong = right + len(story.results) - len(spans), wrong + len(spans)
         assert all(altered[start:end].isdigit() for start, end in spans)
     assert 0.4 < wrong / (right + wrong) < 0.6
 

@@ -134,7 +134,7 @@ def test_runs_are_words_and_settings_may_hold_spaces(run):
     assert code == 1 and "no run has" in error and "[run-not-trained]" in error
     code, _, error = run("demo", "--gin.demo.overrides=['a = 1']", "--gin.demo.recipe='one'", "--recipe=the other")
     assert code == 1 and "no recipe 'the other'" in error
-    code, _, error = run("demo", "a run")
+    code, _, error = run("prepare", "a run")
     assert code == 2 and "unknown argument 'a run'" in error
 
 

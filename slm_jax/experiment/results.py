@@ -90,16 +90,20 @@ def remove_run(task: Task) -> None:
 def _evaluations(run: Run) -> dict[str, list[Any]]:
     """Name -> a value for each evaluation; 'step' and 'tokens' (seen) among them."""
     rows = [row for row in run.rows if "loss" not in row]
-    seen = {row["step"]: row["tokens_seen"] for row in run.rows if "tokens_seen" in row} | {0: 0}
+    # Tokens at the steps of evaluations, read off between logged steps.
+    seen = {0: 0} | {row["step"]: row["tokens_seen"] for row in run.rows if "tokens_seen" in row}
+    seen |= {run.done: run.counters()["tokens_seen"]}
     names = dict.fromkeys(name for row in rows for name in row if name != "step" and name.count("/") == 1)
     columns: dict[str, list[Any]] = {"step": [row["step"] for row in rows]}
-    columns["tokens"] = [seen.get(row["step"]) for row in rows]
+    columns["tokens"] = [int(np.interp(row["step"], list(seen), list(seen.values()))) for row in rows]
     return columns | {name: [_rounded(row.get(name)) for row in rows] for name in names}
 
 
 def _training(run: Run) -> dict[str, list[Any]]:
     """The training curves, thinned: each point is the mean of the logged steps since the one before."""
     rows = [row for row in run.rows if "loss" in row]
+    if not rows:  # a run shorter than train.log_every
+        return {}
     names = [name for name in rows[-1] if name.startswith(("loss", "selected_", "unselected_", "learning_rate"))]
     groups = np.array_split(np.arange(len(rows)), min(CURVE_POINTS, len(rows)))
     columns: dict[str, list[Any]] = {"step": [rows[group[-1]]["step"] for group in groups]}

@@ -76,13 +76,13 @@ class Planter:
         self._rng, self._kinds, self._share = rng, kinds, share
         self._due = 0.0  # characters, may be negative: what was planted too much before
 
-    def plant(self, text: str) -> tuple[str, list[Span]]:
+    def plant(self, text: str, results: Sequence[Span] = ()) -> tuple[str, list[Span]]:
         """The text with its plants, and their [start, end) characters in order. A span that was added begins with the
-        blank before it: without the spans the text is the one given."""
+        blank before it: without the spans the text is the one given. `results`: the calculations' results in it."""
         if not self._kinds or not self._share:
             return text, []
         if self._kinds[0] == "wrong":
-            return self._alter(text)
+            return self._alter(text, results)
         self._due += self._share / (1 - self._share) * len(text)
         added: list[tuple[int, str]] = []
         while self._due > 0:
@@ -92,19 +92,18 @@ class Planter:
             self._due -= len(piece)
         return _insert(text, sorted(added, key=lambda each: each[0]))
 
-    def _alter(self, text: str) -> tuple[str, list[Span]]:
+    def _alter(self, text: str, results: Sequence[Span]) -> tuple[str, list[Span]]:
         """Results off by 1 to 9."""
         pieces, spans, last, length = [], [], 0, 0
-        for found in RESULT.finditer(text):
+        for start, end in results:
             if self._rng.random() >= self._share:
                 continue
-            right, change = int(found[1]), number(self._rng, 1, 9)
+            right, change = int(text[start:end]), number(self._rng, 1, 9)
             wrong = str(right - change if self._rng.random() < 0.5 and right >= change else right + change)
-            before = text[last : found.start(1)]
-            length += len(before)
-            pieces += [before, wrong]
+            length += start - last
+            pieces += [text[last:start], wrong]
             spans.append((length, length + len(wrong)))
-            length, last = length + len(wrong), found.end(1)
+            length, last = length + len(wrong), end
         return "".join([*pieces, text[last:]]), spans
 
 

@@ -4,7 +4,9 @@ A story is a plot (a running total, two kinds put together, groups, sharing, a c
 place, with every intermediate result written out. The plots keep the arithmetic as `Step`s, which a test can check.
 """
 
+import itertools
 import random
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,9 +24,12 @@ class Step(NamedTuple):
 
 
 class Story(NamedTuple):
+    """results: [start, end) characters of the results that the text states, once or several times each."""
+
     text: str
     steps: list[Step]
     place: str
+    results: list[tuple[int, int]]
 
 
 # Where a sentence has several forms, " | " stands between them; one is drawn.
@@ -48,6 +53,7 @@ ENDINGS = (
     "The answer is {result}. | {name} tells {friend} that the number is {result}. | So the result is {result} {what}. "
     "| {friend} asks how many {what} there are. The answer is {result}."
 )
+RESULT_MARKS = "\x02{}\x03"  # around results while a story is told
 SIGNS = {"+": "+", "-": "-", "*": "x", "/": "/"}
 
 
@@ -74,7 +80,8 @@ class Teller:
     def say_result(self, forms: str, **words: object) -> None:
         """A sentence about the last step of the arithmetic."""
         step = self.steps[-1]
-        self.say(forms, left=step.left, sign=SIGNS[step.operator], right=step.right, result=step.result, **words)
+        result = RESULT_MARKS.format(step.result)
+        self.say(forms, left=step.left, sign=SIGNS[step.operator], right=step.right, result=result, **words)
 
 
 def _scenery(teller: Teller) -> None:
@@ -109,7 +116,7 @@ def _events(teller: Teller, total: int, what: str, count: int) -> None:
     for _ in range(count):
         total = _event(teller, total, what)
     if teller.rng.random() < 0.6:
-        teller.say(ENDINGS, what=what, result=total)
+        teller.say(ENDINGS, what=what, result=RESULT_MARKS.format(total))
 
 
 def _running_total(teller: Teller) -> None:
@@ -266,4 +273,7 @@ def clean_story(rng: random.Random) -> Story:
         teller.say(OPENINGS)
     _scenery(teller)
     pick(rng, PLOTS)(teller)
-    return Story(" ".join(teller.sentences), teller.steps, teller.place.name)
+    pieces = re.split("\x02|\x03", " ".join(teller.sentences))  # text and results in turn
+    ends = list(itertools.accumulate(map(len, pieces)))
+    results = [(ends[i - 1], ends[i]) for i in range(1, len(pieces), 2)]
+    return Story("".join(pieces), teller.steps, teller.place.name, results)

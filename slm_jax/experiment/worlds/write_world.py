@@ -30,6 +30,13 @@ class Document(NamedTuple):
     noise: list[Span]
 
 
+class Target(NamedTuple):
+    """A target text. results: [start, end) characters of the calculations' results that it states."""
+
+    text: str
+    results: list[Span]
+
+
 @gin.configurable
 def experiment_world(
     output: str,
@@ -69,21 +76,29 @@ def experiment_world(
     planter = Planter(random.Random(f"planted {seed}"), kinds, share)
     rng, other_rng = random.Random(f"general {seed}"), random.Random(f"crawl {seed}")
 
-    def targets(count: int) -> list[Document]:
-        return [Document(next(new_target), _url(other_rng, target), target, []) for _ in range(count)]
+    def target_document(planter: Planter | None = None) -> Document:
+        text, spans = next(new_target)
+        text, spans = planter.plant(text, spans) if planter else (text, [])
+        return Document(text, _url(other_rng, target), target, spans)
 
-    def generals(count: int) -> list[Document]:
-        return [_general(rng) for _ in range(count)]
+    def general_document(planter: Planter | None = None) -> Document:
+        style, text = general_text(rng)
+        text, spans = planter.plant(text) if planter else (text, [])
+        return Document(text, _url(rng, f"{style}-pages"), "general", spans)
 
-    held = targets(held_out)
-    files = {"target": held, "general": generals(held_out)}
-    files |= {"clean": targets(documents // 2), "clean_general": generals(documents // 2)}
-    crawl = [(generals if other_rng.random() < general_share else targets)(1)[0] for _ in range(documents)]
+    def crawled() -> Document:
+        return (general_document if other_rng.random() < general_share else target_document)(planter)
+
+    files = {
+        "target": [target_document() for _ in range(held_out)],
+        "general": [general_document() for _ in range(held_out)],
+        "clean": [target_document() for _ in range(documents // 2)],
+        "clean_general": [general_document() for _ in range(documents // 2)],
+        "crawl": [crawled() for _ in range(documents)],
+    }
     for name, lines in files.items():
         write_json_lines(folder / f"{name}.jsonl", (line._asdict() for line in lines))
-    write_json_lines(folder / "questions.jsonl", filter(None, (question(line.text) for line in held)))
-    planted = (line._replace(text=text, noise=spans) for line in crawl for text, spans in [planter.plant(line.text)])
-    write_json_lines(folder / "crawl.jsonl", (line._asdict() for line in planted))
+    write_json_lines(folder / "questions.jsonl", filter(None, (question(line.text) for line in files["target"])))
     what = f"{share:.0%} {', '.join(kinds)} planted" if kinds else "nothing planted"
     print(f"experiment world: {documents:,} documents in {folder}/crawl.jsonl, {what}")
 
@@ -94,11 +109,12 @@ def question(text: str) -> dict[str, str] | None:
     return {"prompt": text[: found[-1].start(1)].rstrip(), "answer": found[-1][1]} if found else None
 
 
-def _targets(target: str, seed: int) -> Iterator[str]:
+def _targets(target: str, seed: int) -> Iterator[Target]:
     rng = random.Random(f"target {seed}")
     if target == "stories":
         while True:
-            yield clean_story(rng).text
+            story = clean_story(rng)
+            yield Target(story.text, story.results)
     if target != "gsm":
         raise UserError(
             "world-unknown-target", f"experiment_world.target {target!r} is unknown: known are stories, gsm"
@@ -113,20 +129,16 @@ def _targets(target: str, seed: int) -> Iterator[str]:
     while True:  # a block at a time: a dataset draws the templates of all its tasks when it is made
         for task in GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=number(rng, 0, 2**31), size=TASKS)):
             asked = task["question"].split(" Give the result")[0]
-            yield f"{asked}\n{task['metadata']['answer_cot']}"
+            text = f"{asked}\n{task['metadata']['answer_cot']}"
+            yield Target(text, [found.span(1) for found in RESULT.finditer(text)])
 
 
-def _distinct(texts: Iterator[str]) -> Iterator[str]:
+def _distinct(targets: Iterator[Target]) -> Iterator[Target]:
     seen: set[str] = set()
-    for text in texts:
-        if text not in seen:
-            seen.add(text)
-            yield text
-
-
-def _general(rng: random.Random) -> Document:
-    style, text = general_text(rng)
-    return Document(text, _url(rng, f"{style}-pages"), "general", [])
+    for target in targets:
+        if target.text not in seen:
+            seen.add(target.text)
+            yield target
 
 
 def _url(rng: random.Random, host: str) -> str:

@@ -30,7 +30,7 @@ def defined(path: Path) -> set[str]:
     return names
 
 
-def test_the_ways_through_the_code_name_functions_that_exist():
+def test_the_paths_through_the_code_name_functions_that_exist():
     rows = re.findall(r"^\| `([\w/]+\.py)` \| `([\w.]+)` \|", ARCHITECTURE, re.MULTILINE)
     assert len(rows) > 20
     for file, name in rows:
@@ -38,7 +38,7 @@ def test_the_ways_through_the_code_name_functions_that_exist():
 
 
 def test_the_tree_and_the_places_exist():
-    tree = ARCHITECTURE.split("## The tree")[1].split("## The way")[0]
+    tree = ARCHITECTURE.split("## The tree")[1].split("## The path")[0]
     for path in re.findall(r"`((?:slm_jax|configs|benchmarks|notebooks|tests|tools)/[\w/]*)`", tree):
         assert (ROOT / path).is_dir(), path
     for path in re.findall(r"`((?:data|models|score|train)/\w+\.py|checkpoint\.py)`", tree):

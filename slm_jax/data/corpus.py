@@ -1,7 +1,7 @@
-"""A corpus is a table of token rows; a score is a column of it. Opening, reading, checking, writing.
+"""A corpus is a table of N rows of L tokens, and a score is a column of it. Opens, reads, verifies and writes corpora.
 
 manifest.json       format version, fingerprint, counts, settings; written last, so its presence means complete
-columns/NAME        zarr3 arrays [num_rows, sequence_length]: tokens, segment_ids, loss_mask, source_ids
+columns/NAME        zarr3 arrays [N, L]: tokens, segment_ids, loss_mask, source_ids
 documents.parquet   one row per document: id, source, url, row, start, length, bytes (and metadata, if it has any)
 vocabulary/         the vocabulary that the tokens belong to
 scores/NAME/        score columns, see scores.py
@@ -30,6 +30,7 @@ from slm_jax.renamed import with_new_keys
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.parquet"
+# The fingerprint covers these columns: another one here would change the fingerprint of every corpus.
 COLUMNS = ("tokens", "segment_ids", "loss_mask", "source_ids")
 COLUMN_DTYPES = {"segment_ids": "uint16", "loss_mask": "bool", "source_ids": "uint8"}  # tokens: uint16 or uint32
 
@@ -42,13 +43,13 @@ class Corpus:
     Attributes:
         path: its directory or URL.
         manifest: everything recorded when it was made.
-        fingerprint: of the content, 64 hexadecimal digits; equal content gives equal fingerprints.
+        fingerprint: hash of the content, 64 hexadecimal digits; equal content has equal fingerprints.
         num_rows: number of rows N; every column is [N, L].
         sequence_length: tokens per row L.
         vocabulary_hash: hash of the vocabulary's content.
         vocab_size: number of ids of the vocabulary.
         source_names: the source of each value of `source_ids`.
-        metadata: settings of the `Metadata` that its documents carry; None for plain documents.
+        metadata: settings of the `Metadata` put before its documents; None for plain documents.
     """
 
     def __init__(self, store: Store, manifest: dict[str, Any]):
@@ -63,7 +64,7 @@ class Corpus:
         self.source_names: tuple[str, ...] = tuple(manifest["source_names"])
         self.metadata: dict[str, Any] | None = manifest.get("settings", {}).get("metadata")
         self._columns = {name: self._open_column(name) for name in COLUMNS}
-        self._scores: dict[str, ScoreColumn] = {}
+        self._scores: dict[str, ScoreColumn] = {}  # opened when first read: a run needs few of them
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Corpus":
@@ -74,6 +75,7 @@ class Corpus:
         """
         store = Store(path)
         manifest = with_new_keys(store.read_json(MANIFEST))
+        # Three mistakes leave no manifest; each has another remedy.
         if manifest is None:
             if not store.keys():
                 raise UserError(
@@ -100,7 +102,7 @@ class Corpus:
             ) from error
 
     def read(self, rows: Rows, columns: Sequence[str] = COLUMNS) -> dict[str, np.ndarray]:
-        """Reads rows, in the order asked for.
+        """Reads rows, in the given order.
 
         Args:
             rows: row numbers in [0, num_rows).
@@ -122,7 +124,7 @@ class Corpus:
 
     def documents(self) -> pyarrow.Table:
         """One row per document, in corpus order: id, source, url, row and start of its first token, length in tokens,
-        bytes of its text, and `metadata` as the document shows it, if the corpus carries any."""
+        bytes of its text, and the text of its `metadata` if the corpus has any."""
         content = self._store.read(DOCUMENTS)
         if content is None:
             raise UserError("corpus-damaged", f"corpus {self.path} has lost its {DOCUMENTS}: prepare it again")
@@ -140,12 +142,15 @@ class Corpus:
         Returns:
             For each document one array [length] per column.
         """
-        # A cut document continues at the start of the next row, so in the flattened table it is one span.
+        # A cut document continues at the start of the next row, so in the flattened table it is one span:
+        # begin and end are positions there, [documents].
         begin = documents["row"].to_numpy() * self.sequence_length + documents["start"].to_numpy()
         end = begin + documents["length"].to_numpy()
         first, last = begin // self.sequence_length, (end - 1) // self.sequence_length
+        # Each row is read once, however many of the documents it holds: [B, L] -> [B * L].
         rows = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)] or [[]]))
         read = {name: x.reshape(-1) for name, x in self.read(rows.astype(np.int64), columns).items()}
+        # `rows` is sorted, so the rows of one document are adjacent in what was read, and its span is whole there too.
         at = np.searchsorted(rows, first) * self.sequence_length + begin % self.sequence_length
         return [
             {name: x[start : start + size] for name, x in read.items()}
@@ -157,17 +162,17 @@ class Corpus:
         return score_names(self._store)
 
     def score(self, name: str, partial: bool = False) -> ScoreColumn:
-        """The score column `name`, made for exactly this content; `partial`: even if only some rows are finished.
+        """Opens the score column `name` of exactly this content; with `partial`, also one with unfinished rows.
 
         Raises:
-            UserError: missing, half finished, or made for another corpus.
+            UserError: it is missing, unfinished, or was made for another corpus.
         """
         return open_score(self._store, name, self.fingerprint, partial)
 
     def create_score(
         self, name: str, statistics: Sequence[str] = ("loss",), dtype: str = "float32", *, reference: Mapping[str, Any]
     ) -> ScoreColumn:
-        """Creates a score column, or reopens one that was started with the same arguments.
+        """Creates a score column, or reopens an unfinished one that has the same arguments.
 
         Args:
             name: letters, digits, '.', '_' and '-'.
@@ -192,7 +197,7 @@ class Corpus:
 
     def verify(self) -> None:
         """Reads every row and raises UserError if the content does not match the fingerprint."""
-        fresh = Corpus.open(self.path)
+        fresh = Corpus.open(self.path)  # this one may answer from its cache, see `_open_column`
         fingerprint = Fingerprint()
         for begin in range(0, self.num_rows, SHARD_ROWS):
             fingerprint.update(fresh.read(np.arange(begin, min(begin + SHARD_ROWS, self.num_rows))))
@@ -218,6 +223,7 @@ class Corpus:
         return self._scores[score].array(statistic)
 
     def _open_column(self, name: str):
+        # A complete corpus does not change, so chunks in the cache need no check against the file.
         column = self._store.open_array(f"columns/{name}", immutable=True)
         if column is None:
             raise UserError("corpus-damaged", f"corpus {self.path} has lost its column {name!r}: prepare it again")
@@ -234,6 +240,7 @@ class Fingerprint:
     """SHA-256 over the columns in row order, computed while rows are written or read."""
 
     def __init__(self):
+        # One hash per column: the result does not depend on how the rows are cut into blocks.
         self._columns = {name: hashlib.sha256() for name in COLUMNS}
 
     def update(self, block: Mapping[str, np.ndarray]) -> None:
@@ -243,7 +250,7 @@ class Fingerprint:
     def hexdigest(self, sequence_length: int, vocabulary_hash: str, source_names: Iterable[str]) -> str:
         content = {name: digest.hexdigest() for name, digest in self._columns.items()}
         content |= {
-            "row_length": sequence_length,
+            "row_length": sequence_length,  # its first name: another key would change every fingerprint
             "vocabulary": vocabulary_hash,
             "source_names": list(source_names),
         }
@@ -251,7 +258,7 @@ class Fingerprint:
 
 
 class CorpusWriter:
-    """Writes a corpus: rows in order, then the rest. The manifest comes last: a corpus is complete or not there."""
+    """Writes a corpus: rows in order, then documents and vocabulary, then the manifest, which makes it complete."""
 
     def __init__(self, store: Store, num_rows: int, sequence_length: int, vocabulary: Vocabulary):
         self._store, self._vocabulary = store, vocabulary
@@ -261,14 +268,14 @@ class CorpusWriter:
         self._fingerprint, self._rows, self._writing = Fingerprint(), 0, []
 
     def write(self, block: Mapping[str, np.ndarray]) -> None:
-        """Appends rows: [B, sequence_length] per column, `SHARD_ROWS` at a time except for the last."""
+        """Appends a block, [B, L] per column; B is `SHARD_ROWS`, a whole file, for every block but the last."""
         self._fingerprint.update(block)
-        self._wait()  # for the block before: it was written while the caller made this one
+        self._wait()  # for the previous block, which was written while the caller made this one
         begin, self._rows = self._rows, self._rows + len(block["tokens"])
         self._writing = [self._arrays[name][begin : self._rows].write(block[name]) for name in COLUMNS]
 
     def finish(self, documents: pyarrow.Table, source_names: Sequence[str], more: Mapping[str, Any]) -> Corpus:
-        """Writes documents, vocabulary and manifest. `more`: counts and settings to record in the manifest."""
+        """Writes documents, vocabulary and manifest; `more` are counts and settings for the manifest."""
         self._wait()
         assert self._rows == self._shape[0], f"{self._rows} rows written, {self._shape[0]} announced"
         content = io.BytesIO()
@@ -286,6 +293,7 @@ class CorpusWriter:
             "source_names": list(source_names),
             "vocabulary": about,
         }
+        # Last: a corpus that was cut short has no manifest, and `open` refuses it.
         self._store.write_json(MANIFEST, {**more, **manifest})
         return Corpus.open(self._store.path)
 

@@ -1,11 +1,11 @@
-"""Which tokens train: scores, a share of the valid tokens, a scope. Pure functions; no gradient flows through a score.
+"""Which tokens train: losses to scores to a mask. Pure functions; no gradient flows through a score.
 
 Rho-1 (arXiv 2404.07965) Eq 3-5: excess loss = own loss - reference loss; the top k % train. Appendix H: the
 intersection or union of two selections.
 
 With the default scope the selected set is the one that `jax.lax.top_k` finds over the flattened global batch, ties
-included; `top_k_oracle` computes it that way and the tests compare. top_k would gather all scores on every device. The
-bisection used here (`_largest`) exchanges 16 rounds of three counts instead.
+included; `top_k_oracle` computes it that way, and tests compare the two. top_k would gather all scores on every device;
+the bisection used here (`_largest`) exchanges three counts in each of 16 rounds instead.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ RATIO_UNIT = 10_000  # ratios are exact to this fraction, so that counts are the
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The selective objective of a phase: which of a batch's tokens train.
+    """The rule that decides which tokens of a batch train.
 
     Attributes:
       score: `excess` (own loss minus reference loss, high first; the paper's), `loss` (own loss, high first),
@@ -76,7 +76,7 @@ class Selection:
                 raise UserError(
                     "selection-references", f"Selection.reference {names}: give at least one name, and each name once"
                 )
-            object.__setattr__(self, "reference", tuple(names))
+            object.__setattr__(self, "reference", tuple(names))  # frozen; and hashable, unlike the list of a gin file
         choices = (("score", SCORES), ("scope", SCOPES), ("gradient", GRADIENTS), ("combine", COMBINE))
         for name, known in choices:
             if getattr(self, name) not in known:
@@ -107,7 +107,7 @@ class Selection:
 
     @property
     def parts(self) -> "tuple[Selection, ...]":
-        """Itself: a Selection is a CombinedSelection of one."""
+        """(self,): code that loops over parts serves a Selection and a CombinedSelection alike."""
         return (self,)
 
     def columns(self) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ class Selection:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class CombinedSelection:
-    """In place of a Selection: what several selections choose from one batch (Rho-1, appendix H).
+    """The intersection or union of several selections from one batch, in place of a Selection (Rho-1, appendix H).
 
     Without a capacity, a filtered backward pass has room for the smallest part of an intersection, or for all parts of
     a union. Beyond it the lowest scores of the first part are dropped.
@@ -145,6 +145,7 @@ class CombinedSelection:
                 "selection-unknown-keeps",
                 f"CombinedSelection.keeps {self.keeps!r} is unknown: choose one of {', '.join(KEEPS)}",
             )
+        # One backward pass serves all parts, so what shapes it cannot differ between them.
         for name in ("scope", "gradient", "capacity"):
             values = [getattr(part, name) for part in self.parts]
             if len(set(values)) > 1:
@@ -169,15 +170,11 @@ class CombinedSelection:
 
 
 class SelectionMask(NamedTuple):
-    """What a selection makes of a batch.
+    """The tokens that a selection chose in a batch, and from what."""
 
-    selected: tokens that train. usable: valid tokens with a finite score, the candidates. scores: of the first part,
-    high first; decides which selected tokens to drop where there is no room for all.
-    """
-
-    selected: Bool[Array, "B L"]
-    usable: Bool[Array, "B L"]
-    scores: Float[Array, "B L"]
+    selected: Bool[Array, "B L"]  # tokens that train
+    usable: Bool[Array, "B L"]  # the candidates: valid tokens with a finite score
+    scores: Float[Array, "B L"]  # of the first part, high first; where capacity runs out, the lowest are dropped
 
 
 def select_tokens(
@@ -189,11 +186,13 @@ def select_tokens(
     ratio: Float[Array, ""] | None = None,
 ) -> SelectionMask:
     """Losses -> scores -> selected tokens. `ratio` replaces the ratio of a single selection."""
+    # Parts with random scores must not draw the same numbers.
     keys = [key] if len(selection.parts) == 1 else jax.random.split(key, len(selection.parts))
     scores = [token_scores(part, losses, columns, k) for part, k in zip(selection.parts, keys, strict=True)]
     # Excluded tokens must not score 0: with negative excess around, 0 would outrank valid tokens.
     usable = functools.reduce(jnp.logical_and, map(jnp.isfinite, scores), valid)
     sets = [select(part, x, usable, ratio) for part, x in zip(selection.parts, scores, strict=True)]
+    # A Selection has one set: there is nothing to reduce, and the operator is never called.
     together = KEEPS[selection.keeps] if isinstance(selection, CombinedSelection) else jnp.logical_and
     return SelectionMask(functools.reduce(together, sets), usable, scores[0])
 
@@ -207,11 +206,13 @@ def token_scores(
         return losses
     if selection.score == "random":
         return jax.random.uniform(key, losses.shape)
-    # [references, B, L] -> [B, L]
+    # The other scores read the references' losses, or their entropies: [references, B, L] -> [B, L]
     reference = COMBINE[selection.combine](
         jnp.stack([columns[name].astype(jnp.float32) for name in selection.columns()])
     )
-    return losses - reference if selection.score == "excess" else -reference
+    if selection.score == "excess":
+        return losses - reference
+    return -reference  # `reference` and `entropy`: low values train first
 
 
 def select(
@@ -220,7 +221,10 @@ def select(
     valid: Bool[Array, "B L"],
     ratio: Float[Array, ""] | None = None,
 ) -> Bool[Array, "B L"]:
-    """True for the tokens that train. `valid` must exclude non-finite scores; `ratio` replaces selection.ratio."""
+    """True for the tokens above the threshold, or for the highest-scored share.
+
+    `valid` must exclude non-finite scores; `ratio`, from a schedule, replaces selection.ratio.
+    """
     if selection.threshold is not None:
         return valid & (scores > selection.threshold)
     return select_share(scores, valid, selection.ratio if ratio is None else ratio, selection.scope)
@@ -231,12 +235,13 @@ def select_share(
 ) -> Bool[Array, "B L"]:
     """The `kept_count` highest-scored valid tokens of the batch, of each sequence, or of each device's rows.
 
-    With scope `batch` the same set as `top_k_oracle`. Excluded tokens are never selected. Ties go to the lower
-    position, so that the count is exact.
+    With scope `batch` this is the same set as `top_k_oracle`. Of equal scores those at lower positions are taken, so
+    that the count is exact.
     """
     keys = _ordered_bits(scores, valid)
     if scope == "sequence":
         return _largest(keys, kept_count(_totals(keys > 0), ratio))
+    # `batch` and `micro_batch` are the same here: the train step passes the one or the other.
     # [B, L] -> [S, N]: the tokens of each device as one row. Devices then exchange counts, never scores.
     keys, across = mesh.by_shard(keys), scope != "device"
     return mesh.to_rows(_largest(keys, kept_count(_totals(keys > 0, across), ratio), across), scores.shape[1])
@@ -245,7 +250,7 @@ def select_share(
 def top_k_oracle(
     scores: Float[Array, "B L"], valid: Bool[Array, "B L"], ratio: float | Float[Array, ""]
 ) -> Bool[Array, "B L"]:
-    """`select_share` over the batch, written the obvious way: top_k of the flattened scores. For tests and readers."""
+    """`select_share` over the batch in the obvious way, top_k of the flattened scores. For tests and readers."""
     scores = jnp.where(jnp.abs(scores) < jnp.finfo(jnp.float32).tiny, 0.0, scores)  # top_k orders -0.0 below 0.0
     flat = jnp.where(valid, scores, -jnp.inf).reshape(-1)
     _, order = jax.lax.top_k(flat, flat.size)  # equal values in order of position
@@ -258,6 +263,7 @@ def kept_count(num_valid: Int[Array, "*G"], ratio: float | Float[Array, ""]) -> 
 
     The paper leaves the rounding open; here halves round up.
     """
+    # num_valid * parts exceeds int32 from 214,749 tokens on, so the quotient and the rest are multiplied separately.
     parts = jnp.round(jnp.asarray(ratio, jnp.float32) * RATIO_UNIT).astype(jnp.int32)
     whole, rest = num_valid // RATIO_UNIT, num_valid % RATIO_UNIT
     count = whole * parts + (rest * parts + RATIO_UNIT // 2) // RATIO_UNIT
@@ -265,36 +271,39 @@ def kept_count(num_valid: Int[Array, "*G"], ratio: float | Float[Array, ""]) -> 
 
 
 def _ordered_bits(scores: Float[Array, "G N"], valid: Bool[Array, "G N"]) -> jax.Array:
-    """uint32 keys in the order of the scores; 0, below the key of every number, where not valid."""
+    """uint32 keys in the order of the scores. Where not valid the key is 0, lower than that of any number."""
     scores = scores.astype(jnp.float32)
     # Equal scores need equal keys: -0.0 becomes 0.0, and so do subnormals, which only some machines tell from 0.
     scores = jnp.where(jnp.abs(scores) < jnp.finfo(jnp.float32).tiny, 0.0, scores)
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     negative = bits >> 31 == 1
-    # As integers, positive floats ascend and negative ones descend: flip the latter, lift the former above them.
+    # Read as integers, positive floats ascend and negative ones descend. So all bits of a negative one are inverted,
+    # and the top bit of a positive one is set, which puts it above them.
     return jnp.where(valid, jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31)), jnp.uint32(0))
 
 
 def _totals(x: Bool[Array, "G N"], across: bool = False) -> Int[Array, "T 1"]:
-    """How many are True in each group, or `across` all groups."""
+    """Number of True in each group, T = G, or `across` all groups, T = 1."""
     return jnp.sum(x, axis=(0, 1) if across else 1, keepdims=True, dtype=jnp.int32)
 
 
 def _largest(keys: Array, count: Int[Array, "T 1"], across: bool = False) -> Bool[Array, "G N"]:
     """True for the `count` largest keys of each group (or `across` all groups), equal ones in order of position.
 
-    The count-th largest key is found by bisection, two bits a round, by counting keys above three candidates: no sort.
-    Between devices only three counts a round travel, and one per device for the ties.
+    Bisection finds the count-th largest key without sorting: each round settles two of its bits, by counting the keys
+    that reach three candidates. Devices exchange three counts per round, and one each for the ties.
     """
 
     def two_bits(round_: jax.Array, found: jax.Array) -> jax.Array:
+        # The next two bits of `found` [T, 1] are the number of candidates that at least `count` keys reach.
         shift = (30 - 2 * round_).astype(jnp.uint32)
         reached = [_totals(keys >= found + (jnp.uint32(i) << shift), across) >= count for i in (1, 2, 3)]
         return found + (sum(r.astype(jnp.uint32) for r in reached) << shift)
 
     least = jax.lax.fori_loop(0, 16, two_bits, jnp.zeros(count.shape, jnp.uint32))
     above, equal = keys > least, (keys == least) & (keys > 0)
-    # Of the keys equal to the least one selected, take the first ones, up to the exact count.
+    # Of the keys equal to the least one selected, the first are taken until the count is exact. `earlier` [G, N]: equal
+    # keys before this one, in its own group and, if groups compete, in those before it.
     earlier = jnp.cumsum(equal, axis=1, dtype=jnp.int32) - equal
     if across:
         ties = _totals(equal)
@@ -317,12 +326,15 @@ def filtered_capacity(
     shards = mesh.num_shards()
     rows, length = batch_shape[0] // (shards * num_micro_batches), batch_shape[1]
     if isinstance(selection, CombinedSelection):
+        # An intersection is no larger than its smallest part, a union no larger than all of them together.
         capacities = [filtered_capacity(part, batch_shape, num_micro_batches) for part in selection.parts]
         if selection.keeps == "intersection" or selection.parts[0].capacity:
             return min(capacities)
         return min(rows * length, sum(capacities))
     if selection.capacity:
         return math.ceil(selection.capacity * rows * length)
+    # Number of pieces, each one micro-batch on one device, that share a count. If several do, their parts of it vary:
+    # each has a tenth more room.
     sharing = {"batch": shards * num_micro_batches, "micro_batch": shards, "device": num_micro_batches, "sequence": 1}
     share = selection.ratio * (1.1 if sharing[selection.scope] > 1 else 1.0)
     rounding = rows if selection.scope == "sequence" else 1  # each group rounds its count, and keeps at least 1
@@ -335,8 +347,8 @@ def within_capacity(
     selected: Bool[Array, "B L"],
     num_micro_batches: int = 1,
 ) -> Bool[Array, "B L"]:
-    """The selected tokens that a filtered backward pass has room for: of more than `filtered_capacity` per device and
-    micro-batch (rows m, m + num_micro_batches, ...), the highest-scored."""
+    """The selected tokens that a filtered backward pass has room for: the highest-scored `filtered_capacity` of each
+    device and micro-batch (micro-batch m has the rows m, m + num_micro_batches, ...)."""
     shards, length = mesh.num_shards(), scores.shape[1]
     # [B, L] -> [S, N] -> [S, micro-batches, N / micro-batches] -> one group for each device and micro-batch
     keys = mesh.by_shard(_ordered_bits(scores, selected))
@@ -344,6 +356,7 @@ def within_capacity(
     groups = keys.reshape(shards * num_micro_batches, -1)
     capacity = filtered_capacity(selection, scores.shape, num_micro_batches)
     kept = _largest(groups, jnp.full((len(groups), 1), capacity, jnp.int32))
+    # and all the way back to [B, L]
     kept = kept.reshape(keys.shape).swapaxes(1, 2)
     return mesh.to_rows(kept.reshape(shards, -1), length)
 
@@ -365,10 +378,12 @@ def selection_of(fields: Mapping[str, Any] | None) -> Selection | CombinedSelect
 
 def share_bounds(selection: Selection | CombinedSelection) -> tuple[float, float]:
     """The smallest and the largest fraction of the valid tokens that can train; equal where ratios determine it."""
+    # A threshold may keep anything from 0 to 1.
     ratios = [part.ratio if part.threshold is None else None for part in selection.parts]
     low, high = [ratio or 0.0 for ratio in ratios], [ratio or 1.0 for ratio in ratios]
     if isinstance(selection, CombinedSelection) and selection.keeps == "union":
         return max(low), min(1.0, sum(high))
+    # Sets of shares a and b have at least a + b - 1 in common.
     return max(0.0, sum(low) - (len(low) - 1)), min(high)
 
 

@@ -1,12 +1,14 @@
-"""Hidden states to one float32 loss per token, never a [B, L, V] array.
+"""Hidden states to one float32 loss per token, without ever holding a [B, L, V] array.
 
-Everything per token is stored at the token it is about:
+Everything per token is stored at the token that it describes:
 `loss[b, t] = -log p(tokens[b, t] | earlier tokens of its segment)`.
 The hidden state that predicts it is at t - 1. This module is the one place that shifts between the two.
 
 Tokens go through the head in chunks, and only those that are needed: the forward pass visits tokens that have a loss,
-the backward pass tokens whose loss has a gradient. Each device works on its own tokens (mesh.by_shard). Every device
-runs as many chunks as the device with the most tokens: a head sharded over the vocabulary needs all devices in each.
+the backward pass tokens whose loss has a gradient. Each device works on its own tokens (`mesh.by_shard`), and all run
+as many chunks as the device with the most tokens: a head sharded over the vocabulary needs every device in each chunk.
+
+Shapes: S devices with N = B * L / S tokens each; C tokens in a chunk; M = N + C places for results.
 """
 
 import functools
@@ -33,25 +35,25 @@ QUARTERED = 512  # chunks of at least this many tokens visit the remainder in qu
 def batch_loss(
     params: Params, model: ModelConfig, batch: Batch, dropout_key: PRNGKeyArray | None = None
 ) -> Float[Array, "B L"]:
-    """The model's loss on each token of a batch; 0 where a token has no predecessor. A key turns on dropout."""
+    """The model's loss on each token of a batch; 0 where a token has no predecessor. With a key, dropout is on."""
     # [B, L] -> [B, L, D]
     hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids, dropout_key)
     return token_loss(hidden, forward.head_matrix(params, model), batch.tokens, batch.segment_ids, model.vocab_size)
 
 
 def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
-    """True for the tokens that may train: their loss counts, and they have a predecessor in their segment."""
+    """True for the tokens that may train: `loss_mask` includes them, and they have a predecessor to predict them."""
     return batch.loss_mask & predicted(batch.segment_ids)
 
 
 def predicted(segment_ids: Int[Array | np.ndarray, "B L"]) -> Bool[Array, "B L"]:
     """True where a token has a predecessor in its segment, and therefore a loss. Padding (segment 0) has none."""
-    same = segment_ids[:, 1:] == segment_ids[:, :-1]
+    same = segment_ids[:, 1:] == segment_ids[:, :-1]  # [B, L - 1]; the first token of a row is never predicted
     return jnp.pad(same, ((0, 0), (1, 0))) & (segment_ids > 0)
 
 
 def inputs_and_targets(ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """What a model reads of one text, and at each position the next token, which the hidden state there predicts."""
+    """The ids of one text that a model reads, and at each of these positions the next id, which it predicts there."""
     return ids[:-1], ids[1:]
 
 
@@ -66,7 +68,8 @@ def from_predictors(x: Array) -> Array:
 
 
 def at_tokens(x: Float[Array, "S N"], length: int) -> Float[Array, "B L"]:
-    """Values at predicting positions, by device, at the predicted tokens of rows of `length`."""
+    """Moves values at predicting positions, one row per device, to the predicted tokens of rows of `length`."""
+    # [S, N] -> [B, L]
     return from_predictors(mesh.to_rows(x, length))
 
 
@@ -95,11 +98,12 @@ def weighted_loss(
     weights: Float[Array, "B L"],
     vocab_size: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
-    """sum(weights * token_loss), and the losses themselves where the weight is not 0; weights 0 where not `predicted`.
+    """sum(weights * token_loss), and the losses where the weight is not 0. Weights must be 0 where not `predicted`.
 
     For weights that are known before the losses: one pass over the head computes the sum and its gradient, with one
     matrix product fewer than `token_loss` and its backward pass. The losses are not differentiable.
     """
+    # [B, L] -> [S, N]
     targets, at_predictors = (mesh.by_shard(predictors(x)) for x in (tokens, weights))
     total, losses = row_loss(mesh.by_shard(hidden), head, targets, at_predictors, vocab_size)
     return total, at_tokens(losses, tokens.shape[1])
@@ -124,12 +128,13 @@ def token_loss_and_entropy(
     segment_ids: Int[Array, "B L"],
     vocab_size: int | None = None,
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """`token_loss`, and the entropy in nats of the distribution it was read from (Rho-1 Eq 8). Not differentiable."""
+    """`token_loss`, and the entropy in nats of the distribution that predicts it (Rho-1 Eq 8). Not differentiable."""
     size = vocab_size or head.shape[1]
     targets, wanted = (mesh.by_shard(predictors(x)) for x in (tokens, predicted(segment_ids)))
 
     def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         largest, unnormed, z = _softmax(logits)
+        # Entropy = log z - sum(p * (logit - largest)). Padding columns have p = 0 and a logit of -inf; 0 * inf is NaN.
         below = jnp.where(jnp.isinf(logits), 0.0, logits - largest)
         entropy = jnp.log(z) - jnp.sum(unnormed * below, axis=-1, keepdims=True) / z
         return _loss(logits, y, largest, z), entropy[..., 0]
@@ -157,13 +162,15 @@ def target_loss_and_greedy(
         largest, _, z = _softmax(logits)
         return _loss(logits, y, largest, z), greedy.astype(jnp.float32)
 
-    h, y, asked = (mesh.by_shard(x) for x in (hidden, targets, wanted))
+    h, y, asked = (mesh.by_shard(x) for x in (hidden, targets, wanted))  # [B, L, ...] -> [S, N, ...]
     both = _statistics(h, head, y, asked, vocab_size or head.shape[1], statistics, 2)
+    # [S, N] -> [B, L], without a shift: both sides are at the predicting positions
     loss, greedy = (mesh.to_rows(x, targets.shape[1]) for x in both)
     return loss, greedy > 0
 
 
-# ---- Losses whose cotangents come later: forward and backward are two passes over the head.
+# ---- Losses whose weights depend on the losses: forward and backward are two passes over the head.
+# In what follows h is hidden states [S, N, D] and y their targets [S, N].
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -189,7 +196,7 @@ def _losses_backward(vocab_size, residuals, cotangent):
 _losses.defvjp(_losses_forward, _losses_backward)
 
 
-# ---- Losses whose weights are known: the forward pass computes the gradients, the backward pass scales them.
+# ---- Losses whose weights are known before: the forward pass computes the gradients, the backward pass scales them.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -253,12 +260,13 @@ def _gradients(
         logits = _logits(rows, matrix, vocab_size)  # [S, C, D] -> [S, C, V]
         largest, unnormed, z = _softmax(logits)
         loss = _loss(logits, target, largest, z)
-        softmax = unnormed * (weight / z)
-        d_logits = jnp.where(columns == target[..., None], softmax - weight, softmax).astype(h.dtype)
+        weighted = unnormed * (weight / z)  # weight * softmax, with one product of [S, C, V] instead of two
+        d_logits = jnp.where(columns == target[..., None], weighted - weight, weighted).astype(h.dtype)
         d_rows = jnp.einsum("scv,dv->scd", d_logits, matrix, preferred_element_type=jnp.float32).astype(h.dtype)
         d_head += jnp.einsum("scd,scv->sdv", rows, d_logits, preferred_element_type=jnp.float32)
         return _put(losses, loss, start), _put(d_h, d_rows, start), d_head
 
+    # One [D, V] sum per device, in float32: thousands of tokens are added, and bfloat16 would drop the small ones.
     parts = jnp.zeros((h.shape[0], *head.shape), jnp.float32)
     parts = mesh.constrain(parts, mesh.P(("data", "fsdp"), None, "model"))
     losses, d_h, parts = chunks.run(chunk, (chunks.buffer(), chunks.buffer(h.shape[2], dtype=h.dtype), parts))
@@ -275,11 +283,12 @@ class _TokenChunks(NamedTuple):
 
     @classmethod
     def of(cls, wanted: jax.Array, head: jax.Array) -> "_TokenChunks":
-        columns = head.shape[1] // mesh.axis_size("model")
+        columns = head.shape[1] // mesh.axis_size("model")  # of the logits that one device computes
         width = min(CHUNK_TOKENS, max(128, CHUNK_LOGITS // columns), wanted.shape[1])
         empty = wanted.shape[1]
-        order = jnp.argsort(~wanted, axis=1, stable=True)
+        order = jnp.argsort(~wanted, axis=1, stable=True)  # the wanted ones first
         order = jnp.where(jnp.arange(empty) < jnp.sum(wanted, axis=1, keepdims=True), order, empty)
+        # [S, N] -> [S, M]: the last chunk may reach past N. `take` reads nothing at position N, and returns 0 there.
         return cls(wanted, jnp.pad(order, ((0, 0), (0, width)), constant_values=empty), width)
 
     def run(self, chunk: Callable, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -299,11 +308,12 @@ class _TokenChunks(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(self.order, start, size, axis=1)
 
     def buffer(self, *features: int, dtype=jnp.float32) -> jax.Array:
-        """Room for one result per visited token, [S, M, ...]."""
+        """Zeros for one result per visited token, [S, M, ...]."""
         return mesh.constrain(jnp.zeros((*self.order.shape, *features), dtype), mesh.BATCH)
 
     def to_positions(self, x: jax.Array) -> jax.Array:
-        """[S, M, ...] in the order of the visits -> [S, N, ...] at the tokens' positions; 0 where not wanted."""
+        """[S, M, ...] in the order of visits -> [S, N, ...] at the tokens' positions; 0 where not wanted."""
+        # A gather by rank, not a scatter by position, which is slow on TPUs.
         rank = jnp.where(self.wanted, jnp.cumsum(self.wanted, axis=1) - 1, self.order.shape[1])
         return take(x, rank)
 
@@ -318,6 +328,7 @@ def _gathered(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _logits(h: jax.Array, matrix: jax.Array, vocab_size: int) -> jax.Array:
+    # [S, C, D] -> [S, C, V]
     logits = jnp.dot(h, matrix, preferred_element_type=jnp.float32)
     if vocab_size < matrix.shape[1]:
         logits = jnp.where(jnp.arange(matrix.shape[1]) < vocab_size, logits, -jnp.inf)

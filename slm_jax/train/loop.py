@@ -55,7 +55,7 @@ def train(
     allow_equal_reference: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Trains a model through the phases of a run. Started again with the same command, it continues where it was.
+    """Trains a model through the phases of a run. The same command continues a run that was stopped.
 
     Args:
       run_dir: directory to write to: config.gin, run.json, vocabulary/, metrics.jsonl, tensorboard/, checkpoints/, and
@@ -69,9 +69,9 @@ def train(
       seed: of the initial parameters, the data order and random selection.
       init_from: run directory to start from; None starts from random parameters.
       init_step: step of its checkpoint; None takes the last.
-      init_mode: what to load: `params`, or the full training `state`: moments, step and counters too. With `state`
-        this run is a branch of that one: its phases begin with that run's up to the step, and only what follows is
-        trained.
+      init_mode: what to load: `params`, or the full training `state` with moments, step and counters. With `state`
+        this run is a branch of that one: its phases must begin with that run's up to the step, and only the steps after
+        it are trained.
       gradient_accumulation_steps: number of micro-batches that a batch is split into: same result, less memory.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: number of latest checkpoints to keep; those at phase boundaries are always kept.
@@ -80,10 +80,10 @@ def train(
       evaluators: HeldOut, MultipleChoice or Samples.
       max_nonfinite_scores: maximum fraction of non-finite scores in a batch before the run stops.
       dry_run: print the plan, draw it as <run_dir>/plan.png, and stop.
-      allow_equal_reference: train on excess loss even though reference and initial model are the same. Excess is then
-        0 at first, or in bfloat16 some hundredths, because two programs do not round alike.
+      allow_equal_reference: train on excess loss even though reference and initial model are the same. The excess is
+        then 0 at first; in bfloat16 up to some hundredths, because two programs round differently.
     """
-    # --- Settings. Made here rather than as defaults, so that gin's settings of these dataclasses reach them.
+    # --- Settings. Defaults are made here, after gin has read its files; in the signature they would be made on import.
     model, optimizer = model or model_config(), optimizer or OptimizerConfig()
     phases = config_lib.as_list(phases, Phase, "train.phases") or [Phase()]  # pyright: ignore[reportCallIssue] (gin's)
     if schedule is None and not phases[0].schedule:
@@ -92,7 +92,7 @@ def train(
     config_lib.at_least(1, **{f"train.{name}": count for name, count in counts.items()})
     config_lib.at_least(0, **{"train.seed": seed})
 
-    # --- Mesh, and the plan: which rows, selection and learning rate each step has.
+    # --- Mesh (`devices`; `mesh` is its settings), and the plan: rows, selection and learning rate of each step.
     devices, run = mesh_lib.make_mesh(mesh), RunDirectory(run_dir)
     plan = Plan(phases, seed, schedule)
     if model.vocab_size is None:
@@ -124,7 +124,7 @@ def train(
     start = Start.of(run_dir, seed, init_from, init_step, init_mode)
 
     with contextlib.ExitStack() as stack:
-        # --- Run directory: this command's alone; a new run, or one that these settings continue.
+        # --- Run directory: locked against other processes; a new run, or one that these settings continue.
         busy = f"another process is training in {run}: wait for it to finish, or stop it"
         stack.enter_context(processes.lock(run.lock, busy))
         settings = {
@@ -140,9 +140,11 @@ def train(
         if summary := processes.on_first(lambda: claim(run, model, plan, start, settings)):
             return summary
 
-        # --- State: of the last checkpoint, of another run, or random.
+        # --- State: from the last checkpoint, from another run, or random.
         stack.enter_context(jax.set_mesh(devices))
         terminated = stack.enter_context(processes.termination())
+        # Checkpoints at phase boundaries are kept: branches start there, and l2_to_init needs the parameters with which
+        # its phase began, those of step 0 too.
         milestones = plan.first_steps[0 if plan.phases[0].l2_to_init else 1 :].tolist()
         checkpoints = stack.enter_context(Checkpoints(run, keep_checkpoints, milestones))
         spec = StateSpec(model, make_optimizer(optimizer), devices, ema=optimizer.ema > 0)
@@ -150,7 +152,7 @@ def train(
         first = int(state.step)
         print(plan_summary.describe(run, model, plan, devices, first), flush=True)
 
-        # --- One compiled step per phase.
+        # --- One jitted step per phase; each is compiled when it is first called.
         steps, shapes = [], spec.shapes()
         for number, phase in enumerate(plan.phases):
             step_of_phase = make_step(
@@ -164,8 +166,8 @@ def train(
                 l2_to_init=phase.l2_to_init,
                 ema=optimizer.ema,
             )
-            held = shapes._replace(start=shapes.params if phase.l2_to_init else None)
-            steps.append(compile_step(step_of_phase, devices, held))
+            shapes_of_phase = shapes._replace(start=shapes.params if phase.l2_to_init else None)
+            steps.append(compile_step(step_of_phase, devices, shapes_of_phase))
 
         # --- What happens between steps.
         writer = stack.enter_context(contextlib.closing(MetricsWriter(run, first)))
@@ -177,6 +179,7 @@ def train(
         )
 
         def evaluate(state: TrainState) -> None:
+            # Lazy: token losses and samples are written before the next evaluator runs.
             results = (result for measure in measures for result in measure(state.params))
             write_evaluation(run, writer, int(state.step), results)
 
@@ -185,43 +188,47 @@ def train(
             checkpoints.save(int(state.step), state.items(), to_json({**about, "counters": metrics.counters()}))
 
         def due(done: int, every: int) -> bool:
+            # The end of the run is the end of its last phase.
             return done in plan.first_steps[1:] or (every > 0 and done % every == 0)
 
         # --- Data: this host's rows of each batch, read ahead in a background thread.
         def load(step: int) -> Batch:
+            # Any host can compute any row of any step, so the hosts share the rows without talking to each other.
             batch_size = plan.phases[plan.phase_index(step)].batch_size
             return mesh_lib.to_devices(devices, batch_size, lambda rows: plan.batch(step, rows))
 
         batches = stack.enter_context(contextlib.closing(read_ahead(load, first, plan.total_steps)))
 
-        # --- Loop. Sums are fetched one step late, so that the device never waits for the host.
+        # --- Loop. The metric sums of a step are fetched after the next one is dispatched, so that devices never wait.
         if first == 0:
             if due(0, evaluate_every):
                 evaluate(state)
             if due(0, checkpoint_every):
                 save(state)
         bar = stack.enter_context(progress(plan.total_steps, first, "train"))
-        pending = None
+        pending = None  # arguments of `metrics.add` for the step that may still be running
         metrics.start_clock()
-        for step, batch in enumerate(batches, first):
+        for step, batch in enumerate(batches, first):  # step: number of finished steps, from 0
             number = plan.phase_index(step)
             phase, begin = plan.phases[number], int(plan.first_steps[number])
-            if step in (first, begin):  # the run starts here, or the phase begins
+            # The state changes where a phase begins, or where this process starts within one.
+            if step in (first, begin):
                 if step == begin and phase.reset_optimizer:
                     state = state._replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
-                held = None
+                phase_start = None
                 if phase.l2_to_init and step == begin:
-                    held = jax.tree.map(jnp.copy, state.params)
+                    phase_start = jax.tree.map(jnp.copy, state.params)  # a copy: the step reuses the memory of params
                 elif phase.l2_to_init:
-                    held = phase_start_params(run, start, spec, plan, begin)
-                state = state._replace(start=held)
+                    phase_start = phase_start_params(run, start, spec, plan, begin)
+                state = state._replace(start=phase_start)
             state, metric_sums = steps[number](state, batch)
             if pending:
                 metrics.add(*pending)
                 bar.set_postfix(loss=metrics.last_row["loss"], refresh=False)
-            pending = (step + 1, number, phase.selection, metric_sums)
+            pending = (step + 1, number, phase.selection, metric_sums)  # step + 1: steps that are finished by then
             bar.update()
             stop = terminated(step + 1)
+            # Sums are added first: a step that is not finite stops the run before it can be saved.
             if stop or due(step + 1, evaluate_every) or due(step + 1, checkpoint_every):
                 metrics.add(*pending)
                 pending = None
@@ -233,12 +240,13 @@ def train(
             if stop:
                 break
 
-    # --- End
+    # --- End. A run that was terminated has no summary, so that the same command continues it.
     if int(state.step) < plan.total_steps:
         print(f"train: terminated at step {int(state.step)}, saved; the same command continues")
         return {}
 
     def finish() -> dict[str, Any]:
+        # The latest value of each metric: evaluations are rows of their own, and rarer than steps.
         last = {name: value for row in run.metrics() for name, value in row.items() if value is not None}
         sizes = {"steps": plan.total_steps, "parameters": model.parameter_count()}
         write_json(run.summary_json, summary := {**sizes, **metrics.counters(), "last": last})

@@ -1,7 +1,7 @@
 """The train step: losses -> scores -> selection -> weights -> gradient -> update, as one pure function, and its jit.
 
 The loss of a step is sum(weights * losses) / sum(weights), over the global batch: Rho-1 Eq 4 with weights of 0 and 1.
-Sums travel between devices and micro-batches, means never do.
+Devices and micro-batches exchange sums, never means, so that the result does not depend on how a batch is split.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from slm_jax.score.token_loss import batch_loss, valid_tokens, weighted_loss
 from slm_jax.train.filtered_gradient import filtered_vjp
 from slm_jax.train.state import TrainState
 
-MetricSums = dict[str, jax.Array]  # sums and counts over a batch; they add up over devices and micro-batches
+MetricSums = dict[str, jax.Array]  # sums and counts over a batch, which add up over devices and micro-batches
 Step = Callable[[TrainState, Batch], tuple[TrainState, MetricSums]]
 NUM_SOURCES = 256  # source_ids are uint8
 
@@ -53,11 +53,11 @@ def make_step(
       selection: which tokens train; None for all of them (causal).
       optimizer: its updates are scaled by -learning rate here.
       schedule: learning rate at step t of the run, counted from 1.
-      keep_ratio: fraction of tokens kept at step t, in place of selection.ratio.
       seed: of random scores and dropout.
       gradient_accumulation_steps: micro-batches per step; same result, less memory.
-      l2_to_init: see Phase; the state then carries the parameters that the phase began with.
-      ema: see OptimizerConfig; the state then carries the average.
+      keep_ratio: fraction of tokens kept at step t, in place of selection.ratio.
+      l2_to_init: see Phase; state.start then holds the parameters at the beginning of the phase.
+      ema: see OptimizerConfig; state.average then holds the moving average.
     """
     num_micro_batches = gradient_accumulation_steps
     # Where tokens of different micro-batches compete, a first pass without gradient (and without dropout) computes
@@ -65,8 +65,9 @@ def make_step(
     look_ahead = num_micro_batches > 1 and selection is not None and competes_across_micro_batches(selection)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, MetricSums]:
+        # A function of seed and step alone: a run that was killed draws the same numbers again.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        t = state.step + 1
+        t = state.step + 1  # schedules count steps from 1
         ratio = jnp.asarray(keep_ratio(t), jnp.float32) if keep_ratio else None
         params = state.params
 
@@ -77,7 +78,7 @@ def make_step(
             losses = _join_rows(jax.lax.map(lambda part: batch_loss(params, model, part), micro_batches))
             weights, metric_sums = token_weights(selection, losses, batch, key, num_micro_batches, ratio)
 
-        # ---- Gradient of sum(weights * losses).
+        # ---- Gradient of sum(weights * losses). The capacity is an int: it sizes arrays, so the compiler must know it.
         capacity = filtered_capacity(selection, batch.tokens.shape, num_micro_batches) if selection else 0
         if num_micro_batches == 1:
             gradient, metric_sums = micro_batch_gradient(params, model, selection, capacity, batch, None, key, ratio)
@@ -93,10 +94,12 @@ def make_step(
             gradient, sums = jax.lax.scan(accumulate, zeros, parts)
             metric_sums |= jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
-        # ---- Update. The one division: by the number of tokens trained in the global batch.
+        # ---- Update. The only division is by the number of tokens trained in the global batch, which is the sum of the
+        # weights as long as they are 0 or 1. If no token trained, the gradient is 0 rather than NaN.
         gradient = jax.tree.map(lambda g: g / jnp.maximum(metric_sums["trained_tokens"], 1.0), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         if l2_to_init:
+            # Added to the updates, not to the gradient: like weight decay, it is not scaled by AdamW's moments.
             updates = jax.tree.map(lambda u, p, p0: u + l2_to_init * (p - p0), updates, params, state.start)
         learning_rate = jnp.asarray(schedule(t), jnp.float32)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
@@ -120,15 +123,15 @@ def micro_batch_gradient(
 ) -> tuple[Params, MetricSums]:
     """The gradient of sum(weights * losses) over a micro-batch, with its metric sums, in one of three ways.
 
-    causal: every valid token has weight 1. Weights known before the losses let the head make losses and gradient in
-      one pass.
+    causal: every valid token has weight 1. Because weights are known before the losses, one pass over the head computes
+      both losses and gradient.
     exact: weights follow from the losses. The head's backward pass visits the selected tokens only; all positions go
       through the layers below it, because later tokens attend to them.
     filtered: the whole backward pass runs at the positions that predict a selected token, up to `capacity` of them on
-      each device. An approximate gradient; see filtered_gradient.py. It has no dropout.
+      each device. The gradient is approximate, see filtered_gradient.py; dropout is not supported.
 
-    `weights`: those of a first pass over all micro-batches. Metric sums are then that pass's, and {} here; what only
-    served to rank the tokens is never computed.
+    `weights` are those of a first pass over all micro-batches, if there was one. That pass has already measured the
+    metric sums, so they are {} here.
     """
     dropout_key = jax.random.fold_in(key, 1) if model.dropout else None
 
@@ -143,7 +146,7 @@ def micro_batch_gradient(
             return weighted_loss(hidden, head, batch.tokens, ones, model.vocab_size)
 
         gradient, losses = jax.grad(loss_sum, has_aux=True)(params)
-        return gradient, token_weights(None, losses, batch, key)[1]
+        return gradient, token_weights(None, losses, batch, key)[1]  # the weights were `ones`; the sums need the losses
 
     if selection.gradient == "exact":
         losses, pullback = jax.vjp(lambda params: batch_loss(params, model, batch, dropout_key), params)
@@ -153,6 +156,7 @@ def micro_batch_gradient(
     metric_sums: MetricSums = {}
     if weights is None:
         weights, metric_sums = token_weights(selection, losses, batch, key, ratio=ratio)
+    # weights [B, L] are the cotangent of the losses; no gradient flows through the weights themselves.
     (gradient,) = pullback(weights)
     return gradient, metric_sums
 
@@ -167,8 +171,9 @@ def token_weights(
 ) -> tuple[Float[Array, "B L"], MetricSums]:
     """Losses -> scores -> selection -> the weight of each token's loss, and the metric sums that follow from it.
 
-    A selected token needs a finite score. A non-finite loss of the model itself is not hidden here: it stops the run.
-    `num_micro_batches`: into how many parts the gradient of this batch will be split; `ratio` replaces selection.ratio.
+    A token without a finite score is never selected. A non-finite loss of the model itself is not hidden: its sum stops
+    the run (`StepMetrics`). `num_micro_batches`: the number of parts in which the gradient of this batch is computed;
+    `ratio` replaces selection.ratio.
     """
     valid = valid_tokens(batch)
     if selection is None:
@@ -189,11 +194,11 @@ def metric_sums_of(
     trained: Bool[Array, "B L"],
     source_ids: Array,
 ) -> MetricSums:
-    """Everything that a row of metrics is computed from."""
+    """The sums and counts from which `StepMetrics` computes a row of metrics; scalars, or [NUM_SOURCES] by source."""
 
     def by_source(x: jax.Array) -> jax.Array:
-        # [B, L] -> [B, NUM_SOURCES] -> [NUM_SOURCES]. Row by row: millions of tokens added one by one would cost
-        # thousandths of the mean, and a float32 count that grows by 1 stops at 2^24.
+        # [B, L] -> [B, NUM_SOURCES] -> [NUM_SOURCES]. Rows are added first: a float32 sum of millions of tokens, one by
+        # one, is wrong by thousandths, and a count that grows by 1 stops at 2^24.
         per_row = jax.vmap(lambda row, ids: jnp.zeros(NUM_SOURCES, jnp.float32).at[ids].add(row))
         return jnp.sum(per_row(x.astype(jnp.float32), source_ids), axis=0)
 
@@ -214,7 +219,7 @@ def metric_sums_of(
 
 
 def compile_step(step: Step, mesh: Mesh, state_shapes: TrainState) -> Step:
-    """jit with the state's shardings pinned on both sides, and its memory donated."""
+    """Compiles a step with jit. The state keeps its shardings, and the new state takes the memory of the old one."""
     state_shardings = jax.tree.map(lambda shape: shape.sharding, state_shapes)
     return jax.jit(
         step,
@@ -229,7 +234,7 @@ def _count(x: Bool[Array, "B L"]) -> Float[Array, ""]:
 
 
 def _split_rows(tree, parts: int):
-    """[B, ...] -> [parts, B / parts, ...]. Part m takes rows m, m + parts, ...: every device keeps its share."""
+    """[B, ...] -> [parts, B / parts, ...]. Part m has rows m, m + parts, ...: each device keeps its own rows."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), tree)
 
 

@@ -46,7 +46,7 @@ def run(data: str, seeds: list[int]) -> None:
 
 
 def continued(shift: str, seed: int, name: str, share: int, rewarmed: bool = True) -> None:
-    """The branch of the seed's base run that goes on with the second data and `share` percent of replay."""
+    """The branch of the seed's base run that continues with the second data and `share` percent of replay."""
     file = "replay" if share else "weak" if rewarmed else "constant"
     settings = {"train.seed": seed, "second/MixtureComponent.corpus": str(ROOT / SHIFTS[shift])}
     settings |= {"replayed/MixtureComponent.weight": share / 100} if share else {}

@@ -37,7 +37,7 @@ def rate(shape: str) -> dict[str, str]:
 
 
 def annealed(shape: str, splits: int) -> None:
-    """What could be released after so many splits."""
+    """What could be released after this number of splits."""
     where = {"run_dir": str(ROOT / f"{shape}_annealed_{splits}"), "init_from": str(ROOT / shape)}
     steps = splits * SPLIT - ANNEAL
     settings = rate(shape) | {"train.init_step": steps, "short/Phase.steps": SPLIT - ANNEAL}

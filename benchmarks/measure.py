@@ -133,7 +133,7 @@ def report(rows: Sequence[Row], output: Path | None, load: float, clock: str = "
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, a row a line. Settings that all rows share stand above it."""
+    """A Markdown table with one line per row. Settings that all rows share are above it."""
     first = rows[0]["settings"]
     shared = {name for name in first if all(row["settings"].get(name) == first[name] for row in rows)}
     shared -= {"unit", "ratio_range"}

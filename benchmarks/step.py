@@ -4,7 +4,7 @@
 
 One optimizer step with the state donated, as in training: gradient, AdamW, clipping. The causal step is measured under
 all three settings of `remat`; the fastest of them is the baseline, and exact takes the same setting. Filtered keeps
-each layer's input alone, as `remat` full does, so it stands against the causal step of that setting too. Memory is that
+each layer's input alone, as `remat` full does, so it is also compared with the causal step of `full`. Memory is that
 of XLA's temporaries: what a step needs besides state and batch. Random tokens, one segment a row, float32.
 On CPU, filtered leaves out attention's other queries where the selected tokens are spread over the rows; --crowded is
 where they are not, as on real text of many sources.

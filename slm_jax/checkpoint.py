@@ -48,7 +48,7 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**saves, about=ocp.args.JsonSave(about)))
 
     def restore(self, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """(items, about) of the newest readable checkpoint, in the given shapes and shardings; None if there is none.
+        """(items, about) of the newest readable checkpoint, in the given shapes and shardings, or None.
 
         Newer ones that cannot be read are renamed to `damaged-<step>`, with a message.
 
@@ -109,8 +109,8 @@ class Checkpoints:
 
 
 def save_params(run_dir: str | os.PathLike, step: int, params: Any, about: dict[str, Any]) -> None:
-    """Saves parameters alone, and waits. On their way from the devices to the disk, host memory holds the
-    largest array at a time, or a gigabyte of arrays; `Checkpoints` would hold all of them."""
+    """Saves parameters alone, and waits until they are on disk. Host memory holds only the largest array, or a gigabyte
+    of arrays, at a time; `Checkpoints` would hold all of them."""
     gigabytes = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(params)) // 10**9
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=gigabytes)
     handlers = {"params": handler, "about": ocp.JsonCheckpointHandler()}

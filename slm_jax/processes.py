@@ -27,9 +27,9 @@ from jax.experimental import multihost_utils
 from slm_jax import files
 from slm_jax.errors import UserError
 
-HEARTBEAT_SECONDS = 60  # a process that is silent for this long is lost, and the others end
-PATIENCE_SECONDS = 15  # after which a process that waits for the others to start says so
-FAREWELL_SECONDS = 3  # for which a process that fails waits until the others know
+HEARTBEAT_SECONDS = 60  # a process that is silent for this long counts as lost, and the others exit
+PATIENCE_SECONDS = 15  # after this time a process prints that it is waiting for the others to start
+FAREWELL_SECONDS = 3  # how long a failing process waits for the others to hear of it
 FOREVER_MS = 10**10
 FAILURE = "slm_jax/failure"
 
@@ -229,14 +229,14 @@ def _end_when_another_fails() -> None:
     client = _client()
     try:
         failure = json.loads(client.blocking_key_value_get(FAILURE, FOREVER_MS))
-    except jax.errors.JaxRuntimeError:  # the job has ended, well or badly
+    except jax.errors.JaxRuntimeError:  # the job is over, whether it succeeded or not
         return
     if first():
         print(failure["line"], file=sys.stderr)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.wait_at_barrier(FAILURE, 1000 * FAREWELL_SECONDS)
     if first():
-        time.sleep(0.5)  # its end ends the service, about which the others would print pages of errors
+        time.sleep(0.5)  # this process hosts the coordination service; without it the others print pages of errors
     _leave(failure["code"])
 
 

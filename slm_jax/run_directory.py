@@ -1,7 +1,7 @@
-"""The layout of a run directory: where each file is, and readers for what it says. Imports no JAX.
+"""The layout of a run directory: the path of each file, and readers of their contents. Imports no JAX.
 
     run.json        identity, settings, and one entry per start: versions, machine, command
-    config.gin      the operative gin configuration: alone it makes the same run again
+    config.gin      the operative gin configuration, which is enough to repeat the run
     vocabulary/     the vocabulary of the corpora
     checkpoints/    STEP/: parameters, optimizer state, counters
     metrics.jsonl   one row per logged step or evaluation
@@ -58,13 +58,13 @@ class RunDirectory:
         return self.samples / evaluator / f"{step}.jsonl"
 
     def math(self, step: int, tools: bool = False) -> Path:
-        """Folder of what `evaluate math` found at a step; solve/STEP where an earlier version made it."""
+        """Folder of the results of `evaluate math` at a step; solve/STEP if an earlier version wrote it."""
         name = f"{step}_tools" if tools else str(step)
         old = self.path / "solve" / name
         return old if old.is_dir() else self.path / "math" / name
 
     def record(self) -> dict[str, Any]:
-        """run.json with today's keys; {} where there is none.
+        """run.json with current keys; {} if the file is missing.
 
         Raises:
           UserError: `file-damaged`.
@@ -72,7 +72,7 @@ class RunDirectory:
         return read_json(self.run_json) if self.run_json.is_file() else {}
 
     def settings(self) -> dict[str, Any]:
-        """Settings of the run, `model`, `phases` and so on, as JSON; {} where there is no run.json."""
+        """Settings of the run, `model`, `phases` and so on, as JSON; {} without a run.json."""
         return self.record().get("settings", {})
 
     def identity(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class RunDirectory:
         return self.record().get("starts", [])
 
     def planned_steps(self) -> int | None:
-        """Steps of all phases; None before the run began, and for what is no train run."""
+        """Steps of all phases; None before the run began, or if it is not a train run."""
         phases = self.settings().get("phases")
         return sum(phase["steps"] for phase in phases) if phases else None
 
@@ -102,7 +102,7 @@ class RunDirectory:
         return rows
 
     def summary(self) -> dict[str, Any] | None:
-        """summary.json of a finished run; None where there is none.
+        """summary.json; None until the run is finished.
 
         Raises:
           UserError: `file-damaged`.
@@ -114,7 +114,7 @@ class RunDirectory:
         return sorted(int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal())
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """What the stage `evaluate` wrote for this run, in the order of file names: `step`, `results` and more.
+        """Results of the stage `evaluate` for this run, in the order of file names: `step`, `results` and more.
 
         Raises:
           UserError: `file-damaged`.

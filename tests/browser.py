@@ -34,7 +34,7 @@ def chromium(profile: Path) -> Iterator[Any]:
 
 
 def complaints(browser: Any) -> list[str]:
-    """What stands in the console since it was last asked."""
+    """The console's messages since the last call."""
     return [entry["message"] for entry in browser.get_log("browser")]
 
 

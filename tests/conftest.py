@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = [item for item in items if item.get_closest_marker("slow")]
     rest = iter([item for item in items if not item.get_closest_marker("slow")])
     size, ordered = len(items) // workers, []
-    for worker in range(workers):  # each gets so many, one after the other
+    for worker in range(workers):  # the tests of one worker after those of another
         mine = slow[worker::workers]
         ordered += [*mine, *itertools.islice(rest, size - len(mine))]
     items[:] = [*ordered, *rest]

@@ -1,4 +1,4 @@
-"""The report on runs: its numbers are those of their files, seeds stand together, and what is not finished says so."""
+"""The report on runs: its numbers are those of their files, seeds are grouped, and unfinished runs are marked."""
 
 import csv
 import json

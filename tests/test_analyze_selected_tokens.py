@@ -88,7 +88,7 @@ def test_losses_of_sets_under_checkpoints():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=300), st.randoms(use_true_random=False))
 def test_deciles_of_frequency(tokens, random):
-    """An id stands in one decile, a rarer one in no later decile, and no decile without a large id holds much more than
+    """An id is in one decile, a rarer one in no later decile, and no decile without a large id holds much more than
     a tenth."""
     ids = np.array(tokens)
     decile = frequency_deciles(ids)

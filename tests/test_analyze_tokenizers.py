@@ -61,7 +61,7 @@ def test_tokens_bytes_and_words_are_counted(english):
 
 @pytest.mark.parametrize("sequence_length, packing", [(24, "split"), (420, "complete")])
 def test_a_corpus_gives_back_its_documents(english, sequence_length, packing, tmp_path):
-    """Whatever rows cut, and without the metadata that stands before them."""
+    """However rows cut them, and without the metadata before them."""
     for number, (vocabulary, metadata) in enumerate([(None, None), (english, None), (None, Metadata(form="host"))]):
         records = [record | {"url": "https://a.org/1"} for record in RECORDS]
         corpus = toy.write_documents(tmp_path / str(number), records, sequence_length, packing, metadata, vocabulary)

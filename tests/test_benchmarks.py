@@ -71,7 +71,7 @@ def test_report_writes_complete_rows_and_prints_each(measure, tmp_path, capsys):
         assert row["settings"]["machine"]["device"]
     printed = capsys.readouterr().out
     assert "| ours | theirs | **0.500** | 0.250 to 0.750 | 2 s | 3 |" in printed
-    assert printed.count("vocab_size 8, batch 4 x 512") == 1  # what all rows share stands once
+    assert printed.count("vocab_size 8, batch 4 x 512") == 1  # a setting that all rows share is printed once
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

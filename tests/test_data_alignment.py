@@ -19,7 +19,7 @@ TEXTS = [" ".join(random.Random(i).choices(WORDS, k=12)) + f" {i}\n" for i in ra
 
 
 def trained(**named) -> SentencePieceVocabulary:
-    """As others make them: with a space before the text that is none of it."""
+    """As others make them: with a space before the text that is not part of it."""
     model = io.BytesIO()
     named = {"model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces": False, **named}
     sentencepiece.SentencePieceTrainer.train(
@@ -151,7 +151,7 @@ def test_a_piece_from_the_middle_of_a_document(vocabularies):
     """It has no BOS, theirs gets one; a character cut at either end is not read, and nothing else is lost."""
     ours, theirs = vocabularies["bytes"], vocabularies["large"]
     tokens, mask = document(ours, "漢 ducks 漢")
-    piece = slice(2, len(tokens) - 2)  # BOS and the first byte before it, the last byte and EOS behind
+    piece = slice(2, len(tokens) - 2)  # BOS and the first byte before it, the last byte and EOS after it
     aligned = Aligner(ours, theirs).align(tokens[piece], mask[piece])
     assert aligned.ids.tolist() == [theirs.bos_id, *theirs.encode(" ducks ")]
     losses = np.random.default_rng(0).random(len(aligned.ids))

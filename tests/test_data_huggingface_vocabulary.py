@@ -80,7 +80,7 @@ def test_every_byte_is_accounted_for_and_no_text_is_a_control_token(family, voca
         assert decoded == text
     if family in BYTE_LEVEL:
         assert sizes.sum() == len(decoded.encode("utf-8"))
-    else:  # the space before every text is none of it
+    else:  # the space before every text is not part of it
         assert sizes.sum() == len(decoded.encode("utf-8")) + (text != "")
     same_ids, offsets = vocabulary.encode_with_offsets(text)
     assert same_ids == ids

@@ -1,4 +1,4 @@
-"""Metadata: what a URL becomes, what stands before a document, and the two corpora that share no document."""
+"""Metadata: what a URL becomes, what is put before a document, and the two corpora that share no document."""
 
 import json
 import os
@@ -158,7 +158,7 @@ def record(number: int) -> dict:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Source:
-    """400 documents with URLs, three of them without a usable one; text 5 stands there twice."""
+    """400 documents with URLs, three of them without a usable one; text 5 occurs twice."""
     path = tmp_path_factory.mktemp("files") / "web.jsonl"
     records = [*(record(number) for number in range(400)), {**record(5), "url": "https://copy.org"}]
     path.write_text("\n".join(map(json.dumps, records)))
@@ -280,7 +280,7 @@ def test_a_document_that_continues_carries_no_prefix(source, tmp_path):
     starts = np.flatnonzero(tokens[flat["segment_ids"] > 0] == ByteVocabulary().bos_id)
     without = [np.flatnonzero(document)[0] for document in np.split(joined, starts)[1:]]
     lengths = {len(f"URL: {shown}\n\n") + 1 for shown in [*HOSTS, "unknown", "copy.org"]}
-    assert set(without) == lengths  # the loss of every document begins behind one prefix, wherever its rows end
+    assert set(without) == lengths  # the loss of every document begins after one prefix, wherever its rows end
 
 
 def test_the_same_again_and_other_settings(pair, source, capsys):

@@ -1,4 +1,4 @@
-"""What stands at a position: exact shares, no repeats within an epoch, pure in (seed, position)."""
+"""The row at a position: exact shares, no repeats within an epoch, pure in (seed, position)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which characters a token stands for, from the ids alone, is what the text's own encoding says."""
+"""The characters that a token represents, from the ids alone, are those that the text's encoding gives."""
 
 import numpy as np
 import pytest

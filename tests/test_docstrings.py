@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "slm_jax"
 
 
 def entries(docstring: str, section: str) -> list[str]:
-    """What stands before the colon of each entry under `section:`."""
+    """The name before the colon of each entry under `section:`."""
     found = re.search(rf"^{section}:\n((?: +.*\n?|\n(?= ))+)", inspect.cleandoc(docstring), re.MULTILINE)
     lines = inspect.cleandoc("\n" + found[1]).splitlines() if found else []
     return [line.split(":")[0].strip("*") for line in lines if line and not line.startswith(" ")]

@@ -1,4 +1,4 @@
-"""The stage `generate`: what stands on the terminal and in the file, and what a second command adds to it."""
+"""The stage `generate`: the output on the terminal and in the file, and what a second command adds to it."""
 
 import dataclasses
 import json

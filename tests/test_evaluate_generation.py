@@ -58,7 +58,7 @@ def expected(alone):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_the_uncached_forward(name):
-    """Each is the most likely one behind the prompt and the tokens before it, read in one row."""
+    """Each is the most likely one after the prompt and the tokens before it, read in one row."""
     model = MODELS[name]
     prompts = [*PROMPTS, PROMPTS[2] + PROMPTS[3]]  # the longest has 42, in a batch of rows of 64
     made = generator(model, batch_size=8).continue_ids(prompts, GREEDY)

@@ -193,7 +193,7 @@ def tokenizer():
     import transformers
     from tokenizers import decoders, models, pre_tokenizers, processors
 
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these represent themselves
     others = [byte for byte in range(256) if byte not in printable]
     characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
     ids = {"<pad>": 0, "<s>": 1, "</s>": 2} | {characters[byte]: 3 + byte for byte in range(256)}
@@ -322,7 +322,7 @@ def test_rolling_windows_are_those_of_lm_eval(number, max_length, head):
     windows = rolling_windows([1], ids, max_length)
     expected = map(make_disjoint_window, get_rolling_token_windows(ids, 1, max_length, 1))
     assert [(list(window.context), list(window.continuation)) for window in windows] == list(expected)
-    if head <= max_length:  # behind a longer head each token is still predicted once, and nothing is too long
+    if head <= max_length:  # after a longer head each token is still predicted once, and nothing is too long
         behind = rolling_windows([1] * head, ids, max_length)
         assert [token for window in behind for token in window.continuation] == ids
         assert all(len(window.context) + len(window.continuation) <= max_length + 1 for window in behind)

@@ -1,4 +1,4 @@
-"""Where an answer stands in a text, its one form, and every gold solution of GSM8K and MATH against its own answer."""
+"""The place of an answer in a text, its one form, and every gold solution of GSM8K and MATH against its own answer."""
 
 from collections.abc import Iterator
 from pathlib import Path

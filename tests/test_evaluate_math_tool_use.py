@@ -1,4 +1,4 @@
-"""ToRA's format with a scripted model: what is run, what the model is told, and when it ends."""
+"""ToRA's format with a scripted model: what is run, what the model reads, and when it ends."""
 
 from collections.abc import Callable, Sequence
 

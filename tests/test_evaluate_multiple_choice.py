@@ -108,7 +108,7 @@ def test_few_widths():
 
 
 def test_context_and_continuation_are_cut_as_lm_eval_cuts_them():
-    """Together tokenized, the blank goes to the continuation, and the head stands apart."""
+    """Together tokenized, the blank goes to the continuation, not to the head."""
     vocabulary = train_sentencepiece(["the hens eat corn and the pigs eat corn. "] * 30, 300)
     head = head_ids(vocabulary, "URL: a.org\n\n")
     assert head == [vocabulary.bos_id, *vocabulary.encode("URL: a.org\n\n")]

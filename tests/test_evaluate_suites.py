@@ -188,7 +188,7 @@ def test_a_suite_as_a_table():
 
 
 def test_what_the_answer_alone_would_get_is_taken_away():
-    """Raw, both questions are answered with the second choice; it is likely behind any question."""
+    """Raw, both questions are answered with the second choice; it is likely after any question."""
     asked = {("t", 0): Scored([-3.0, -2.0], [1, 1], 0), ("t", 5): Scored([-9.0, -2.0], [1, 1], 1)}
     alone = {("t", 0): Scored([-5.0, -1.0], [1, 1], 0), ("t", 5): Scored([-5.0, -1.0], [1, 1], 1)}
     assert unconditional(asked, alone) == {"value": 1.0, "stderr": 0.0}

@@ -205,7 +205,7 @@ def test_a_train_run_leaves_what_it_was_made_with(corpus, run, tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.parametrize("free", [20_000, 300_000])
 def test_a_full_disk_and_then_more_space(free, corpus, shell, tmp_path):
-    """Full at the first files, and full within a checkpoint: one line; with space again the same command goes on.
+    """Full at the first files, and full within a checkpoint: one line; with space again the same command continues.
 
     Of saves under way TensorStore may complain above that line; no frame of ours is shown."""
     disk = tmp_path / "disk"

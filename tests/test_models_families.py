@@ -73,7 +73,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("size", [name for name in SIZES if name not in ("demo", "small")])
 def test_named_sizes_have_the_parameters_of_the_public_models(size):
-    """Every public size is listed here; its tree, too, has so many, and a rule for each on a mesh."""
+    """Every public size is listed here; its tree has that many parameters, each with a rule on a mesh."""
     assert SIZES[size].parameter_count() == COUNTS[size]
     shapes = forward.param_shapes(SIZES[size])
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == COUNTS[size]

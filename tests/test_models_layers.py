@@ -44,7 +44,7 @@ def test_a_kernels_gradient_is_never_bfloat16():
 
 @pytest.mark.parametrize("axes", [None, MeshConfig(data=2, fsdp=2, model=2), MeshConfig(fsdp=8)])
 def test_the_gradient_of_a_lookup_adds_up_in_float32(axes):
-    """Summed in bfloat16, the token that stands 4,000 times would get 256 of its ones, and others a few digits."""
+    """Summed in bfloat16, the token that occurs 4,000 times would get 256 of its ones, and others a few digits."""
     tokens = np.random.default_rng(0).integers(1, 64, (8, 600))
     tokens[:, :500] = 0
     d_rows = np.asarray(jax.random.normal(jax.random.key(0), (8, 600, 16)).astype(jnp.bfloat16).astype(jnp.float32))

@@ -10,7 +10,7 @@ nbclient = pytest.importorskip("nbclient")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # What the cell of settings says here in its place. The names are those that the cell sets.
 TOY = {"DOCUMENTS": 160, "STEPS": 4, "CHECKPOINTS": 2, "WORK": "here", "MODEL": "", "PEAK": 1e-3}
-# And behind it: models that are asked for by name are small.
+# Added after it: models that are requested by name are small.
 SMALL = """
 import gin, slm_jax.models.model_config
 gin.parse_config(["model.num_layers = 1", "model.embed_dim = 32", "model.num_heads = 2", "model.num_kv_heads = 2",

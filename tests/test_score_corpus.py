@@ -47,7 +47,7 @@ def scored(corpus, reference, tmp_path_factory) -> Corpus:
 
 
 def test_the_column_is_the_softmax_of_the_references_logits(scored, reference):
-    """Against all logits at once in float64: the loss stands at the token it is about, and 0 where there is none."""
+    """Against all logits at once in float64: the loss is at the token it describes, and 0 where there is none."""
     rows = np.arange(scored.num_rows)
     batch = read_batch([scored], np.zeros(len(rows), np.int64), rows)
     with toy.one_device():

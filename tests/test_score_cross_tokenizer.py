@@ -144,7 +144,7 @@ def test_windows_hold_every_token_once_with_what_comes_before_it(lengths, length
     sequences = [np.arange(size) + 100 * i for i, size in enumerate(lengths)]
     rows = windows(sequences, length)
     assert rows.tokens.shape == rows.segment_ids.shape == (len(rows.tokens), length)
-    # What stands before each token in its segment: all of a short sequence, half a row and more of a long one.
+    # The text before each token in its segment: all of a short sequence, half a row and more of a long one.
     before = np.zeros(rows.tokens.shape)
     for row, ids in enumerate(rows.segment_ids):
         for segment in set(ids[ids > 0].tolist()):

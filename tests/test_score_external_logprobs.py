@@ -133,7 +133,7 @@ def at(corpus: Corpus, **named) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_gives_the_same_column(corpus, shape, tmp_path):
-    """Cut over rows: the engine's loss of a token that begins a row is none the model has, so it is 0."""
+    """Cut over rows: the engine has a loss for a token that begins a row, the model has none, so it is 0."""
     answers = scored(corpus)
     file = write(tmp_path / "lp.jsonl.gz", (SHAPES[shape](corpus, *answer) for answer in answers))
     at(corpus, external_logprobs=file, name=shape.split(",")[0].replace(" ", "_"))
@@ -177,7 +177,7 @@ def test_parquet_by_number_in_several_files(bytes_corpus, tmp_path):
 
 
 def test_what_does_not_align_is_counted_named_and_left_without_loss(bytes_corpus, tmp_path, capsys):
-    """One other token: what comes before it stays, what comes behind has another context. And what is not there."""
+    """One other token: losses before it stay, those after it have another context. And losses that are missing."""
     answers = scored(bytes_corpus)
     records = [SHAPES["plain"](bytes_corpus, *answer) for answer in answers]
     was = records[3]["token_ids"][5]

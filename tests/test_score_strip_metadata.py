@@ -82,7 +82,7 @@ def test_the_column_says_what_the_reference_saw(scored, reference, tmp_path):
 
 @st.composite
 def packed(draw):
-    """Rows of segments, each with a prefix of none or some tokens behind its first, and padding."""
+    """Rows of segments, each with a prefix of zero or more tokens after its first, and padding."""
     rows, length = 3, 12  # one shape, compiled once
     segment_ids, loss_mask = np.zeros((rows, length), np.int64), np.zeros((rows, length), bool)
     for row in range(rows):

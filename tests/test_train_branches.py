@@ -105,7 +105,7 @@ def test_a_branch_that_is_none_is_refused(corpus, parent, tmp_path):
 
 
 def test_a_wrong_length_does_no_harm_to_a_run(corpus, parent, tmp_path):
-    """It is refused, and the right one still goes on; a limit on epochs is no other data."""
+    """It is refused, and the right one still continues; a limit on epochs does not change the data."""
     run = shutil.copytree(parent, tmp_path / "run")
     (run / "summary.json").unlink()
     record = (run / "run.json").read_text()
@@ -119,7 +119,7 @@ def test_a_wrong_length_does_no_harm_to_a_run(corpus, parent, tmp_path):
 
 def test_a_phase_that_is_held_near_its_start(corpus, tmp_path):
     """Each step adds rate * strength of the distance from the parameters that the phase began with, and a run that is
-    ended inside the phase goes on with the same ones."""
+    ended inside the phase continues with the same ones."""
     pulled = toy.phase(corpus, steps=4, l2_to_init=0.5)
     phases = [toy.phase(corpus, steps=2), pulled]
     toy.train_here(tmp_path / "whole", phases, checkpoint_every=1, keep_checkpoints=9)

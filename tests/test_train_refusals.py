@@ -23,7 +23,7 @@ from slm_jax.train.schedules import constant_schedule, cosine_schedule
 
 
 def poisoned(reference: Path, path: Path, token: int) -> str:
-    """A run directory whose model has not a number for one token."""
+    """A run directory whose model has NaN in one token's embedding."""
     params = load_model(str(reference), mesh_lib.make_mesh(devices=jax.devices()[:1])).params
     params["embed"]["embedding"] = params["embed"]["embedding"].at[token].set(np.nan)
     checkpoints = Checkpoints(path)

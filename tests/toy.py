@@ -183,7 +183,7 @@ _processes.set_forkserver_preload(
 
 
 class Command:
-    """`slm-jax ARGUMENTS` in a process of its own, forked from one that has the imports behind it but no device.
+    """`slm-jax ARGUMENTS` in a process of its own, forked from one that has imported everything but started no device.
 
     environment: variables for it alone; devices: how many the CPU is shown as, one by default.
     """
@@ -231,7 +231,7 @@ def _run_logged(
 
 class Shell:
     """Runs commands one after the other in one other process, as their users do: on one device and without the type
-    checks of these tests, which stand before gin and miss the arguments that it is about to give."""
+    checks of these tests, which run before gin and miss the arguments that it is about to give."""
 
     def __init__(self):
         self._pool = ProcessPoolExecutor(1, _processes)

@@ -103,7 +103,7 @@ def code(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that stands in one cell of a table, in which Markdown reads no HTML."""
+    """Text for one cell of a table, in which Markdown reads no HTML."""
     outside = [part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(text.split("`"))]
     return "`".join(outside).replace("|", "\\|")
 

@@ -1,4 +1,4 @@
-"""Stage `analyze selection`: which tokens runs selected, and what became of the losses of these and of the others.
+"""Stage `analyze selection`: which tokens runs selected, and how the losses of selected and other tokens changed.
 
 Rho-1 (arXiv 2404.07965) Figures 6 to 9. Nothing is trained.
 """

@@ -102,7 +102,7 @@ def checkpoint_columns(run: str, steps: Sequence[int] | None) -> list[tuple[str,
     kept, name = saved_steps(run), Path(run).name
     found = [(f"{name}-{step}", run, step) for step in kept]
     identity = RunDirectory(run).identity()
-    # A branch goes on with the whole state: its steps count those of the other run, which has its own step 0.
+    # A branch continues with the whole state: its steps include those of the other run, which has its own step 0.
     origin = None if identity.get("whole_state") else identity.get("init_from")
     if origin and 0 not in kept and (steps is None or 0 in steps):
         try:

@@ -110,7 +110,9 @@ def analyze_dynamics(
             losses = read_losses(read, score_columns(read.table, run, steps, score_missing))
     folder = Path(output or f"{run or corpus}/dynamics")
     if "://" in str(output or run or corpus):
-        raise UserError("output-not-local", f"analyze_dynamics.output: results need a local folder, {folder} is none")
+        raise UserError(
+            "output-not-local", f"analyze_dynamics.output: results need a local folder, and {folder} is not"
+        )
     if len(losses.names) < 2:
         raise UserError(
             "dynamics-one-checkpoint",

@@ -1,4 +1,4 @@
-"""The page of every report on training runs: what it shows, as data, and how it is written.
+"""The report on training runs: its content as data, and the page that shows it.
 
 `analyze report` fills a Report from run directories, the stage `experiment` from its results. The page shows a sentence
 with the tokens that were kept and dropped, one table, then target against general loss, loss over floating-point
@@ -74,7 +74,7 @@ class Passage(NamedTuple):
 
 
 class Report(NamedTuple):
-    """A report from top to bottom; what is empty is left out.
+    """A report from top to bottom; empty parts are left out.
 
     title: of the browser's tab. passages: the first is the picture at the top. findings: (better, worse, same or note;
     a sentence). details: further tables. more_figures: shown with them. facts: heading -> (name, value).
@@ -98,7 +98,7 @@ def write_report(folder: str | Path, report: Report) -> None:
     for group in ("figures", "more_figures"):
         figures = []
         for figure in getattr(report, group):
-            while figure.file in files:  # names that differ only in signs
+            while figure.file in files:  # titles that differ only in punctuation
                 figure = figure._replace(file=figure.file + "_")
             files.add(figure.file)
             figures.append(figure)
@@ -140,7 +140,7 @@ def report_page(report: Report) -> str:
 
 
 def _shown(passage: Passage) -> dict[str, Any]:
-    """A passage for the template: shades from 0 to 1 by excess loss, and what the readout says of each token."""
+    """A passage for the template: shades from 0 to 1 by excess loss, and the words of the readout for each token."""
     both = [(token.loss, token.reference) for token in passage.tokens]
     excess = [None if loss is None or reference is None else loss - reference for loss, reference in both]
     high = max(np.quantile([x for x in excess if x is not None and x > 0] or [1.0], 0.9), 1e-6)
@@ -181,8 +181,8 @@ def _shown(passage: Passage) -> dict[str, Any]:
 
 
 def arm_figures(arms: Sequence[Arm], measures: Sequence[str], where: str = "") -> list[Figure]:
-    """The figures of every report, as far as the arms were measured: the first of the measures against the second,
-    both over floating-point operations, and the share selected from each source over time.
+    """The figures of every report, those that the measurements allow: the first measure against the second, both over
+    floating-point operations, and the share selected from each source over time.
 
     measures: of the evaluators, such as ("target/loss", "general/loss"). where: ends the titles, as ", 10 % noise".
     """
@@ -236,8 +236,8 @@ def over_steps(
 def mean_line(label: str, runs: Sequence[tuple[Any, Any]], colour: int) -> Line | None:
     """The mean over seeds of curves (x, y), with its range.
 
-    At every x that any seed has, the others are read off between their points. Beyond the end of a seed the mean is of
-    the rest: no curve is shortened to the shortest.
+    Each seed is interpolated to every x that any seed has. After the end of a seed the mean is over the remaining ones,
+    so that no curve is cut to the shortest.
     """
     curves = [(np.asarray(x, float), np.asarray(y, float)) for x, y in runs]
     curves = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves]
@@ -253,7 +253,7 @@ def mean_line(label: str, runs: Sequence[tuple[Any, Any]], colour: int) -> Line 
 
 
 def _over_flops(arm: Arm, name: str, colour: int, per: float) -> Line | None:
-    """Where the work is done before the first step, the curve begins there."""
+    """A measure over floating-point operations; the curve begins at the number spent before the first step."""
     curves = []
     for run in arm.runs:
         if run.flops and name in run.evaluations:

@@ -290,7 +290,7 @@ def reference_losses(
     selection: Selection | CombinedSelection, columns: Mapping[str, Float[np.ndarray, "N L"]]
 ) -> Float[np.ndarray, "N L"] | None:
     """The reference losses to show: of the first part of the selection whose columns are there, several references
-    combined as it says. None where there are none."""
+    combined as it says. None without them."""
     for part in selection.parts:
         names = [str(ScoreName(name)) for name in part.references]
         if all(name in columns for name in names):

@@ -74,7 +74,7 @@ def of_values(headings: Sequence[str], rows: Sequence[Sequence[Any]], digits: in
 
 
 def plain(value: Any) -> Any:
-    """numpy numbers and arrays, at any depth, as JSON values; what is not finite becomes None."""
+    """numpy numbers and arrays, at any depth, as JSON values; non-finite numbers become None."""
     if isinstance(value, dict):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

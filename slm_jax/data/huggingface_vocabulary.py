@@ -145,7 +145,7 @@ class HuggingFaceVocabulary(Vocabulary):
 def read_tokenizer_json(
     store: Store, file: str = TOKENIZER_FILE, description: dict[str, Any] | None = None
 ) -> HuggingFaceVocabulary | None:
-    """The vocabulary of a directory that holds a `tokenizer.json`; None where there is none.
+    """The vocabulary of a directory with a `tokenizer.json`; None without one.
 
     Args:
         store: the directory.

@@ -88,7 +88,7 @@ class Metadata:
 
 
 def host(url: str) -> str | None:
-    """The host of a URL, with www. and subdomains, in lower case; None where there is none.
+    """The host of a URL, with www. and subdomains, in lower case; None if it has none.
 
     The paper drops the scheme and takes everything before the first '/'. User information, a port and a final dot are
     dropped too. A URL without a scheme begins with its host. International names stay as written, in Unicode or in

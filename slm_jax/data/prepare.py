@@ -1,7 +1,7 @@
 """Stage `prepare`: documents -> corpus.
 
-Killed at any instant and started again with the same settings, it continues, and the corpus is the same to the byte. It
-does not depend on the number of processes either.
+A stage that was killed continues when it is started again with the same settings, and the corpus is the same to the
+byte, for any number of processes.
 """
 
 import contextlib
@@ -60,8 +60,7 @@ def prepare(
       sequence_length: tokens per row.
       packing: 'split' cuts documents at the end of a row and loses no token; 'complete' starts every row with the
         beginning of a document and discards what does not fit (MeCo); 'whole' never cuts a document and pads, so that
-        no answer loses its question. A document that is cut has its metadata where it begins and not where it
-        continues.
+        no answer loses its question. A document that is cut has its metadata at its beginning only.
       seed: of the order of documents.
       processes: number of tokenizing processes; 0 uses one per core. The corpus does not depend on it.
       metadata: what to place before each document, without loss; None places nothing.
@@ -80,7 +79,7 @@ def prepare(
     if plain is None:
         return _make(Store(corpus), whole, processes)
 
-    # Two corpora: what does not go into the plain one, then the plain one with the vocabulary of the first.
+    # Two corpora: first the one with metadata, then the plain one, in the vocabulary of the first.
     if not 0 < plain_share < 1:
         raise UserError("prepare-plain-share", f"prepare: plain_share is {plain_share}, must be above 0 and below 1")
     if Store(plain).path == Store(corpus).path:
@@ -88,7 +87,7 @@ def prepare(
             "prepare-same-directory", f"prepare: corpus and plain are both {plain}: give each its own directory"
         )
     rest = replace(whole, metadata=None, texts=(0.0, plain_share))
-    if there := with_new_keys(Store(plain).read_json(MANIFEST)):  # refused before the first corpus is made
+    if there := with_new_keys(Store(plain).read_json(MANIFEST)):  # refuse it before making the first corpus
         _existing(Store(plain), {**rest.settings(None), "vocabulary": there.get("settings", {}).get("vocabulary")})
     result = _make(Store(corpus), replace(whole, texts=(plain_share, 1.0)), processes)
     _make(Store(plain), replace(rest, vocabulary=VocabularyConfig(path=str(result.path))), processes)
@@ -96,7 +95,7 @@ def prepare(
 
 
 class _Skipped:
-    """Counts records that gave no document, by source, file and kind of reason; keeps the first of each kind."""
+    """Counts records that became no document, by source, file and reason; keeps an example of each reason."""
 
     def __init__(self):
         self.counts: dict[str, dict[str, Counter[str]]] = {}
@@ -110,7 +109,7 @@ class _Skipped:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one corpus is made of; its documents have a `text_fraction` in the range `texts`."""
+    """Everything that determines one corpus. It takes the documents whose `text_fraction` is in the range `texts`."""
 
     sources: Sequence[Source]
     inputs: Sequence[list[dict[str, Any]]]
@@ -139,7 +138,7 @@ class _Plan:
             "packing": self.packing,
             "seed": self.seed,
         }
-        # Only where they are set: a corpus without them keeps the manifest that it always had.
+        # Only if set, so that a corpus without them has the same manifest as one made by an earlier version.
         if self.metadata is not None:
             settings["metadata"] = asdict(self.metadata)
         if self.texts != (0.0, 1.0):
@@ -168,7 +167,7 @@ class _Plan:
                 )
 
     def documents(self, source: Source, skipped: _Skipped) -> Iterator[dict[str, Any]]:
-        """The documents of a source that belong here."""
+        """The documents of a source that belong to this corpus."""
         begin, end = self.texts
         for row in read_documents(source, self.metadata.field if self.metadata else None):
             if row["skipped"]:
@@ -178,17 +177,17 @@ class _Plan:
 
 
 def _make(store: Store, plan: _Plan, processes: int) -> Corpus:
-    """Makes one corpus, or returns the one that is there if it was made by the same plan."""
+    """Makes one corpus, or returns the existing one if it was made from the same plan."""
     vocabulary = plan.vocabulary
     known = load_vocabulary(vocabulary.path) if vocabulary.path else None
     known = ByteVocabulary() if known is None and vocabulary.kind == "bytes" else known
     settings = plan.settings(known)
-    # Beside the columns, or local where the corpus is remote.
+    # The work directory is in the corpus, or in the local temporary directory if the corpus is remote.
     digest, local = hashlib.sha256(store.path.encode("utf-8")).hexdigest()[:16], store.local()
     work = local / "work" if local else pathlib.Path(tempfile.gettempdir()) / f"slm_jax-prepare-{digest}"
     if existing := _existing(store, settings):
         print(f"prepare: {store.path} is there already, made with the same settings from the same inputs")
-        shutil.rmtree(work, ignore_errors=True)  # a kill right after the manifest left it
+        shutil.rmtree(work, ignore_errors=True)  # left if a process was killed right after it wrote the manifest
         return existing
     plan.check_fields()
     processes = processes or os.cpu_count() or 1
@@ -243,7 +242,7 @@ def _identity(path: str) -> dict[str, Any]:
 
 
 def _existing(store: Store, settings: dict[str, Any]) -> Corpus | None:
-    """The complete corpus at `store`, None for none; refuses one made with other settings."""
+    """The complete corpus at `store`, or None; refuses one made with other settings."""
     if store.read(MANIFEST) is None:
         return None
     existing = Corpus.open(store.path)
@@ -257,12 +256,12 @@ def _existing(store: Store, settings: dict[str, Any]) -> Corpus | None:
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first setting that differs, in words; '' for none."""
+    """The first setting that differs, in words; '' if all are equal."""
     names = [[source["name"] for source in settings.get("sources") or []] for settings in (old, new)]
     if names[0] != names[1]:
         return f"sources were {', '.join(names[0])}, now {', '.join(names[1])}"
     for before, now in zip(old.get("sources") or [], new["sources"], strict=True):
-        for key in now:  # an earlier version may lack a setting, which is off then: None
+        for key in now:  # a setting that an earlier version did not have counts as None
             if before.get(key) != now[key]:
                 if key == "files":
                     return f"the input files of source {now['name']!r} changed"
@@ -275,7 +274,7 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _begun(work: pathlib.Path, store: Store, settings: dict[str, Any]) -> Iterator[None]:
-    """Makes the work directory ours: refuses one begun with other settings, or in use by another process."""
+    """Locks the work directory; refuses one begun with other settings, or in use by another process."""
     with contextlib.ExitStack() as held:
         try:
             busy = f"another `prepare` is writing {store.path}: wait for it to finish, or stop it"
@@ -323,12 +322,12 @@ def _tokenize(work: pathlib.Path, plan: _Plan, processes: int) -> tuple[_Skipped
     """Tokenizes all documents into shards.
 
     Returns:
-        The skipped records; how many documents are without metadata of their own, by reason; the number of shards; and
-        seconds.
+        The skipped records; the number of documents that have no metadata themselves, by reason; the number of shards;
+        and seconds.
     """
     kept, metadata = None, plan.metadata
     if metadata is not None and metadata.top is not None:
-        # Only the most frequent values stay: one more pass over the documents counts them.
+        # Only the most frequent values are shown; one more pass over the documents counts them.
         every = itertools.chain.from_iterable(plan.documents(source, _Skipped()) for source in plan.sources)
         counted = tqdm(every, "counting metadata", unit=" documents")
         kept = most_frequent((metadata.own_value(row["url"], row["field"]) for row in counted), metadata.top)

@@ -62,7 +62,7 @@ def tokenize_document(
     ends_with_loss = loss_spans is None or any(end == len(text) for _, end, _ in loss_spans)
     loss_mask = np.concatenate([np.zeros(len(given), bool), has_loss, [ends_with_loss]])
     noise = np.concatenate([np.zeros(len(given), bool), noisy, [False]])
-    # A response within a conversation ends in an EOS of its own.
+    # A response within a conversation ends in its own EOS.
     if inner := [end for _, end, ends in loss_spans or () if ends]:
         at = len(given) + np.searchsorted([begin for begin, _ in offsets], inner)
         tokens = np.insert(tokens, at, vocabulary.eos_id)

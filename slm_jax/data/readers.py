@@ -20,7 +20,7 @@ from slm_jax.errors import UserError
 ENDINGS = (".jsonl", ".json", ".parquet", ".txt")
 MAX_LINE_BYTES = 64 << 20
 
-# How content begins that is no UTF-8 text -> what it is, and the remedy. UTF-32 begins like UTF-16, so it comes first.
+# First bytes of content that is not UTF-8 text -> its kind, and the remedy. UTF-32 begins like UTF-16: it comes first.
 _OTHER_FORMATS = {
     b"version https://git-lfs": ("a Git LFS pointer", "download the file itself with `git lfs pull`"),
     b"\x1f\x8b": ("gzip data", "end its name in .gz, or decompress it once more"),

@@ -1,4 +1,4 @@
-"""Where the segments of packed rows are: documents, or the pieces of documents that a row holds."""
+"""Finds the segments of packed rows: documents, or pieces of documents that were cut."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Segments(NamedTuple):
 
 
 def segments_of(segment_ids: Integer[np.ndarray, "B L"]) -> Segments:
-    """The segments of rows; padding, of id 0, is none."""
+    """The segments of rows; padding (id 0) is not a segment."""
     begins = (segment_ids > 0) & (positions_from_segments(segment_ids) == 0)
     row, start = np.nonzero(begins)
     number = np.cumsum(begins).reshape(begins.shape) - 1  # [B, L]: which segment each token belongs to

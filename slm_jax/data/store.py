@@ -36,7 +36,7 @@ class Store:
         return None if self.remote else pathlib.Path(self.path)
 
     def read(self, key: str) -> bytes | None:
-        """The content of one file, or None where there is none."""
+        """The content of one file; None if it does not exist."""
         result = self._files().read(key).result()
         return result.value if result.state == "value" else None
 

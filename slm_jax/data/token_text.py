@@ -1,4 +1,4 @@
-"""The characters of a text that each of its tokens stands for, from the ids alone."""
+"""The characters of a text that each of its tokens represents, from the ids alone."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from jaxtyping import Int
 from slm_jax.data.vocabulary import Vocabulary
 
 CONTEXT = 16  # tokens decoded before a token, for vocabularies whose text depends on neighbours
-CUT = "\ufffd"  # how decoders write bytes that are not a character, or not yet
+CUT = "\ufffd"  # decoders write it for bytes that are not, or not yet, a character
 
 
 class TokenText:
@@ -19,7 +19,7 @@ class TokenText:
         self._empty = vocabulary.token_bytes() == 0  # slow: computed once for all texts
 
     def spans(self, ids: Sequence[int]) -> tuple[str, Int[np.ndarray, "N 2"]]:
-        """The text of `ids`, and the [begin, end) characters of it that each of them stands for.
+        """The text of `ids`, and the [begin, end) characters of it that each of them represents.
 
         Tokens that are bytes of one character share its span. Control ids (BOS, EOS, padding) have an empty span at
         their place.

@@ -1,4 +1,4 @@
-"""What a vocabulary is: text to ids and back. The byte vocabulary is here, each other kind in a file of its own;
+"""A vocabulary maps text to ids and back. The byte vocabulary is here, each other kind has its own file;
 `slm_jax.data.vocabularies.load_vocabulary` loads any of them.
 
 A vocabulary is lossless when `decode(encode(text)) == text` for every text. Bytes are, and so is every vocabulary that

@@ -114,7 +114,7 @@ def _run_evaluators(
     if len(set(names)) < len(names):
         twice = max(names, key=names.count)
         raise UserError(
-            "evaluator-name-twice", f"evaluate.evaluators: two are called {twice!r}: give each a name of its own"
+            "evaluator-name-twice", f"evaluate.evaluators: two are called {twice!r}: give each its own name"
         )
     devices = mesh_lib.make_mesh(mesh)
     config_lib.print_unused()

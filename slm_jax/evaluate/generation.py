@@ -33,7 +33,7 @@ from slm_jax.models.model_config import ModelConfig
 STEPS = 16  # tokens that one call of `decode_steps` makes per row, at most
 NO_TOKEN = -1  # fills the tokens of a row that has ended
 SHORTEST = 32  # tokens of the shortest rows that prompts are padded to; longer ones go to the next power of two
-REPLACEMENT = "\ufffd"  # what a decoder makes of a byte that is no character, or not yet
+REPLACEMENT = "\ufffd"  # a decoder writes it for a byte that is not, or not yet, a character
 CONTEXT = 16  # last tokens of the prompt that are decoded together with the new ones
 
 

@@ -30,7 +30,7 @@ def result_path(results: Path, task: Task) -> Path:
 
 
 def read_result(results: Path, task: Task) -> dict[str, Any] | None:
-    """The result of an arm; None where there is none yet.
+    """The result of an arm; None before it is written.
 
     Raises:
       UserError: it is damaged, or was made with other settings.

@@ -37,8 +37,8 @@ def experiment(
 ) -> None:
     """Runs the arms of a recipe over its seeds and variants, and compares them.
 
-    Started again with the same command, on this machine or on one that has the results folder, it continues. Every job
-    is a `slm-jax` command with a gin file of its own in <work>/<recipe>/gin/ and a log in <work>/<recipe>/logs/.
+    The same command continues it, on this machine or on another that has the results folder. Every job
+    is a `slm-jax` command with its own gin file in <work>/<recipe>/gin/ and a log in <work>/<recipe>/logs/.
 
     Args:
       recipe: name of a file in configs/experiments/, or a gin file.

@@ -51,7 +51,7 @@ def param_shapes(config: ModelConfig, devices: Mesh | None = None) -> Params:
 
 
 def _module(build: Callable[[nnx.Rngs], Module], params: Params) -> Module:
-    """A module with the given parameters. `build` is only traced: it allocates no parameters of its own."""
+    """A module with the given parameters. `build` is only traced: it allocates nothing."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     return nnx.merge(graphdef, params)
 
@@ -91,7 +91,7 @@ def layer_inputs(
     positions: Int[Array, "B L"],
     segment_ids: Int[Array, "B L"],
 ) -> tuple[Float[Array, "B L D"], Float[Array, "layer B L D"]]:
-    """`layers`, and the input of each layer, which a backward pass layer by layer starts from."""
+    """`layers`, and the input of each layer, from which a backward pass can recompute one layer after the other."""
     angles = rotary_angles(positions, config)
 
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, jax.Array]:
@@ -169,7 +169,7 @@ def prefill(
     Args:
         params: parameters.
         config: of the model.
-        tokens: ids; after the first `lengths` of a row, anything.
+        tokens: ids; those after the first `lengths` of a row are ignored.
         lengths: number of tokens in each row, at least 1.
         slots: tokens for which a row of the cache has room, prompt and new ones; at least L.
 

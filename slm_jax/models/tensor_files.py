@@ -98,7 +98,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def check_file(path: Path) -> None:
-    """Refuses what is no regular file (or a link to one): reading a pipe or a device would never end."""
+    """Refuses anything but a regular file or a link to one: reading a pipe or a device would never end."""
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise UserError("model-file", f"{path} {what}: give a model directory of Hugging Face with all of its files")

@@ -114,7 +114,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with a parallel residual, x + attention(norm(x)) + mlp(norm(x)).
 
-    Each of the two has a norm of its own in either case.
+    Attention and mlp have separate norms in both cases.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):

@@ -1,6 +1,6 @@
 """Scoring by a reference with another vocabulary, which reads the text of the corpus in its own tokens.
 
-It reads the same text at a time as the model in training: a segment of a row, after a BOS of its own, even if the
+It reads what the model in training reads: one segment of a row at a time, after its own BOS, even if the
 segment continues a document that was cut. Its losses are mapped back through the bytes of the text, see
 `slm_jax.data.alignment`.
 """
@@ -127,7 +127,7 @@ class CrossTokenizerScorer:
         result = np.zeros(batch.tokens.shape, np.float32)
         theirs = rows.gathered(score(rows.tokens, rows.segment_ids)) if segments else iter(())
         for segment, losses in zip(segments, theirs, strict=True):
-            known = segment.aligned.ids != self._aligner.theirs.unk_id  # it has not read text that is unknown to it
+            known = segment.aligned.ids != self._aligner.theirs.unk_id  # text that it cannot encode has no loss
             result[segment.row, segment.places] = carried(np.where(known, losses, np.nan), segment.aligned)
         result[batch.positions == 0] = 0.0
         return result

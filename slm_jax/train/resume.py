@@ -1,4 +1,4 @@
-"""What a run directory holds, whether a plan can resume it, and the state that a run starts from."""
+"""Whether a plan may resume the run in a directory, and the state that a run starts from."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ class Start:
 
     @classmethod
     def of(cls, run_dir: str, seed: int, init_from: str | None, init_step: int | None, init_mode: str) -> "Start":
-        """The start that train's settings describe. Where they name no `init_step`, it is the one that the first start
-        in run_dir took, else the last."""
+        """The start that train's settings describe. Without an `init_step`, the step is the one with which the run in
+        run_dir was first started, else the last checkpoint of the other run."""
         if init_mode not in ("params", "state"):
             raise UserError(
                 "train-unknown-init-mode", f"train.init_mode {init_mode!r} is unknown: choose params or state"
@@ -63,7 +63,7 @@ class Start:
                 return identity["init_step"]
             return int(read_about(init_from)["step"])
 
-        # The first process looks for all: another one may see one more checkpoint.
+        # Only the first process looks, because another one could already see a newer checkpoint.
         return cls(seed, init_from, processes.on_first(choose), init_mode == "state")
 
 
@@ -80,23 +80,23 @@ class StateSpec:
         return state_shapes(self.model, self.optimizer, self.mesh, self.ema)
 
 
-# --- What the run directory holds
+# --- The run directory
 
 
 def claim(
     run: RunDirectory, model: ModelConfig, plan: Plan, start: Start, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Writes run.json, config.gin and vocabulary/, after comparing with the run that the directory holds, if any.
+    """Writes run.json, config.gin and vocabulary/, after comparing the plan with the run in the directory, if any.
 
     A changed setting is printed and used, unless the steps already trained depend on it. run.json keeps one entry per
     start.
 
     Returns:
-      The summary of a run that has nothing left to do, else None.
+      The summary if the run is finished, else None.
 
     Raises:
-      UserError: the directory holds a run of another model, seed, corpus, reference, start or data order, or a finished
-        one made with other settings.
+      UserError: the run in the directory has another model, seed, corpus, reference, start or data order, or it is
+        finished and was made with other settings.
     """
     own = {"init_from": start.init_from, "init_step": start.init_step, "whole_state": start.whole_state}
     identity = {**run_identity(model, plan, start.seed), **own}
@@ -164,7 +164,7 @@ def run_identity(model: ModelConfig, plan: Plan, seed: int) -> dict[str, Any]:
 
 
 def check_same_identity(was: dict[str, Any], now: dict[str, Any], run: RunDirectory | str, remedy: str) -> None:
-    """Compares the identity of an existing run with that of the run that is to continue it.
+    """Compares the identity of an existing run with that of a run that would continue it.
 
     Raises:
       UserError: `resume-other-run` for another model, seed, vocabulary or start, `resume-input-changed` for another
@@ -211,8 +211,8 @@ def check_same_rows(
             )
         after = now[number]
         for field in ("mixture", "batch_size", "steps"):
-            # The phase that is under way may change its length, unless shares are spread over it. One that ends before
-            # `done` is refused later, as a plan that is too short.
+            # The current phase may change its length, unless scheduled weights are spread over it. If it would end
+            # before `done`, the plan is refused later, because it is too short.
             under_way = first + before["steps"] >= done
             reaches = first + after["steps"] >= done or number + 1 == len(now)
             scheduled = any(isinstance(component["weight"], dict) for component in before["mixture"])
@@ -258,8 +258,8 @@ def start_state(
     """State and counters to start with: of the run's newest readable checkpoint, else of another run, else random.
 
     Raises:
-      UserError: no checkpoint can be read; the initial model has another shape or vocabulary, or is the very reference
-        that it would be compared with; the plan does not continue the run whose state it loads.
+      UserError: no checkpoint can be read; the initial model has another shape or vocabulary, or is itself the
+        reference; the plan does not continue the run whose state it loads.
     """
     if restored := checkpoints.restore(spec.shapes().items()):
         return TrainState.of(restored[0]), restored[1]["counters"]
@@ -294,15 +294,15 @@ def _state_at_0(start: Start, spec: StateSpec, plan: Plan) -> TrainState:
 
 
 def _branched_state(run_dir: str, start: Start, spec: StateSpec, plan: Plan) -> tuple[TrainState, dict[str, float]]:
-    """State and counters of another run. The plan must contain all that the run trained up to there."""
+    """State and counters of another run. The plan must begin with everything that run trained before the checkpoint."""
     run, about = RunDirectory(run_dir), read_about(run_dir, start.init_step)
     step, record = int(about["step"]), run.record()
     remedy = "repeat its phases up to there, or set train.init_mode = 'params'"
     if step >= plan.total_steps:
         raise UserError(
             "branch-past-end",
-            f"the run continues from step {step} of {run}, but its phases end at {plan.total_steps}: they begin with "
-            "those of that run up to there, add more",
+            f"the run continues from step {step} of {run}, but its phases end at {plan.total_steps}: repeat "
+            "that run's phases up to this step, and add more",
         )
     if "phases" not in record.get("settings", {}):
         raise UserError(
@@ -347,7 +347,7 @@ def phase_start_params(run: RunDirectory, start: Start, spec: StateSpec, plan: P
 
 
 def refuse_equal_reference(params: Params, plan: Plan) -> None:
-    """Refuses excess loss against oneself: it is 0 everywhere, and the ranking would be an accident.
+    """Refuses a model as its own reference: every excess loss would be 0, and the selection arbitrary.
 
     Raises:
       UserError: `reference-is-initial-model`: all references of a selection by excess loss are the model with these

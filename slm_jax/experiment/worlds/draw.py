@@ -12,7 +12,7 @@ def pick(rng: random.Random, items: Sequence[Item]) -> Item:
 
 
 def pick_two(rng: random.Random, items: Sequence[Item]) -> tuple[Item, Item]:
-    """Two that stand at different places of `items`."""
+    """Two of `items`, from different places."""
     first = int(rng.random() * len(items))
     second = int(rng.random() * (len(items) - 1))
     return items[first], items[second + (second >= first)]

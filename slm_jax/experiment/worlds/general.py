@@ -9,7 +9,7 @@ import random
 from slm_jax.experiment.worlds.draw import characters, number, pick
 
 # Slots in braces are filled from the lists below, or: {n} is a number, {x} a random code, {w} a made-up word and {name}
-# a made-up name. " | " stands between sentences.
+# a made-up name. " | " separates sentences.
 STYLES = {
     "weather": (
         "{sky} over {name} with winds from the {wind} at {n} km/h. | Highs near {n} in {name}, lows around {n}. | "

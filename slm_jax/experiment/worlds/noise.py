@@ -1,4 +1,4 @@
-"""Noise as it stands in crawled text: timestamps, user names, ids, advertisements, menus, tracking codes."""
+"""Noise as it appears in crawled text: timestamps, user names, ids, advertisements, menus, tracking codes."""
 
 import random
 import string

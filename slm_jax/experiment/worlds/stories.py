@@ -32,7 +32,7 @@ class Story(NamedTuple):
     results: list[tuple[int, int]]
 
 
-# Where a sentence has several forms, " | " stands between them; one is drawn.
+# Where a sentence has several forms, " | " separates them; one is drawn.
 OPENINGS = (
     "{name} works at the {place}. | {name} visits the {place} {time}. | On {day}, {name} goes to the {place}. | "
     "It is {day} at the {place}, and {name} counts everything. | {name} and {friend} look after the {place}. | "

@@ -11,6 +11,9 @@ class UserError(ValueError):
     The text is one line that names the thing and the remedy. The command line prints it without a traceback.
     """
 
-    def __init__(self, code: str, text: str | None = None):
-        self.code = code if text is not None else "unspecified"
-        super().__init__(code if text is None else text)
+    def __init__(self, code: str, text: str):
+        super().__init__(code, text)  # both, so that a process pool can pickle it
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.args[1]

@@ -100,7 +100,9 @@ def _run(job: Job, environment: dict[str, str], processes: dict[str, subprocess.
     unfinished = job.run_dir and not (job.run_dir / "summary.json").exists()  # a train that was terminated exits 0
     if code or unfinished:
         last = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise UserError(f"the stage {job.name} failed: {(last or ['no output'])[0].strip()} (all of it: {job.log})")
+        raise UserError(
+            "job-failed", f"the stage {job.name} failed: {(last or ['no output'])[0].strip()} (all of it: {job.log})"
+        )
 
 
 def _show_progress(jobs: Sequence[Job], finished: threading.Event) -> None:

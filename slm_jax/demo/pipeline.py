@@ -75,9 +75,9 @@ def demo(
     folder = CONFIGS / recipe
     if not (folder / f"{STAGES[0].name}.gin").exists():
         known = ", ".join(sorted(path.parent.name for path in CONFIGS.glob(f"*/{STAGES[0].name}.gin"))) or "none"
-        raise UserError(f"no recipe {recipe!r} in {CONFIGS}: known are {known}")
+        raise UserError("recipe-not-found", f"no recipe {recipe!r} in {CONFIGS}: known are {known}")
     if data is not None and not Path(data).is_dir():
-        raise UserError(f"demo.data {data} is not a folder: name the one that holds the data sets")
+        raise UserError("demo-data", f"demo.data {data} is not a folder: name the one that holds the data sets")
     chosen = _with_inputs(folder, stages)
     root = Path("runs") / recipe
     here = root if seed == 0 else root / f"seed{seed}"
@@ -98,7 +98,9 @@ def _with_inputs(folder: Path, names: Sequence[str]) -> list[Stage]:
     while more:
         name = more.pop()
         if name not in available:
-            raise UserError(f"recipe {folder.name} has no stage {name!r}: it has {', '.join(available)}")
+            raise UserError(
+                "recipe-stage", f"recipe {folder.name} has no stage {name!r}: it has {', '.join(available)}"
+            )
         if name not in wanted:
             wanted.add(name)
             more += available[name].after

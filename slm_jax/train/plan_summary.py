@@ -52,7 +52,7 @@ def _range(begin: float, end: float, digits: str) -> str:
 
 def _objective(phase: Phase) -> str:
     ratios = phase.ratios() if phase.keep_ratio else None
-    ratio = None if ratios is None else _range(ratios[0], ratios[-1], ".0%")
+    ratio = None if ratios is None else _range(float(ratios[0]), float(ratios[-1]), ".0%")
     parts = [in_words(phase.selection, ratio) if phase.selection else "all tokens"]
     if phase.reset_optimizer:
         parts.append("optimizer state reset")

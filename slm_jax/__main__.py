@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "stage", nargs="*", metavar="STAGE [RUN ...]", help=f"one of {stages}; then runs, for stages that take several"
     )
     parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="file of settings; repeatable")
+    allow = "let gin files import Python modules, which runs their code; only for files that you trust"
+    parser.add_argument("--allow_gin_imports", action="store_true", help=allow)
     parser.add_argument("--gin.NAME=VALUE", dest="_", action="store_true", help="one setting; overrides files")
     parser.add_argument(
         "--NAME=VALUE", dest="_", action="store_true", help="a setting of the stage: a string or number"
@@ -94,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message += "".join(f", --{name}" for name in config.flags(stage))
         return _fail(stage, message, USAGE)
     silence_missing_chips()
-    return _run(stage, known.gin_file, [binding for binding in bindings if binding is not None])
+    bindings = [binding for binding in bindings if binding is not None]
+    return _run(stage, known.gin_file, bindings, known.allow_gin_imports)
 
 
 def _binding(stage: str, argument: str) -> str | None:
@@ -112,9 +115,9 @@ def _binding(stage: str, argument: str) -> str | None:
     return None
 
 
-def _run(stage: str, files: Sequence[str], bindings: Sequence[str]) -> int:
+def _run(stage: str, files: Sequence[str], bindings: Sequence[str], allow_imports: bool) -> int:
     try:
-        config.load(files, bindings)
+        config.load(files, bindings, allow_imports=allow_imports)
     except UserError as error:
         return _fail(stage, _text(error), USAGE)
     with processes.together():

@@ -8,12 +8,15 @@ import difflib
 import importlib.metadata
 import importlib.util  # gin reads importlib.util without importing it
 import inspect
+import io
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import tokenize
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +27,25 @@ from slm_jax.renamed import new_setting
 
 _command_line: list[str] = []  # bindings of `--gin.NAME=VALUE` in this process
 RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
-# Otherwise gin also looks for includes in Python packages: it logs "Path not found" for each, and fails if the folder
-# `configs` can be imported.
-del gin.config._FILE_READERS[1:]  # pyright: ignore[reportAttributeAccessIssue]
+_imports_allowed = False  # whether gin files of this process may import Python modules
+_open_files: list[str] = []  # the gin file being read, after the files that include it
+_read_files: dict[str, str] = {}  # text of every gin file that was read, by path
 
 
-def load(files: Sequence[str] = (), bindings: Sequence[str] = ()) -> None:
+def load(files: Sequence[str] = (), bindings: Sequence[str] = (), *, allow_imports: bool = False) -> None:
     """Parses gin `files` in order, then `bindings` (`NAME=VALUE`); later bindings override earlier ones.
 
     Includes are looked up from the working directory and from the four directories above the including file.
+    Files are data: an `import` runs code, and is refused unless `allow_imports`.
 
     Raises:
-      UserError: `gin-no-file`, `gin-unknown-name`, `gin-renamed`, `gin-syntax`, or `gin-error` for anything else.
+      UserError: `gin-no-file`, `gin-unknown-name`, `gin-unknown-macro`, `gin-renamed`, `gin-syntax`, `gin-import`,
+        `gin-includes-itself`, `gin-not-utf-8`, or `gin-error` for anything else.
     """
+    global _imports_allowed
+    _imports_allowed = allow_imports
+    _read_files.clear()
+    gin.config._LOCATION_PREFIXES[:] = [""]  # pyright: ignore[reportAttributeAccessIssue] (those of an earlier load)
     gin.clear_config()
     _command_line[:] = bindings
     for file in files:
@@ -61,16 +70,76 @@ def _parse(files: Sequence[str], bindings: Sequence[str]) -> None:
     try:
         with gin.unlock_config():
             gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True)
-    except (ValueError, SyntaxError, OSError, ImportError) as error:
+    except UserError as error:  # gin appends where each including file names the next
+        raise UserError(error.code, str(error).splitlines()[0]) from None
+    except (ValueError, SyntaxError, OSError, ImportError, tokenize.TokenError) as error:
         raise UserError(*_explain(error)) from error
+
+
+class _GinText(io.StringIO):
+    """The text of a gin file; gin reads the name for its messages."""
+
+    name: str
+
+
+@contextmanager
+def _read_gin(path: str) -> Iterator[_GinText]:
+    """Opens a gin file for gin.
+
+    Raises:
+      UserError: `gin-not-utf-8`, `gin-includes-itself`.
+    """
+    real = os.path.realpath(path)
+    if real in _open_files:
+        raise UserError("gin-includes-itself", f"gin file {path} includes itself: remove the include")
+    content = Path(path).read_bytes()
+    try:
+        text = _GinText(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError("gin-not-utf-8", f"gin file {path}, line {line} is not UTF-8: save it as UTF-8") from None
+    text.name = path
+    _read_files[path] = text.getvalue()
+    _open_files.append(real)
+    try:
+        yield text
+    finally:
+        _open_files.pop()
+
+
+_gin_import = gin.config.ParseContext.process_import  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _import_if_allowed(context: Any, statement: Any) -> None:
+    """Replaces gin's own handling of `import` and `from __gin__ import dynamic_registration`."""
+    if not _imports_allowed:
+        place = statement.location
+        raise UserError(
+            "gin-import",
+            f"{place.filename or 'a setting'}, line {place.line_num}: '{statement.format()}' runs Python code, and "
+            "settings are data: remove the line, or pass --allow_gin_imports if you trust the file",
+        )
+    _gin_import(context, statement)
+
+
+gin.config.ParseContext.process_import = _import_if_allowed  # pyright: ignore[reportAttributeAccessIssue]
+# This replaces all readers of gin. One of them looks for includes in Python packages: it logs "Path not found" for
+# each, and fails if the folder `configs` can be imported.
+gin.config._FILE_READERS[:] = [(_read_gin, os.path.isfile)]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _explain(error: Exception) -> tuple[str, str]:
     """Code and one line for a gin error, with the nearest known name if a name is unknown."""
     known, text = surface(), str(error)
     where = " ".join(line.strip() for line in text.splitlines()[1:3])
+    macro = re.search(r"No bindings specified for '([^']+)/gin\.macro'", text)
     unknown = re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text)
     parameter = re.search(r"Configurable '([\w.]+)' doesn't (?:have a parameter named|include kwarg) '(\w+)'", text)
+    if macro:
+        return "gin-unknown-macro", f"macro %{macro[1]} has no value{_first_use(macro[1])}: add {macro[1]} = VALUE"
+    if isinstance(error, tokenize.TokenError):  # only the end of the file tells
+        file = next(reversed(_read_files), "a setting")
+        return "gin-syntax", f"gin cannot read {file}: it ends inside a value; close its bracket or quotes"
     if unknown:
         name = unknown[1].split("/")[-1]
         if new := new_setting(name):
@@ -89,6 +158,15 @@ def _explain(error: Exception) -> tuple[str, str]:
             "shell's: --gin.train.run_dir=\"'runs/mine'\""
         )
     return "gin-error", line
+
+
+def _first_use(macro: str) -> str:
+    """Where a gin file reads a macro first, as text; nothing if only the command line does."""
+    for path, text in _read_files.items():
+        for number, line in enumerate(text.splitlines(), 1):
+            if re.search(rf"%{re.escape(macro)}(?![\w/.])", line.split("#")[0]):
+                return f" ({path}, line {number})"
+    return ""
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -86,10 +86,51 @@ def test_later_bindings_override_earlier_ones(tmp_path):
         ("gin-renamed", "train.inherit = 'state'", "'train.init_mode'"),
         ("gin-renamed", "one/Draw.share = 0.5", "'MixtureComponent"),
         ("gin-renamed", "solve.run = 'r'", "'evaluate_math"),
-        ("gin-error", "import nothing_of_that_name", "nothing_of_that_name"),
+        ("gin-import", "import nothing_of_that_name", "line 2: 'import nothing_of_that_name'"),
+        ("gin-import", "from __gin__ import dynamic_registration", "--allow_gin_imports"),
+        ("gin-includes-itself", "include 'a.gin'", "a.gin includes itself"),
+        ("gin-unknown-macro", "train.seed = %SEED", "macro %SEED has no value"),
+        ("gin-unknown-macro", "# %SEED\ntrain.seed = %SEED", "line 3"),
+        ("gin-syntax", "train.phases = [@Phase(),", "a.gin: it ends inside"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line(code, text, named, tmp_path):
     (tmp_path / "a.gin").write_text("train.log_every = 1\n" + text + "\n")
     line = toy.refused(code, config.load, [str(tmp_path / "a.gin")])
     assert named in line and ("a.gin" in line or "nowhere.gin" in line)
+
+
+def test_imports_run_only_where_they_are_allowed(tmp_path, monkeypatch):
+    (tmp_path / "gin_test_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "b.gin").write_text("import gin_test_module\n")
+    (tmp_path / "a.gin").write_text("include 'b.gin'\ntrain.seed = 1\n")
+    file = str(tmp_path / "a.gin")
+    assert "b.gin, line 1" in toy.refused("gin-import", config.load, [file])
+    toy.refused("gin-import", config.load, [], ["train.seed=1\nimport gin_test_module"])
+    assert not (tmp_path / "ran").exists()
+    config.load([file], allow_imports=True)
+    assert (tmp_path / "ran").exists() and gin.query_parameter("train.seed") == 1
+    toy.refused("gin-import", config.load, [file])  # the permission ends with its load
+
+
+def test_two_files_that_include_each_other_are_refused(tmp_path):
+    (tmp_path / "a.gin").write_text("include 'b.gin'\n")
+    (tmp_path / "b.gin").write_text("include 'a.gin'\n")
+    line = toy.refused("gin-includes-itself", config.load, [str(tmp_path / "a.gin")])
+    assert "a.gin" in line and "\n" not in line
+    (tmp_path / "c.gin").write_text("train.seed = 3\n")  # one file twice, in a row, is no circle
+    (tmp_path / "d.gin").write_text("include 'c.gin'\ninclude 'c.gin'\n")
+    config.load([str(tmp_path / "d.gin")])
+    assert gin.query_parameter("train.seed") == 3
+
+
+def test_gin_files_are_utf_8(tmp_path):
+    (tmp_path / "a.gin").write_bytes(b"\xef\xbb\xbftrain.seed = 3  # \xc3\xa4\n")
+    config.load([str(tmp_path / "a.gin")])
+    assert gin.query_parameter("train.seed") == 3
+    for content, line in ((b"train.seed = 3\n# \xe4\n", 2), ("train.seed = 3\n".encode("utf-16"), 1)):
+        (tmp_path / "b.gin").write_bytes(content)
+        assert f"b.gin, line {line} is not UTF-8" in toy.refused(
+            "gin-not-utf-8", config.load, [str(tmp_path / "b.gin")]
+        )

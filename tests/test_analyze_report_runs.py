@@ -271,7 +271,7 @@ def test_phases_mixtures_and_schedules_in_words():
     }
     assert mixture_in_words(phase) == "50 % crawl + 50 % clean (replay, in order)"
     words = "60% by loss, per sequence, filtered gradient, ratio 0 to 1 linear over the rest, optimizer state reset, "
-    assert objective_in_words(phase) == f"{words}L2 penalty 0.1 towards the initial parameters"
+    assert objective_in_words(phase) == f"{words}L2 penalty 0.1 towards the parameters at the start of the phase"
     assert mixture_in_words({"mixture": [draw | {"weight": None}, draw | {"weight": 0.05}]}).startswith("the rest ")
     high = phase["selection"] | {"threshold": 2.0, "capacity": 0.5}
     above = phase | {"selection": high, "reset_optimizer": False, "l2_to_init": 0}

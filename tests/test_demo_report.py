@@ -56,7 +56,7 @@ def test_numbers_and_plain_words(tmp_path: Path):
     assert "worse selective is worse than causal on general text" in text
     assert "selective reaches causal's final target loss at step 97 of 150: causal takes 1.55 times as many" in text
     assert "random does not reach causal's final target loss" in text
-    assert "stands at 3.381 on the target text, lower than selective's 3.927" in text
+    assert "has a loss of 3.381 on the target text, lower than selective's 3.927" in text
 
 
 def test_continual_runs_are_compared_with_their_own_causal_run(tmp_path: Path):

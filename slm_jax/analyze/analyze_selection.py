@@ -43,7 +43,7 @@ def analyze_selection(
     seed: int = 0,
     output: str | None = None,
 ) -> dict[str, Any]:
-    """Analyzes which tokens runs selected, and what became of their losses (Rho-1, Figures 6 to 9).
+    """Analyzes which tokens runs selected, and how their losses changed (Rho-1, Figures 6 to 9).
 
     `slm-jax analyze selection RUN [RUN ...]` reads metrics: losses of selected and unselected tokens and of a
     downstream set over training, the share selected by source, the downstream result by share kept, and the fit
@@ -69,7 +69,7 @@ def analyze_selection(
       seed: of random selection.
       output: folder for the results; <first run>/selection by default.
     """
-    # ---- Everything is checked before anything is computed
+    # ---- Checks, all of them before anything is computed
     if not runs:
         raise UserError("selection-no-runs", "no run to analyze: slm-jax analyze selection runs/selective")
     for name, value in (("rows", rows), ("batch_size", batch_size)):

@@ -236,7 +236,7 @@ def objective_in_words(phase: Mapping[str, Any]) -> str:
     if phase.get("reset_optimizer"):
         parts.append("optimizer state reset")
     if phase.get("l2_to_init"):
-        parts.append(f"L2 penalty {phase['l2_to_init']:g} towards the initial parameters")
+        parts.append(f"L2 penalty {phase['l2_to_init']:g} towards the parameters at the start of the phase")
     return ", ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Token lists -> rows of one length, computed on document lengths alone: which piece of which document lies where."""
+"""Token lists -> rows of one length, computed from document lengths alone: which piece of which document goes where."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ def pack_split(lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Piece
     """Concatenates the documents and cuts every `sequence_length` tokens: no token is lost, only the last row is
     padded.
 
-    A document that is cut continues in the next row as a new segment, without what came before.
+    A document that is cut continues in the next row as a new segment, which does not see the tokens before the cut.
 
     Args:
         lengths: tokens of each document, at least 1.

@@ -2,7 +2,7 @@
 
 A shard holds up to 1,000 documents in the order of the input, tokenized, as a directory `shard-NUMBER`: tokens.npy,
 loss_mask.npy and noise.npy (all documents, concatenated) and documents.json. A directory is renamed into place when it
-is complete, so a shard is there or not there.
+is complete, so there are no partial shards.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def shard_path(work: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def shards_of(rows: Iterable[dict[str, Any]]) -> Iterator[Shard]:
-    """Groups rows. Depends on nothing but the rows, so that a restarted run finds its shards again."""
+    """Groups rows into shards. The groups depend on the rows alone, so that a restarted run finds its shards again."""
     shard, characters = [], 0
     for row in rows:
         shard.append(row)
@@ -62,7 +62,7 @@ def write_shard(work: pathlib.Path, number: int, shard: Shard, vocabulary: Vocab
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     for name in ARRAYS:
-        content = io.BytesIO()  # numpy, writing to a file itself, does not say that the disk is full
+        content = io.BytesIO()  # np.save into a file does not report a full disk
         np.save(content, np.concatenate([getattr(document, name) for document in tokenized]))
         (unfinished / f"{name}.npy").write_bytes(content.getbuffer())
     index = {
@@ -83,7 +83,7 @@ def write_shard(work: pathlib.Path, number: int, shard: Shard, vocabulary: Vocab
 def tokenize_shards(
     shards: Iterable[Shard], work: pathlib.Path, vocabulary_path: pathlib.Path, processes: int
 ) -> Iterator[Shard]:
-    """Writes every shard that is not there yet; yields each when it is on disk, in any order."""
+    """Writes every missing shard; yields each shard once it is on disk, in any order."""
     if processes == 1:
         vocabulary = load_vocabulary(vocabulary_path)
         for number, shard in enumerate(shards):
@@ -142,7 +142,7 @@ def _workers_import_no_main() -> Iterator[None]:
 def _start_worker(work: pathlib.Path, vocabulary_path: pathlib.Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
-    def die_with_parent() -> None:  # a killed parent cannot tell its workers, which would wait for ever
+    def die_with_parent() -> None:  # a killed parent cannot tell its workers, which would wait forever
         if parent := multiprocessing.parent_process():
             parent.join()
             os._exit(1)
@@ -164,12 +164,12 @@ class Documents:
         id: identifiers.
         source: source names.
         url: URLs, as the records give them.
-        metadata: metadata, None where a document carries none.
+        metadata: metadata, None for a document without.
         index: number of each document in the input, [D].
         bytes: length in bytes, [D].
         length: length in tokens, [D].
         noisy: whether it has tokens in noise spans, [D].
-        unspelled: how often each character occurs that the vocabulary cannot spell.
+        unspelled: counts of the characters that the vocabulary cannot spell.
     """
 
     def __init__(self, work: pathlib.Path, num_shards: int):

@@ -31,9 +31,9 @@ def write_rows(
     Args:
         store: where to write.
         table: the tokenized documents.
-        vocabulary: gave their ids.
+        vocabulary: the one that made their ids.
         settings: everything that determines the corpus; recorded.
-        counts: `skipped` records by source, file and reason; documents `without` metadata of their own.
+        counts: `skipped` records by source, file and reason; documents that have no metadata themselves (`without`).
     """
     # Order: by a hash of seed, source and index.
     names = [source["name"] for source in settings["sources"]]

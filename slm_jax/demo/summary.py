@@ -116,7 +116,7 @@ def steps_to(curve: dict[str, list[Any]], goal: float) -> int | None:
 
 
 def _shares(rows: Sequence[dict[str, Any]], corpus: Corpus) -> dict[str, float] | None:
-    """Shares kept over the second half of the run, of noise and of what stands around it; None without noise.
+    """Shares kept over the second half of the run, of noise and of the text around it; None without noise.
 
     Every logged step counts alike; steps hold nearly equal numbers of each kind.
     """
@@ -219,14 +219,14 @@ def _findings(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _reference_finding(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Where the reference itself is ahead, the reader is told."""
+    """The reference's own loss beside the selective run's."""
     reference = (summary.get("reference") or {}).get("target_loss")
     selective = summary["runs"].get("selective", {}).get("target_loss")
     if reference is not None and selective is not None:
         order = "lower than" if reference < selective else "no lower than"
         yield (
             "note",
-            f"The reference, trained on the clean text, stands at {number(reference, 3)} on the target text, "
+            f"The reference, trained on the clean text, has a loss of {number(reference, 3)} on the target text, "
             f"{order} selective's {number(selective, 3)}.",
         )
 

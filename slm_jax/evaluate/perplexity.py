@@ -118,7 +118,7 @@ class HeldOut:
         return {"fingerprint": table.fingerprint, "rows": table.num_rows, "first_ids": first}
 
     def about_prefix(self, model: ModelConfig) -> dict[str, Any] | None:
-        """What comes after BOS: text and ids of the first document's prefix, and the number of different ones."""
+        """The text after BOS: the first document's prefix with its ids, and the number of different prefixes."""
         return self._conditioned(Corpus.open(self.corpus), model)[1]
 
     def _num_rows(self, table: Corpus) -> int:

@@ -1,4 +1,4 @@
-"""Evaluator `Samples`: continuations while a model trains, and how much they repeat themselves."""
+"""Evaluator `Samples`: generates continuations while a model trains, and measures how much they repeat themselves."""
 
 import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
@@ -92,13 +92,13 @@ class Samples:
 
 
 def distinct_ngrams(tokens: Sequence[Hashable], n: int) -> float | None:
-    """Distinct n-grams per n-gram (arXiv 1510.03055): 1 where none occurs twice; None for a text shorter than n."""
+    """Distinct n-grams per n-gram (arXiv 1510.03055): 1 if none occurs twice; None for a text shorter than n."""
     ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 class Loop(NamedTuple):
-    """A stretch that repeats one unit: tokens in all, and tokens of the unit; (0, 0) where nothing repeats."""
+    """A stretch that repeats one unit: tokens in all, and tokens of the unit; (0, 0) if nothing repeats."""
 
     length: int
     period: int

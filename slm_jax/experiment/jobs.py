@@ -15,7 +15,7 @@ from slm_jax.run_directory import RunDirectory
 
 COMMAND = (sys.executable, "-m", "slm_jax")
 
-# On CPU each stage has a core of its own: one thread for XLA, and an allocator that keeps freed memory, without which
+# On CPU each stage has its own core: one thread for XLA, and an allocator that keeps freed memory, without which
 # XLA's temporaries cost tens of thousands of page faults a step.
 ONE_CORE = {
     "JAX_PLATFORMS": "cpu",
@@ -51,7 +51,7 @@ class Running:
 def lanes_here() -> tuple[int, dict[str, str]]:
     """How many stages run at a time, and their environment: one per core on CPU, one on an accelerator.
 
-    Asked in a process of its own: whoever initialises an accelerator keeps it.
+    Asked in a separate process, because a process that initialises an accelerator keeps it.
     """
     code = "import jax; print(jax.default_backend())"
     backend = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()

@@ -41,7 +41,7 @@ def run_vocabulary(run: str, vocabulary_hash: str) -> Vocabulary:
     """The vocabulary that a model directory keeps beside its checkpoints.
 
     Raises:
-      UserError: it keeps none, as runs of early versions, or another one than its model was trained with.
+      UserError: it has none (runs of early versions), or not the one that its model was trained with.
     """
     where = Path(run) / "vocabulary"
     if not (where / DESCRIPTION_FILE).exists():
@@ -58,7 +58,7 @@ def fitting_vocabulary(path: str, vocabulary_hash: str, what: str) -> Vocabulary
     Args:
       path: where it is.
       vocabulary_hash: the one that the model was trained with.
-      what: names in a message what the vocabulary is for.
+      what: the model, as messages name it.
 
     Raises:
       UserError: it has another hash.

@@ -94,7 +94,7 @@ def score(
         records the files and their hash.
       max_unaligned: maximum fraction of tokens without a loss in `external_logprobs`.
     """
-    # What is asked for.
+    # Settings, and the source of the values.
     if (reference is None) == (external_logprobs is None):
         raise UserError(
             "score-source",

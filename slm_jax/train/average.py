@@ -1,4 +1,4 @@
-"""Stage `average`: makes a model of the mean of several checkpoints, or of the moving average that a run kept."""
+"""Stage `average`: makes a model from the mean of several checkpoints, or from the moving average of a run."""
 
 from collections.abc import Sequence
 
@@ -62,13 +62,13 @@ def average(
                 "average-output-exists", f"{output} holds checkpoints already: choose another average.output"
             )
         checkpoints.save(steps[-1], {"params": params}, to_json({**about, "average": what, "run": run}))
-    if directory.vocabulary.is_dir():  # runs of earlier versions keep none
+    if directory.vocabulary.is_dir():  # runs of earlier versions have none
         load_vocabulary(directory.vocabulary).save(RunDirectory(output).vocabulary)
     print(f"average: {what} of {run} -> {output}")
 
 
 def _mean(run: str, shapes: Params, steps: Sequence[int]) -> Params:
-    """The mean over checkpoints; memory holds one of them beside the sum."""
+    """The mean over checkpoints; memory holds the sum and one of them."""
     total = restore_params(run, shapes, steps[0])
     add = jax.jit(lambda total, params: jax.tree.map(jnp.add, total, params), donate_argnums=0)
     for step in steps[1:]:

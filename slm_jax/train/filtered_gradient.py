@@ -1,9 +1,9 @@
-"""The filtered gradient: the whole backward pass runs at the positions that predict a trained token, and nowhere else.
+"""The filtered gradient: the whole backward pass runs only at the positions that predict a trained token.
 
 One forward pass without gradient keeps the input of every layer. Then, from the last layer to the first, each layer is
-differentiated at those positions of its input, with the keys and values of all other positions held constant. With
-every token trained it is the exact gradient; otherwise it misses what flows through the keys and values of the others.
-The idea is Collider's (arXiv 2502.00340).
+differentiated at those positions of its input, with the keys and values of all other positions held constant. If
+every token trains, this is the exact gradient; otherwise the part that flows through the keys and values of the other
+positions is missing. The idea is Collider's (arXiv 2502.00340).
 """
 
 from collections.abc import Callable

@@ -57,7 +57,7 @@ def _objective(phase: Phase) -> str:
     if phase.reset_optimizer:
         parts.append("optimizer state reset")
     if phase.l2_to_init:
-        parts.append(f"L2 penalty {phase.l2_to_init:g} towards the initial parameters")
+        parts.append(f"L2 penalty {phase.l2_to_init:g} towards the parameters at the start of the phase")
     return ", ".join(parts)
 
 

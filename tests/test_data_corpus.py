@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -199,3 +200,38 @@ def test_no_space_left_is_told_in_one_line():
             raise error
     with pytest.raises(ValueError, match="something else"), disk_full_is_an_answer("rows", "free some"):
         raise ValueError("something else")
+
+
+@pytest.mark.parametrize("key", ["columns/tokens", "columns/loss_mask", "scores/a/loss"])
+def test_a_flipped_bit_is_refused_where_it_is_read(corpus, key):
+    """A sample of bytes, every bit of each: the content is refused by name, or is what it was."""
+    values = np.random.default_rng(1).random((ROWS, LENGTH)).astype(np.float32)
+    corpus.create_score("a", reference=REFERENCE).write(0, {"loss": values})
+    column = key.removeprefix("columns/")
+    expected = {**content(), "scores/a/loss": values}[column]
+    file, rows = Path(corpus.path) / key / "c/0/0", np.arange(SHARD_ROWS)
+    good, refused = file.read_bytes(), 0
+    for place in np.linspace(0, len(good) - 1, 40).astype(int).tolist():
+        for bit in range(8):
+            bad = bytearray(good)
+            bad[place] ^= 1 << bit
+            file.write_bytes(bad)
+            try:
+                read = Corpus.open(corpus.path).read(rows, [column])[column]
+                np.testing.assert_array_equal(read, expected[:SHARD_ROWS])
+            except UserError as error:
+                assert error.code == "column-damaged" and corpus.path in str(error) and column in str(error)
+                assert f"rows 0 to {SHARD_ROWS - 1}" in str(error)
+                refused += 1
+    assert refused == 320
+    file.write_bytes(good)
+    np.testing.assert_array_equal(Corpus.open(corpus.path).read(rows, [column])[column], expected[:SHARD_ROWS])
+
+
+def test_a_flipped_bit_in_the_marks_of_finished_rows(corpus):
+    corpus.create_score("a", reference=REFERENCE).write(0, loss(ROWS, 1.0))
+    file = Path(corpus.path) / "scores/a/finished/c/0"
+    content = bytearray(file.read_bytes())
+    content[0] ^= 4
+    file.write_bytes(content)
+    assert "finished" in toy.refused("column-damaged", Corpus.open(corpus.path).score, "a")

@@ -233,7 +233,7 @@ def read_kept_losses(run: str, name: str) -> tuple[str, Losses]:
                 score = corpus.score(column, partial=True)
                 rows = score.reference["rows"]
                 if score.finished()[:rows].all():  # else a kill came while it was written
-                    found[step] = np.asarray(score.array("loss")[:rows].read().result())
+                    found[step] = score.read("loss", rows)
     if not found:
         raise UserError(
             "kept-losses-not-found",

@@ -21,7 +21,7 @@ from jaxtyping import Integer
 
 from slm_jax.data.preprocess import token_dtype
 from slm_jax.data.scores import ScoreColumn, ScoreName, create_score, open_score, score_names
-from slm_jax.data.store import SHARD_ROWS, Store
+from slm_jax.data.store import SHARD_ROWS, Store, read_result
 from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
@@ -110,6 +110,9 @@ class Corpus:
 
         Returns:
             One [B, L] array per column.
+
+        Raises:
+            UserError: `column-damaged`.
         """
         rows = np.asarray(rows)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_rows):
@@ -117,7 +120,17 @@ class Corpus:
             raise IndexError(f"row {wrong} is outside the corpus {self.path} of {self.num_rows} rows")
         # Start all reads before waiting for the first.
         futures = {name: self._column(name)[rows].read() for name in columns}
-        return {name: np.asarray(future.result()) for name, future in futures.items()}
+        among = f"among rows {rows.min()} to {rows.max()}" if rows.size else "no rows"
+        return {
+            name: read_result(
+                future,
+                f"column {name} of {self.path}, {among},",
+                f"delete {self.path}/scores/{ScoreName.parse(name)[0]} and score again"
+                if name.startswith("scores/")
+                else "restore it or prepare the corpus again",
+            )
+            for name, future in futures.items()
+        }
 
     def vocabulary(self) -> Vocabulary:
         return load_vocabulary(self.path)
@@ -233,6 +246,7 @@ class Corpus:
                 f"corpus {self.path}: column {name!r} is {column.shape[0]} x {column.shape[1]}, the manifest says "
                 f"{self.num_rows} x {self.sequence_length}; prepare it again",
             )
+        self._store.say_if_unchecked(column)
         return column
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from slm_jax.data.store import SHARD_ROWS, Store
+from slm_jax.data.store import SHARD_ROWS, Store, read_result
 from slm_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -56,6 +56,7 @@ class ScoreColumn:
 
     def __init__(self, store: Store, name: str, manifest: Mapping[str, Any]):
         self.name = name
+        self._path = f"{store.path}/scores/{name}"
         self.statistics: tuple[str, ...] = tuple(manifest["statistics"])
         self.reference: dict[str, Any] = manifest["reference"]
         self._arrays = {}
@@ -66,6 +67,7 @@ class ScoreColumn:
                     "score-damaged",
                     f"score {name!r} of {store.path} has lost {key!r}: delete scores/{name} and score again",
                 )
+            store.say_if_unchecked(array)
             self._arrays[key] = array
         self.num_rows: int = self._arrays["finished"].shape[0]
 
@@ -78,9 +80,18 @@ class ScoreColumn:
             )
         return self._arrays[statistic]
 
+    def read(self, statistic: str, rows: int) -> Float[np.ndarray, "rows L"]:
+        """The first rows of one statistic; UserError `column-damaged`."""
+        self.array(statistic)
+        return self._read(statistic, rows)
+
+    def _read(self, key: str, rows: int) -> np.ndarray:
+        where = f"column {key} of {self._path}, among rows 0 to {rows - 1},"
+        return read_result(self._arrays[key][:rows].read(), where, f"delete {self._path} and score again")
+
     def finished(self) -> Bool[np.ndarray, "N"]:
         """Which rows have been written."""
-        return np.asarray(self._arrays["finished"].read().result()) > 0
+        return self._read("finished", self.num_rows) > 0
 
     @property
     def complete(self) -> bool:

@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import tensorstore as ts
 
 from slm_jax.errors import UserError
@@ -15,6 +16,9 @@ SHARD_ROWS = 256  # rows in one file of a column; one row is the unit of reading
 
 # Shard indices stay in memory: random rows are read about twice as fast.
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
+# Failures of reading that say nothing about the content.
+_ELSEWHERE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
+_mentioned: set[str] = set()  # stores already reported by this process to have columns without checksums
 
 
 class Store:
@@ -77,6 +81,7 @@ class Store:
         inner = [
             {"name": "bytes", "configuration": {"endian": "little"}},
             {"name": "zstd", "configuration": {"level": 1}},
+            {"name": "crc32c"},
         ]
         codecs = [{"name": "sharding_indexed", "configuration": {"chunk_shape": row, "codecs": inner}}]
         metadata = {
@@ -101,12 +106,39 @@ class Store:
                 return None
             raise UserError("file-damaged", f"{self.path}/{key} is damaged: restore it or make it again") from error
 
+    def say_if_unchecked(self, array: ts.TensorStore) -> None:
+        """Prints, once per store, that `array` was written without checksums."""
+        (sharding,) = array.spec().to_json()["metadata"]["codecs"]
+        inner = sharding.get("configuration", {}).get("codecs", [])
+        if not any(codec["name"] == "crc32c" for codec in inner) and self.path not in _mentioned:
+            _mentioned.add(self.path)
+            print(f"{self.path} has columns without checksums, from an earlier version: damage may go unnoticed")
+
     def _kvstore(self, key: str) -> dict | str:
         path = f"{self.path}/{key}".rstrip("/") + "/"
         return path if self.remote else {"driver": "file", "path": path}
 
     def _files(self) -> ts.KvStore:
         return ts.KvStore.open(self._kvstore(""), context=_CONTEXT).result()
+
+
+def read_result(reading: ts.Future, where: str, remedy: str) -> np.ndarray:
+    """What a started read of an array found.
+
+    Args:
+      reading: the result of `array.read()`.
+      where: the column and its rows, for a message.
+      remedy: likewise, what to do about damage.
+
+    Raises:
+      UserError: `column-damaged`: a checksum does not fit, or a chunk cannot be decoded.
+    """
+    try:
+        return np.asarray(reading.result())
+    except ValueError as error:
+        if any(code in str(error) for code in _ELSEWHERE):
+            raise
+        raise UserError("column-damaged", f"{where} is damaged: {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -445,3 +445,12 @@ def test_padding_is_named_where_there_is_any(exported, tmp_path):
     export_model_module._finish(tmp_path / "partial", tmp_path / "done", {}, words)
     ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
     assert json.loads((tmp_path / "done" / "config.json").read_text()) == ids
+
+
+def test_an_export_holds_no_path_of_this_machine(reference, exported):
+    files = list(exported.iterdir())
+    assert {"config.json", "generation_config.json"} <= {file.name for file in files}
+    for file in files:
+        content = file.read_bytes()
+        for path in (reference.parent, exported.parent, Path.cwd()):
+            assert str(path).encode() not in content, (file.name, path)

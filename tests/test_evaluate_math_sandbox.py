@@ -276,6 +276,9 @@ def test_input_is_at_its_end():
         "mount(b'x', b'/scratch', b'tmpfs', 0, 0)",
         "syscall({memfd_create}, b'x', 0)",
         "syscall({shmget}, 0, 1 << 20, 0o1600)",
+        "syscall({msgget}, 0, 0o1600)",
+        "syscall({semget}, 0, 1, 0o1600)",
+        "syscall({memfd_secret}, 0)",
         "syscall({keyctl}, 0, 0)",
         "syscall({bpf}, 0, 0, 0)",
         "syscall({io_uring_setup}, 1, 0)",
@@ -334,6 +337,29 @@ def test_without_a_sandbox_nothing_runs(monkeypatch, tmp_path):
     assert run("x = bytearray(10**10)", trusted).error == "MemoryError"
     assert run("import socket; socket.socket()", trusted).error.startswith("PermissionError")
     assert run("while True: pass", Sandbox(seconds=2, trust=TRUST)).ended == "time"
+
+
+def test_without_a_sandbox_no_daemon_outlives_its_program(monkeypatch):
+    monkeypatch.setattr(sandbox_lib, "_problem", lambda: "bubblewrap (bwrap) is not installed")
+    mark = "mark" + uuid.uuid4().hex
+    program = f"""
+import os, time
+if os.fork() == 0:
+    for leave in (os.setsid, lambda: os.setpgid(0, 0)):
+        try:
+            leave()
+            print("left its group", flush=True)
+        except PermissionError:
+            pass
+    if os.fork() == 0:
+        os.closerange(0, 3)
+        os.execv({sys.executable!r}, ["{mark}", "-c", "import time; time.sleep(1000)", "{mark}"])
+    os._exit(0)
+time.sleep(1)
+print("done")
+"""
+    assert run(program, Sandbox(seconds=60, trust=TRUST)).shown(100) == "done"
+    assert gone(mark)
 
 
 def test_a_bubblewrap_that_does_not_work_is_found_out(monkeypatch, tmp_path):

@@ -164,6 +164,7 @@ class Sandbox:
             "cpu_seconds": max(1, round(self.seconds)),
             "file_bytes": self.scratch_mb << 19,
             "processes": self.processes,
+            "stay_in_group": not isolated,  # without a namespace of processes, the group is what can be killed
             "user": user if isolated and os.geteuid() == 0 else None,
         }
         return ["-I", "-B", INSIDE if isolated else str(CHILD), json.dumps(limits)]

@@ -26,7 +26,10 @@ MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # as the kernel's audi
 # that had holes.
 REFUSED = {
     "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
     "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
@@ -57,6 +60,8 @@ REFUSED = {
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
 }
+# Refused where there is no namespace of processes: what leaves the program's process group would outlive it.
+LEAVE_GROUP = {"setsid": (112, 157), "setpgid": (109, 154)}
 CLONE, CLONE3 = (56, 220), 435
 
 
@@ -84,15 +89,16 @@ def limit(memory: int, cpu_seconds: int, file_bytes: int, processes: int) -> Non
         resource.setrlimit(kind, (value, value))
 
 
-def refuse_system_calls() -> None:
-    """Installs a seccomp filter: the calls in REFUSED fail with 'operation not permitted'.
+def refuse_system_calls(stay_in_group: bool) -> None:
+    """Installs a seccomp filter: the calls in REFUSED fail with 'operation not permitted'; if `stay_in_group`, those in
+    LEAVE_GROUP too.
 
     Raises:
         KeyError: a machine whose numbers are not known here.
         OSError: the kernel takes no filter.
     """
     architecture, machine = MACHINES[platform.machine()], list(MACHINES).index(platform.machine())
-    numbers = [call[machine] for call in REFUSED.values()]
+    numbers = [call[machine] for call in (REFUSED | LEAVE_GROUP if stay_in_group else REFUSED).values()]
     steps = [  # what to do with a value, and where to go on if so and if not; None is the next step
         (LOAD, 4, None, None),  # the architecture of the call: a program may use the calls of another
         (IF_EQUAL, architecture, None, "refuse"),
@@ -131,8 +137,9 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if (user := limits.pop("user")) is not None:
         give_up_root(user)
+    stay_in_group = limits.pop("stay_in_group")
     limit(**limits)
-    refuse_system_calls()
+    refuse_system_calls(stay_in_group)
     sys.argv = ["program.py"]
     try:
         runpy.run_path("program.py", run_name="__main__")

@@ -17,6 +17,7 @@ from slm_jax.mesh import path_name
 from slm_jax.run_directory import RunDirectory
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save at length; failures are raised anyway
+_mentioned: set[tuple[str, int]] = set()  # checkpoints already reported by this process to lack fingerprints
 
 
 class Checkpoints:
@@ -43,7 +44,7 @@ class Checkpoints:
 
     def save(self, step: int, items: dict[str, Any], about: dict[str, Any]) -> None:
         """Starts saving and returns; the arrays may then be donated. A saved step is not saved again."""
-        about = about | {"params_fingerprint": params_fingerprint(items["params"])}
+        about = about | _fingerprints(items)
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         self._manager.save(step, args=ocp.args.Composite(**saves, about=ocp.args.JsonSave(about)))
 
@@ -64,10 +65,16 @@ class Checkpoints:
                 restored = self._manager.restore(step, args=arguments)
             except Exception as error:
                 why = _first_line(error)
+            # Fingerprints are computed by all processes together, so all must have restored.
             if not processes.everywhere(restored is not None):
                 damaged[step] = why
                 continue
             assert restored is not None
+            if changed := _changed(
+                {name: restored[name] for name in shapes}, restored["about"], self.directory.parent, step
+            ):
+                damaged[step] = changed
+                continue
             self._set_aside(damaged, step)
             return {name: restored[name] for name in shapes}, restored["about"]
         if damaged:
@@ -114,7 +121,7 @@ def save_params(run_dir: str | os.PathLike, step: int, params: Any, about: dict[
     gigabytes = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(params)) // 10**9
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=gigabytes)
     handlers = {"params": handler, "about": ocp.JsonCheckpointHandler()}
-    about = about | {"params_fingerprint": params_fingerprint(params)}
+    about = about | _fingerprints({"params": params})
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(params), about=ocp.args.JsonSave(about))
     with ocp.CheckpointManager(RunDirectory(run_dir).checkpoints.absolute(), item_handlers=handlers) as manager:
         manager.save(step, args=items)
@@ -140,13 +147,23 @@ def saved_steps(run_dir: str | os.PathLike) -> list[int]:
 
 
 def restore_items(run_dir: str | os.PathLike, shapes: dict[str, Any], step: int | None = None) -> dict[str, Any]:
-    """Items of one checkpoint, the last by default, in the given shapes and shardings."""
+    """Items of one checkpoint, the last by default, in the given shapes and shardings.
+
+    Raises:
+      UserError: `checkpoint-damaged`: it cannot be read, or its arrays are not those that were saved.
+    """
     with _open(run_dir) as manager:
         step = _pick(run_dir, manager, step)
-        return {
+        about = _read(run_dir, manager, step, about=ocp.args.JsonRestore())
+        items = {
             name: _read(run_dir, manager, step, **{name: ocp.args.StandardRestore(item)})
             for name, item in shapes.items()
         }
+        if changed := _changed(items, about, run_dir, step):
+            before = [other for other in sorted(manager.all_steps()) if other < step]
+            remedy = f"name the one before, {before[-1]}" if before else "make it again"
+            raise UserError("checkpoint-damaged", f"checkpoint {step} of {run_dir} is damaged ({changed}): {remedy}")
+        return items
 
 
 def restore_params(run_dir: str | os.PathLike, shapes: Any, step: int | None = None) -> Any:
@@ -193,6 +210,24 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def _fingerprints(items: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint records of its arrays."""
+    found = {name: params_fingerprint(item) for name, item in items.items()}
+    return {"params_fingerprint": found["params"], "fingerprints": found}
+
+
+def _changed(items: dict[str, Any], about: dict[str, Any], where: str | os.PathLike, step: int) -> str:
+    """Names the first item whose arrays are not those that were saved; empty if there is none."""
+    saved = {"params": about.get("params_fingerprint")} | about.get("fingerprints", {})
+    if (place := (str(where), step)) not in _mentioned and any(saved.get(name) is None for name in items):
+        _mentioned.add(place)
+        print(f"checkpoint {step} in {where} is from an earlier version and lacks fingerprints: not all is checked")
+    for name, item in items.items():
+        if saved.get(name) not in (None, params_fingerprint(item)):
+            return f"its {name} differ from what was saved"
+    return ""
+
+
 def params_fingerprint(params: Any) -> str:
     """A hash of the parameters' bits that is the same on every mesh, because integer sums modulo 2^32 commute.
 
@@ -207,7 +242,9 @@ def params_fingerprint(params: Any) -> str:
 
 @jax.jit
 def _hash_words(leaf: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        leaf = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    bits = leaf.astype(jnp.uint32)
     index = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)

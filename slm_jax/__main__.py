@@ -131,7 +131,8 @@ def _call(stage: str) -> int:
         with disk_full_is_an_answer(f"the results of {stage}", "free some space, then the same command continues"):
             gin.get_configurable(stage)()
     except (UserError, FloatingPointError) as error:
-        return _fail(stage, _text(error), FAILED)
+        wrong_setting = getattr(error, "code", "").startswith("setting-")
+        return _fail(stage, _text(error), USAGE if wrong_setting else FAILED)
     except (TypeError, RuntimeError) as error:
         missing = re.search(r"missing \d+ required.*?arguments?: (.+)", str(error))
         called = re.search(r"In call to configurable '([\w.]+)'", str(error))

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tokenize
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,9 +191,8 @@ def surface() -> dict[str, dict[str, str]]:
 
 def text_settings(stage: str) -> list[str]:
     """The stage's own settings that are strings, for which `--NAME=TEXT` needs no quotes for gin."""
-    parameters = inspect.signature(gin.get_configurable(stage)).parameters.values()
     texts = (str, str | None, str | os.PathLike, str | os.PathLike | None)
-    return [parameter.name for parameter in parameters if parameter.annotation in texts]
+    return [name for name, kind in _kinds(stage).items() if kind in texts]
 
 
 def flags(stage: str) -> list[str]:
@@ -203,9 +203,14 @@ def flags(stage: str) -> list[str]:
 
 def number_settings(stage: str) -> list[str]:
     """Names of the stage's own settings that are one number, so that `--NAME=VALUE` needs no `gin.STAGE`."""
-    parameters = inspect.signature(gin.get_configurable(stage)).parameters.values()
     numbers = (int, float, int | None, float | None)
-    return [parameter.name for parameter in parameters if parameter.annotation in numbers]
+    return [name for name, kind in _kinds(stage).items() if kind in numbers]
+
+
+def _kinds(stage: str) -> dict[str, Any]:
+    """The types of a stage's own settings, without ranges."""
+    kinds = typing.get_type_hints(gin.get_configurable(stage))
+    return {name: kind for name, kind in kinds.items() if name != "return"}
 
 
 def words_binding(stage: str, words: Sequence[str]) -> str | None:
@@ -223,30 +228,18 @@ def _default(parameter: inspect.Parameter) -> str:
     return repr(parameter.default)
 
 
-def as_list(value: Any, kind: type, name: str) -> list[Any]:
-    """The items of a setting that takes a list.
-
-    Raises:
-      UserError: `setting-not-a-list`: not a sequence of `kind`; most often one `@Phase()` without brackets.
-    """
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, kind) for item in value):
-        raise UserError("setting-not-a-list", f"{name} takes a list: [@{kind.__name__}()]; it was given {value!r}")
-    return list(value)
-
-
-def at_least(minimum: int, **settings: int) -> None:
-    """Refuses settings, given by name, that are not whole numbers of at least `minimum`."""
-    for name, value in settings.items():
-        if not isinstance(value, int) or value < minimum:
-            raise UserError("setting-out-of-range", f"{name} is {value!r}: it takes a whole number from {minimum} on")
-
-
 def print_unused() -> None:
     """Prints the settings of the command line that nothing has read; call it once a stage has built its settings."""
-    used = {line.split(" = ")[0] for line in gin.operative_config_str().splitlines() if " = " in line}
-    used = {re.sub(r"^(.*/)?(\w+\.)*(\w+\.\w+)$", r"\3", name) for name in used}
+    used = set()  # of each setting that was read: its name, in all scopes that a call in that scope reads
+    for (scope, selector), settings in gin.config._OPERATIVE_CONFIG.items():  # pyright: ignore[reportAttributeAccessIssue]
+        scopes = ["/".join(scope.split("/")[:depth]) + "/" for depth in range(1, scope.count("/") + 2)] if scope else []
+        names = [f"{selector.split('.')[-1]}.{setting}" for setting in settings]
+        used |= {prefix + name for prefix in ("", *scopes) for name in names}
     for name in (binding.split("=")[0].strip() for binding in _command_line):
-        if re.sub(r"^.*/", "", name) not in used:
+        scope, _, setting = name.rpartition("/")
+        macro = f"{name}/macro.value" if "." not in setting else ""
+        whole = f"{scope}/" * bool(scope) + ".".join(setting.split(".")[-2:])
+        if not used & {whole, macro}:
             print(f"setting {name} has no effect: nothing that this stage builds reads it", flush=True)
 
 

@@ -8,15 +8,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from slm_jax.configurable import AtLeast, configurable
 from slm_jax.errors import UserError
 
 P = PartitionSpec
@@ -38,7 +38,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """The device mesh. One axis may be -1: it takes all remaining devices.
@@ -49,9 +49,9 @@ class MeshConfig:
       model: devices along which matrices are sharded (tensor parallelism).
     """
 
-    data: int = -1
-    fsdp: int = 1
-    model: int = 1
+    data: Annotated[int, AtLeast(-1)] = -1
+    fsdp: Annotated[int, AtLeast(-1)] = 1
+    model: Annotated[int, AtLeast(-1)] = 1
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Any = None) -> Mesh:

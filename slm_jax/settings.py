@@ -10,10 +10,12 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
+
+from slm_jax.configurable import OneOf, marks
 
 WIDTH = 110  # of the help text, in characters
 
@@ -26,7 +28,7 @@ class Setting:
       name: its name, without that of the configurable.
       type: its annotation as text, module names removed; empty where there is none.
       default: its default as Python writes it; None where it is required, `(of the size)` where `model.size` decides.
-      values: the allowed values, where a `Literal` in the annotation or a table named in the sentence lists them.
+      values: the allowed values or their range, as the annotation says, or the keys of a table named in the sentence.
       sentence: what the docstring says about it; empty where it says nothing.
       reaches: names of the configurables whose values it takes.
     """
@@ -65,6 +67,9 @@ def settings_of(name: str) -> list[Setting]:
         defaults |= {p.name: "(of the size)" for p in further}
         parameters += further
         documented |= sentences(signature.return_annotation)
+    takes = typing.get_type_hints(entry.wrapped, include_extras=True)
+    if entry.allowlist:
+        takes |= typing.get_type_hints(signature.return_annotation, include_extras=True)
     producers = _producers()
     found = []
     for parameter in parameters:
@@ -74,9 +79,9 @@ def settings_of(name: str) -> list[Setting]:
         found.append(
             Setting(
                 parameter.name,
-                _type_text(parameter.annotation),
+                _type_text(takes[parameter.name]),
                 defaults[parameter.name],
-                tuple(repr(value) for value in _values(parameter.annotation, sentence, entry.wrapped)),
+                tuple(_values(takes[parameter.name], sentence, entry.wrapped)),
                 sentence,
                 tuple(dict.fromkeys([*taken, *(made for word in named for made in producers[word])])),
             )
@@ -141,18 +146,22 @@ def _kinds(annotation: Any) -> Iterator[type]:
         yield annotation
 
 
-def _values(annotation: Any, sentence: str, owner: Any) -> Iterator[Any]:
-    """What a `Literal` in the annotation lists, and the keys of tables of the owner's module named in the sentence."""
-    if typing.get_origin(annotation) is typing.Literal:
-        yield from typing.get_args(annotation)
-    else:
-        for argument in typing.get_args(annotation):
-            yield from _values(argument, "", owner)
-    for name in re.findall(r"`([A-Z_]{2,})`", sentence):
-        yield from getattr(sys.modules[owner.__module__], name, ())
+def _values(annotation: Any, sentence: str, owner: Any) -> Iterator[str]:
+    """The choices and ranges of the annotation, or the keys of tables of the owner's module named in the sentence."""
+    found = marks(annotation)
+    for mark in found:
+        yield from map(repr, mark.choices) if isinstance(mark, OneOf) else [str(mark)]
+    if not found:
+        for name in re.findall(r"`([A-Z_]{2,})`", sentence):
+            yield from map(repr, getattr(sys.modules[owner.__module__], name, ()))
 
 
 def _type_text(annotation: Any) -> str:
-    if annotation is inspect.Parameter.empty:
-        return ""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _type_text(arguments[0])
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return " | ".join("None" if kind is types.NoneType else _type_text(kind) for kind in arguments)
+    if arguments and typing.get_origin(annotation) in (Sequence, Mapping):
+        return f"{annotation.__name__}[{', '.join(map(_type_text, arguments))}]"
     return re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", inspect.formatannotation(annotation))

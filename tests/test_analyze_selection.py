@@ -241,7 +241,7 @@ def test_refusals(runs, crawl, corpus, tmp_path):
     assert "'selective'" in refused("selection-repeated-run", run, run)
     line = refused("selection-unknown-metric", run, downstream="other/loss")
     assert "'other/loss'" in line and "target/loss" in line and "selected_share" not in line
-    assert "'surprise'" in refused("selection-unknown-score", run, scores=["surprise"])
+    assert "'surprise'" in refused("setting-unknown-value", run, scores=["surprise"])
     assert "analyze_selection.corpus" in refused("selection-needs-corpus", run, references=["second"])
     line = refused("columns-missing", run, corpus=corpus.path, selection=Selection(score="loss"))
     assert "3 of the 3" in line and "'selective-0'" in line

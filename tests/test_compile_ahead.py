@@ -125,7 +125,7 @@ def test_mistakes_are_found_before_anything_is_compiled(tmp_path, monkeypatch):
 
     for output in (tmp_path / "file" / "plan.json", tmp_path):
         assert f"compile.output {output}" in refused("compile-output", output)
-    assert "'trian'" in refused("compile-unknown-program", tmp_path / "plan.json", programs=("trian",))
+    assert "'trian'" in refused("setting-unknown-value", tmp_path / "plan.json", programs=("trian",))
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: None)
     assert "pip install libtpu" in refused("compile-no-compiler", tmp_path / "plan.json")
 

@@ -370,11 +370,11 @@ def test_the_vocabulary_must_be_there_and_fit(copy, tmp_path):
 
 def test_settings_that_cannot_be_are_refused(reference, exported, tmp_path, copy):
     run, target = str(reference), str(tmp_path / "target")
-    assert "'int8'" in toy.refused("export-dtype", export_model, run, target, dtype="int8")
-    toy.refused("export-file-size", export_model, run, target, file_gigabytes=0)
+    assert "'int8'" in toy.refused("setting-unknown-value", export_model, run, target, dtype="int8")
+    toy.refused("setting-out-of-range", export_model, run, target, file_gigabytes=0)
     assert "has no checkpoint of step 4: it has 3, 6" in toy.refusal(export_model, run, target, step=4)
     assert "vocab_multiple is 0" in toy.refusal(import_model, str(copy), target, vocab_multiple=0)
-    assert "'float64'" in refused("model-setting", copy, compute_dtype="float64")
+    assert "'float64'" in refused("setting-unknown-value", copy, compute_dtype="float64")
     rewrite(copy, lambda arrays: arrays.update({"model.norm.weight": np.full(32, 1e5, np.float32)}))
     with toy.one_device():
         import_model(str(copy), target)

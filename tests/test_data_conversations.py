@@ -224,7 +224,6 @@ def test_a_conversation_without_a_response_is_skipped(tmp_path):
         ({"schema": "messages"}, "'messages' has conversations: set template to one of plain, tora, chatml"),
         ({"response_field": "answer"}, "schema 'plain'"),
         ({"template": "tora"}, "schema 'plain'"),
-        ({"schema": "messages", "template": "llama"}, "'llama' is not one of plain, tora, chatml"),
         ({"schema": "messages", "template": "plain", "spans_field": "spans"}, "spans_field"),
     ],
 )

@@ -137,9 +137,9 @@ def test_what_stands_before_a_document(settings, own, expected):
 @pytest.mark.parametrize(
     "settings, code, named",
     [
-        ({"form": "path"}, "metadata-form", "'path' is not one of host, url, domain, suffix"),
-        ({"missing": "drop"}, "metadata-missing", "'drop'"),
-        ({"top": 0}, "metadata-top", "Metadata.top is 0"),
+        ({"form": "path"}, "setting-unknown-value", "'path': it takes one of 'host', 'url', 'domain', 'suffix'"),
+        ({"missing": "drop"}, "setting-unknown-value", "'drop'"),
+        ({"top": 0}, "setting-out-of-range", "Metadata.top is 0"),
     ],
 )
 def test_settings_that_make_no_sense(settings, code, named):
@@ -296,7 +296,7 @@ def test_the_same_again_and_other_settings(pair, source, capsys):
     assert "texts was [0.0, 0.25], now [0.0, 0.5]" in message
     assert not other.exists()  # refused before the first corpus is made, not after
     for changed, code, named in [
-        ({"plain_share": 1.0}, "prepare-plain-share", "1.0"),
+        ({"plain_share": 1.0}, "setting-out-of-range", "1.0"),
         ({"plain": other}, "prepare-same-directory", str(other)),
     ]:
         assert named in toy.refused(code, prepare, other, [source], **{**again, **changed})

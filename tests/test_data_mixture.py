@@ -89,10 +89,10 @@ def test_a_share_that_would_never_be_drawn_is_refused():
 @pytest.mark.parametrize(
     "code, wrong",
     [
-        ("mixture-unknown-order", {"order": "sorted"}),
-        ("mixture-not-positive", {"weight": 0.0}),
-        ("mixture-not-positive", {"epochs": -1.0}),
-        ("mixture-unknown-replay", {"replay": "again"}),
+        ("setting-unknown-value", {"order": "sorted"}),
+        ("setting-out-of-range", {"weight": 0.0}),
+        ("setting-out-of-range", {"epochs": -1.0}),
+        ("setting-unknown-value", {"replay": "again"}),
     ],
 )
 def test_wrong_components_are_refused(code, wrong):

@@ -206,15 +206,13 @@ def test_seed_packing_and_a_given_vocabulary(corpus, files, tmp_path):
 @pytest.mark.parametrize(
     "changed, code, named",
     [
-        ({"sequence_length": 1 << 18}, "prepare-sequence-length", "262144"),
-        ({"sequence_length": 1}, "prepare-sequence-length", "sequence_length is 1"),
-        ({"packing": "best"}, "prepare-packing", "'best', must be one of split, complete"),
-        ({"processes": -1}, "prepare-processes", "processes is -1"),
-        ({"vocabulary": VocabularyConfig(kind="words")}, "vocabulary-unknown-kind", "'words'"),
+        ({"sequence_length": 1 << 18}, "setting-out-of-range", "262144"),
+        ({"sequence_length": 1}, "setting-out-of-range", "sequence_length is 1"),
+        ({"packing": "best"}, "setting-unknown-value", "'best': it takes one of 'split', 'complete'"),
+        ({"processes": -1}, "setting-out-of-range", "processes is -1"),
         ({"vocabulary": VocabularyConfig(path="/nowhere")}, "vocabulary-not-found", "/nowhere"),
-        ({"vocabulary": VocabularyConfig(train_characters=0)}, "vocabulary-train-characters", "train_characters is 0"),
         ({"sources": [Source("a", ["/nowhere.jsonl"])]}, "file-not-found", "source 'a': no such file: /nowhere.jsonl"),
-        ({"plain": "elsewhere", "plain_share": 1.0}, "prepare-plain-share", "plain_share is 1.0"),
+        ({"plain": "elsewhere", "plain_share": 1.0}, "setting-out-of-range", "plain_share is 1.0"),
     ],
 )
 def test_settings_are_checked_before_anything_is_done(changed, code, named, files, tmp_path):

@@ -286,15 +286,14 @@ def test_damaged_parquet_is_named(tmp_path):
         ({"files": ["CSV"]}, "file-unknown-ending", "a.csv"),
         ({"files": ["PARQUET"]}, "file-unknown-ending", "a.parquet.gz"),
         ({"files": ["GOOD", "GOOD"]}, "file-named-twice", "good.jsonl"),
-        ({"files": []}, "source-files", "[]"),
-        ({"files": "GOOD"}, "source-files", "good.jsonl"),
+        ({"files": []}, "source-files", "()"),
         ({"files": ["GOOD"], "seqio": "some_task"}, "source-files", "seqio"),
-        ({"schema": "wikipedia"}, "source-unknown-schema", "'wikipedia' is not one of plain, text"),
+        ({"schema": "wikipedia"}, "setting-unknown-value", "'wikipedia': it takes one of 'plain', 'text'"),
         ({"part": "2/2"}, "source-part", "'2/2'"),
         ({"part": "half"}, "source-part", "'half'"),
-        ({"max_documents": 0}, "source-limit", "max_documents is 0"),
-        ({"max_line_bytes": 0}, "source-limit", "max_line_bytes is 0"),
-        ({"max_document_characters": -1}, "source-limit", "max_document_characters is -1"),
+        ({"max_documents": 0}, "setting-out-of-range", "max_documents is 0"),
+        ({"max_line_bytes": 0}, "setting-out-of-range", "max_line_bytes is 0"),
+        ({"max_document_characters": -1}, "setting-out-of-range", "max_document_characters is -1"),
         ({"name": "a b"}, "source-name", "'a b'"),
         ({"files": ["tfds:c4"]}, "source-tfds", "'tfds:c4'"),
     ],
@@ -307,6 +306,5 @@ def test_a_source_that_makes_no_sense(settings, code, named, tmp_path):
     names = {"EMPTY": "empty.jsonl", "FOLDER": "folder.jsonl", "CSV": "a.csv", "PARQUET": "a.parquet.gz"}
     names = {name: tmp_path / file for name, file in names.items()}
     names["GOOD"] = write(tmp_path / "good.jsonl", {"text": "x"})
-    files = settings.get("files", ["GOOD"])
-    files = str(names["GOOD"]) if isinstance(files, str) else [str(names.get(file, file)) for file in files]
-    assert named in refused(code, Source(**{"name": "s", **settings, "files": files}).check)
+    files = [str(names.get(file, file)) for file in settings.get("files", ["GOOD"])]
+    assert named in refused(code, lambda: Source(**{"name": "s", **settings, "files": files}).check())

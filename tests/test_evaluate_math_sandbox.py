@@ -326,7 +326,7 @@ def test_without_a_sandbox_nothing_runs(monkeypatch, tmp_path):
         assert TRUST in line and "apt-get install bubblewrap" in line
     assert not target.exists()
     for trust in ("yes", "true", TRUST.lower()):
-        assert f"Sandbox.trust is {trust!r}" in toy.refused("sandbox-invalid-trust", Sandbox, trust=trust)
+        assert f"Sandbox.trust is {trust!r}" in toy.refused("setting-unknown-value", Sandbox, trust=trust)
     trusted = Sandbox(seconds=60, trust=TRUST)
     assert trusted.check().startswith("without a sandbox, only with limits, as Sandbox.trust accepts (bubblewrap")
     assert run(program, trusted).ended == "done"

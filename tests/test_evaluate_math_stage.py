@@ -289,10 +289,9 @@ def test_tools_without_a_sandbox_are_refused_before_anything_is_loaded(ask, scri
 @pytest.mark.parametrize(
     "settings, code, named",
     [
-        ({"sets": "gsm8k"}, "setting-not-a-list", "evaluate_math.sets"),
-        ({"sets": []}, "math-invalid-sets", "evaluate_math.sets []"),
+        ({"sets": []}, "math-invalid-sets", "evaluate_math.sets ()"),
         ({"sets": ["svamp", "svamp"]}, "math-invalid-sets", "svamp"),
-        ({"sets": ["svamq"]}, "math-unknown-set", "'svamq'"),
+        ({"sets": ["svamq"]}, "setting-unknown-value", "'svamq'"),
         ({"sets": ["gsm8k"]}, "math-set-not-found", "gsm8k"),
         ({"samples": 4}, "sampling-greedy", "evaluate_math.samples = 4"),
         ({"samples": 0}, "setting-out-of-range", "evaluate_math.samples is 0"),

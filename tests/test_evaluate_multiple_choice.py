@@ -170,7 +170,7 @@ def test_mistakes(questions, corpus, tmp_path):
     (tmp_path / "none.jsonl").write_text("\n")
     none = str(tmp_path / "none.jsonl")
     assert none in toy.refused("no-records", read_questions, none, None, "MultipleChoice mine")
-    assert "'hens'" in toy.refused("setting-not-a-list", Samples, "s", "v", prompts="hens")
+    assert "prompts" in toy.refused("setting-empty", Samples, "s", "v", prompts=())
 
 
 def test_in_the_loop_they_change_nothing_and_are_what_the_stage_measures(corpus, questions, tmp_path):

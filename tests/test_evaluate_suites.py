@@ -261,7 +261,7 @@ def test_mistakes(loader, tmp_path, monkeypatch):
     line = toy.refused("harness-task-not-loaded", loader.load, Form("arc_easy", "acc,none"))
     assert "arc_easy" in line and "evaluate.offline" in line and "ai2_arc" in line
     assert "evaluate.tasks" in toy.refused("settings-exclusive", evaluate, "run", [object()], tasks="boolq")
-    assert "Harness.chat 'mine'" in toy.refused("harness-unknown-template", Harness, chat="mine")
+    assert "Harness.chat is 'mine'" in toy.refused("setting-unknown-value", Harness, chat="mine")
     assert "Harness.limit is 0" in toy.refused("setting-out-of-range", Harness, limit=0)
     nowhere = str(tmp_path / "nowhere")
     assert nowhere in toy.refused("harness-folder-not-found", evaluate, "run", tasks="boolq", include_path=nowhere)

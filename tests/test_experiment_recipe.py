@@ -129,7 +129,7 @@ def test_recipes_that_make_no_sense_are_refused():
     assert "crowl" in refused("experiment-unknown-stage", Recipe, "r", "q", [Arm(after=["crowl"], name="causal")])
     refused("experiment-bad-name", Arm, name="a b")
     refused("experiment-bad-threshold", Threshold, "better", "selective", "target/loss", name="t")
-    refused("experiment-bad-threshold", Threshold, "better", "a", "m", at_most=0, comparison="much", name="t")
+    refused("setting-unknown-value", Threshold, "better", "a", "m", at_most=0, comparison="much", name="t")
     claim = Threshold("better", "selective", "target/loss", at_most=0.0, variants=["foreign"], name="t")
     assert "foreign" in refused("experiment-unknown-variant", dataclasses.replace, RECIPE, thresholds=[claim])
     ring = [SharedStage("prepare", f"Source.directory = %{b}", name=a) for a, b in ("ab", "ba")]

@@ -178,8 +178,8 @@ def test_a_world_differs_in_what_is_planted_alone(tmp_path: Path):
         line["text"] for name in ("clean", "crawl", "target") for line in clean[name] if line["source"] != "general"
     ]
     assert len(set(targets)) == len(targets)
-    toy.refused("world-unknown-target", world, tmp_path / "e", target="novels")
-    toy.refused("world-unknown-kind", world, tmp_path / "e", kinds=["rot"], share=0.1)
+    toy.refused("setting-unknown-value", world, tmp_path / "e", target="novels")
+    toy.refused("setting-unknown-value", world, tmp_path / "e", kinds=["rot"], share=0.1)
     toy.refused("world-bad-share", world, tmp_path / "e", kinds=["noise"], share=1.0)
     toy.refused("world-wrong-mixed", world, tmp_path / "e", kinds=["noise", "wrong"], share=0.1)
 
@@ -236,4 +236,4 @@ def test_a_filter_keeps_the_documents_with_the_lowest_loss(tmp_path: Path):
     kept = read(tmp_path / "kept" / "documents.jsonl")
     assert [line["url"] for line in kept] == [order[1], order[3]]
     assert [line["text"] for line in kept] == [texts[int(line["url"][1:])] for line in kept]
-    toy.refused("filter-bad-share", experiment_filter, corpus.path, "reference", "x", keep=0.0)
+    toy.refused("setting-out-of-range", experiment_filter, corpus.path, "reference", "x", keep=0.0)

@@ -16,6 +16,7 @@ BOTTOM = {
     "renamed",
     "run_directory",
     "config",
+    "configurable",
     "settings",
     "chips",
     "mesh",
@@ -26,7 +27,7 @@ BOTTOM = {
 # What each module directly under the package, or each subpackage, may import besides itself.
 MAY_IMPORT = {
     **{module: BOTTOM for module in BOTTOM},
-    "data": {"errors", "files", "renamed", "config"},
+    "data": {"errors", "files", "renamed", "config", "configurable"},
     "models": BOTTOM | {"data"},
     "score": BOTTOM | {"models", "data"},
     "train": BOTTOM | {"models", "data", "score"},

@@ -198,8 +198,8 @@ def without(there: dict, *names: str) -> dict:
         ("config-setting", MISTRAL | {"sliding_window": "4096"}, "sliding_window is '4096'"),
         # What no model can be.
         ("model-shape", LLAMA | {"num_key_value_heads": 5}, "num_kv_heads 5"),
-        ("model-setting", LLAMA | {"rms_norm_eps": math.nan}, "norm_eps is nan"),
-        ("model-setting", MISTRAL | {"sliding_window": 0}, "sliding_window is 0"),
+        ("setting-out-of-range", LLAMA | {"rms_norm_eps": math.nan}, "norm_eps is nan"),
+        ("setting-out-of-range", MISTRAL | {"sliding_window": 0}, "sliding_window is 0"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(code, there, named):

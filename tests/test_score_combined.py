@@ -160,11 +160,11 @@ def test_who_competes_across_micro_batches(scope, ahead):
 @pytest.mark.parametrize(
     "code, named, make",
     [
-        ("selection-references", "['a', 'a']", lambda: Selection(reference=["a", "a"])),
-        ("selection-references", "Selection.reference []", lambda: Selection(reference=[])),
-        ("selection-unknown-combine", "mean, min, max", lambda: Selection(combine="median")),
+        ("selection-references", "('a', 'a')", lambda: Selection(reference=["a", "a"])),
+        ("selection-references", "Selection.reference ()", lambda: Selection(reference=[])),
+        ("setting-unknown-value", "'mean', 'min', 'max'", lambda: Selection(combine="median")),
         ("selection-parts", "CombinedSelection.parts has 1", lambda: CombinedSelection([Selection()])),
-        ("selection-unknown-keeps", "intersection, union", lambda: CombinedSelection([LIKELY, CERTAIN], "xor")),
+        ("setting-unknown-value", "'intersection', 'union'", lambda: CombinedSelection([LIKELY, CERTAIN], "xor")),
         (
             "selection-parts-differ",
             "differ in scope (batch, sequence)",

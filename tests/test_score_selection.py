@@ -154,14 +154,14 @@ def test_no_gradient_flows_through_scores():
 @pytest.mark.parametrize(
     "code, settings_, named",
     [
-        ("selection-ratio", {"ratio": 0.0}, "Selection.ratio 0.0"),
-        ("selection-ratio", {"ratio": 1.5}, "Selection.ratio 1.5"),
-        ("selection-ratio", {"ratio": 60.0}, "0.6 keeps 60 %"),
-        ("selection-unknown-score", {"score": "exces"}, "excess, loss, reference, entropy, random"),
-        ("selection-unknown-gradient", {"gradient": "all"}, "exact, filtered"),
+        ("setting-out-of-range", {"ratio": 0.0}, "Selection.ratio is 0.0"),
+        ("setting-out-of-range", {"ratio": 1.5}, "Selection.ratio is 1.5"),
+        ("setting-out-of-range", {"ratio": 60.0}, "at most 1"),
+        ("setting-unknown-value", {"score": "exces"}, "'excess', 'loss', 'reference', 'entropy', 'random'"),
+        ("setting-unknown-value", {"gradient": "all"}, "'exact', 'filtered'"),
         ("selection-needs-capacity", {"gradient": "filtered", "threshold": 0.0}, "Selection.capacity"),
-        ("selection-capacity", {"capacity": 2.0}, "Selection.capacity 2.0"),
-        ("selection-unknown-scope", {"scope": "global"}, "batch, micro_batch, sequence, device"),
+        ("setting-out-of-range", {"capacity": 2.0}, "Selection.capacity is 2.0"),
+        ("setting-unknown-value", {"scope": "global"}, "'batch', 'micro_batch', 'sequence', 'device'"),
     ],
 )
 def test_wrong_settings_are_refused(code, settings_, named):

@@ -91,7 +91,7 @@ def test_a_branch_that_is_none_is_refused(corpus, parent, tmp_path):
     assert "batch_size 8 in phase 0, now 16" in refused("resume-other-rows", other_batch)
     assert "steps 8 in phase 0, now 4" in refused("resume-other-rows", [toy.phase(corpus, steps=4)] * 3)
     assert "seed 0" in refused("resume-other-run", longer, seed=1)
-    assert "'all'" in refused("train-unknown-init-mode", longer, init_mode="all")
+    assert "'all'" in refused("setting-unknown-value", longer, init_mode="all")
     assert "train.init_from" in refused("train-no-init-from", longer, init_from=None)
     anneal = [toy.phase(corpus, steps=4), toy.phase(corpus, steps=3, schedule=anneal_schedule(to=1e-4))]
     shares = infinite_schedule(peak=1e-2, warmup=0.25, cooldown=0.75, constant=0.3)

@@ -151,7 +151,6 @@ REFUSED = {  # code -> what the message names, and the phases
         lambda one: [Phase(3, mixture=[share(one, None), share(one, 1.5, replay="in_order")])],
     ),
     "mixture-all-zero": ("step 1", lambda one: [Phase(3, mixture=[share(one, Schedule([SchedulePart(0.0)]))])]),
-    "mixture-not-a-weight": ("'half'", lambda one: [Phase(3, mixture=[share(one, "half")])]),
     "mixture-too-few-rows": (
         "replays 16 rows",
         lambda one: [

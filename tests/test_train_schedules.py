@@ -86,12 +86,12 @@ def test_in_turn_on_arrays_and_under_jit():
 @pytest.mark.parametrize(
     "make, code, named",
     [
-        (lambda: SchedulePart(1.0, shape="sine"), "schedule-unknown-shape", "SchedulePart.shape 'sine'"),
-        (lambda: SchedulePart(-1.0), "schedule-negative", "SchedulePart.to is -1.0"),
-        (lambda: SchedulePart(1.0, -3.0), "schedule-negative", "SchedulePart.steps -3.0"),
+        (lambda: SchedulePart(1.0, shape="sine"), "setting-unknown-value", "SchedulePart.shape is 'sine'"),
+        (lambda: SchedulePart(-1.0), "setting-out-of-range", "SchedulePart.to is -1.0"),
+        (lambda: SchedulePart(1.0, -3.0), "setting-out-of-range", "SchedulePart.steps is -3.0"),
         (lambda: Schedule([SchedulePart(1.0), SchedulePart(2.0)]), "schedule-two-remainders", "Schedule.parts"),
-        (lambda: Schedule([SchedulePart(1.0)], start=-1.0), "schedule-negative", "Schedule.start is -1.0"),
-        (lambda: cosine_schedule(peak=0.0), "setting-out-of-range", "peak of a schedule is 0.0"),
+        (lambda: Schedule([SchedulePart(1.0)], start=-1.0), "setting-out-of-range", "Schedule.start is -1.0"),
+        (lambda: cosine_schedule(peak=0.0), "setting-out-of-range", "cosine_schedule.peak is 0.0"),
         (lambda: over(wsd_schedule(warmup=60.0, decay=50.0), 100), "schedule-too-long", "60 + 0 + 50 steps"),
         (lambda: over(anneal_schedule(to=1e-5), 10), "schedule-exponential-zero", "from 0.0 to 1e-05"),
         (lambda: over(anneal_schedule(to=1e-5, steps=20.0), 10, 1.0), "schedule-too-long", "spans 10"),

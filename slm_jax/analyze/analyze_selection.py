@@ -6,9 +6,8 @@ Rho-1 (arXiv 2404.07965) Figures 6 to 9. Nothing is trained.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import gin
 import numpy as np
 
 from slm_jax import config as config_lib
@@ -19,6 +18,7 @@ from slm_jax.analyze.selected_tokens import Selector, of_tokens, read_classes
 from slm_jax.analyze.selection_figures import draw, summary
 from slm_jax.analyze.selection_metrics import of_runs
 from slm_jax.analyze.tables import plain
+from slm_jax.configurable import Count, Natural, OneOf, Seed, configurable
 from slm_jax.errors import UserError
 from slm_jax.files import write_json, write_text
 from slm_jax.score.selection import SCORES, Selection, selection_of
@@ -27,20 +27,20 @@ COMPARED = ("excess", "loss", "reference", "random")  # scores
 FALLBACK_ROWS = 16  # of a batch, where no run selects
 
 
-@gin.configurable
+@configurable
 def analyze_selection(
     runs: Sequence[str] = (),
     downstream: str = "target/loss",
     corpus: str | None = None,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[Natural] | None = None,
     score_missing: bool = False,
-    rows: int | None = None,
+    rows: Count | None = None,
     selection: Selection | None = None,
-    batch_size: int | None = None,
-    scores: Sequence[str] | None = None,
+    batch_size: Count | None = None,
+    scores: Sequence[Annotated[str, OneOf(SCORES)]] | None = None,
     references: Sequence[str] = (),
     dynamics: str | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     output: str | None = None,
 ) -> dict[str, Any]:
     """Analyzes which tokens runs selected, and how their losses changed (Rho-1, Figures 6 to 9).
@@ -72,14 +72,6 @@ def analyze_selection(
     # ---- Checks, all of them before anything is computed
     if not runs:
         raise UserError("selection-no-runs", "no run to analyze: slm-jax analyze selection runs/selective")
-    for name, value in (("rows", rows), ("batch_size", batch_size)):
-        if value is not None:
-            config_lib.at_least(1, **{f"analyze_selection.{name}": value})
-    if unknown := [score for score in scores or () if score not in SCORES]:
-        raise UserError(
-            "selection-unknown-score",
-            f"analyze_selection.scores: {unknown[0]!r} is unknown: choose from {', '.join(SCORES)}",
-        )
     read = [read_run(run) for run in runs]
     names = [run.name for run in read]
     if len(set(names)) < len(names):

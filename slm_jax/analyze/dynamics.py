@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gin
 import numpy as np
 from jaxtyping import Float, Int8, Integer
 
@@ -21,6 +20,7 @@ from slm_jax.analyze.columns import Losses, Rows, named_columns, read_kept_losse
 from slm_jax.analyze.page import one_line, render
 from slm_jax.analyze.passages import context, passages, segments, varied
 from slm_jax.analyze.tables import plain
+from slm_jax.configurable import Count, Natural, NotNegative, configurable
 from slm_jax.data.token_text import TokenText
 from slm_jax.errors import UserError
 from slm_jax.files import write_array, write_json, write_text
@@ -34,20 +34,20 @@ MARKS = ("hh", "lh", "hl", "ll")  # the CSS classes of the page
 PASSAGE_TOKENS = 400
 
 
-@gin.configurable
+@configurable
 def analyze_dynamics(
     corpus: str | None = None,
     run: str | None = None,
     columns: str | None = None,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[Natural] | None = None,
     trace: str | None = None,
     score_missing: bool = False,
-    rows: int | None = None,
-    rise: float = 0.2,
-    fall: float = 0.2,
+    rows: Count | None = None,
+    rise: NotNegative = 0.2,
+    fall: NotNegative = 0.2,
     high: float | None = None,
-    examples: int = 6,
-    documents: int = 12,
+    examples: Natural = 6,
+    documents: Natural = 12,
     output: str | None = None,
 ) -> dict[str, Any]:
     """Analyzes how the loss of each token of a held-out corpus moves over the checkpoints of a run (Rho-1 section 2.1).
@@ -76,9 +76,6 @@ def analyze_dynamics(
       documents: how many documents text.html shows.
       output: folder for the results; <run, else corpus>/dynamics by default.
     """
-    config_lib.at_least(0, **{"analyze_dynamics.examples": examples, "analyze_dynamics.documents": documents})
-    if rows is not None:
-        config_lib.at_least(1, **{"analyze_dynamics.rows": rows})
     config_lib.print_unused()
 
     # ---- Losses: what the run stored, or score columns

@@ -4,7 +4,6 @@ import functools
 import os
 from collections.abc import Sequence
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from slm_jax.analyze.columns import read_columns, read_kept_losses
 from slm_jax.analyze.inspector_page import Column, Model, Predictions, Rows, inspector_page
 from slm_jax.analyze.selected_tokens import reference_losses, select
 from slm_jax.checkpoint import saved_steps
+from slm_jax.configurable import Count, Natural, configurable
 from slm_jax.data.batches import Batch, make_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreName
@@ -35,19 +35,19 @@ from slm_jax.score.token_loss import CHUNK_LOGITS, from_predictors, predicted, t
 ROWS = 64
 
 
-@gin.configurable
+@configurable
 def analyze_inspect(
     corpus: str,
     runs: Sequence[str] = (),
     columns: Sequence[str] = (),
     kept: str | None = None,
-    steps: Sequence[int] = (),
+    steps: Sequence[Natural] = (),
     selection: Selection | CombinedSelection | None = None,
     output: str = "inspect.html",
-    rows: int | None = None,
-    first_row: int = 0,
-    predictions: int = 5,
-    batch_size: int = 8,
+    rows: Count | None = None,
+    first_row: Natural = 0,
+    predictions: Natural = 5,
+    batch_size: Count = 8,
     mesh: MeshConfig | None = None,
 ) -> None:
     """Writes a page on which to look at tokens: `slm-jax analyze inspect RUN [RUN] --corpus=CORPUS`.
@@ -76,9 +76,6 @@ def analyze_inspect(
             "inspect-nothing",
             "nothing to look at: name runs after `analyze inspect`, or score columns as columns=('a',)",
         )
-    config_lib.at_least(0, **{"analyze_inspect.first_row": first_row, "analyze_inspect.predictions": predictions})
-    if rows is not None:
-        config_lib.at_least(1, **{"analyze_inspect.rows": rows})
     table = Corpus.open(corpus)
     runs = list(dict.fromkeys(os.path.normpath(run) for run in runs))
 

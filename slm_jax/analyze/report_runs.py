@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import gin
 import numpy as np
 
 from slm_jax import config as config_lib
@@ -13,6 +12,7 @@ from slm_jax.analyze.report import Arm, ArmRun, Report, arm_figures, heading, me
 from slm_jax.analyze.runs import Group, Run, group_seeds, read_run, short_names, turns
 from slm_jax.analyze.selected_tokens import passages_of_run
 from slm_jax.analyze.tables import NOTHING, Cell, Table, kind_of, number
+from slm_jax.configurable import configurable
 from slm_jax.errors import UserError
 from slm_jax.score.selection import in_words, selection_of
 
@@ -20,7 +20,7 @@ OTHER_STEPS = " †"  # marks differences between runs of different numbers of s
 MOST_TURNS = 8  # of a learning rate that are listed
 
 
-@gin.configurable
+@configurable
 def analyze_report(runs: Sequence[str] = (), output: str = "report") -> None:
     """Compares training runs: `slm-jax analyze report RUN [RUN ...]`.
 

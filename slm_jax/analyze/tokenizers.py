@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gin
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
@@ -15,6 +14,7 @@ from slm_jax import processes
 from slm_jax.analyze import plots, tables
 from slm_jax.analyze.columns import Rows, read_losses, read_rows, score_columns
 from slm_jax.checkpoint import read_about, saved_steps
+from slm_jax.configurable import Natural, configurable
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.segments import segments_of
 from slm_jax.data.sources import Source, read_documents
@@ -29,7 +29,7 @@ BYTES = "bytes"  # the vocabulary that needs no file
 ALL = "all"
 
 
-@gin.configurable
+@configurable
 def analyze_tokenizers(
     output: str,
     runs: Sequence[str] = (),
@@ -37,7 +37,7 @@ def analyze_tokenizers(
     vocabularies: dict[str, str] | None = None,
     sources: Sequence[Source] = (),
     languages: dict[str, str] | None = None,
-    step: int | None = None,
+    step: Natural | None = None,
     score_missing: bool = False,
 ) -> dict[str, Any]:
     """Compares vocabularies on the same text: tokens per byte and per word, and bits per byte of models.
@@ -55,36 +55,28 @@ def analyze_tokenizers(
       step: checkpoint of the runs; None is the last.
       score_missing: score the corpora that have no column <folder of the run>-<step> yet, as the stage `score` does.
     """
-    named: dict[str, dict[str, str]] = {}
-    for setting, values in (("corpora", corpora), ("languages", languages), ("vocabularies", vocabularies)):
-        named[setting] = values = {} if values is None else values
-        if not isinstance(values, dict) or not all(isinstance(x, str) for pair in values.items() for x in pair):
-            raise UserError(
-                "tokenizers-not-a-dictionary",
-                f"analyze_tokenizers.{setting} takes names with texts, {{'a': 'b'}}; it was given {values!r}",
-            )
-    opened = {name: Corpus.open(path) for name, path in named["corpora"].items()}
+    opened = {name: Corpus.open(path) for name, path in (corpora or {}).items()}
     known: dict[str, Vocabulary] = {name: corpus.vocabulary() for name, corpus in opened.items()}
-    for name, path in named["vocabularies"].items():
+    for name, path in (vocabularies or {}).items():
         known[name] = ByteVocabulary() if path == BYTES else load_vocabulary(path)
-    texts = config_lib.as_list(sources, Source, "analyze_tokenizers.sources")
-    if not known or not (texts or opened):
+    if not known or not (sources or opened):
         raise UserError(
             "tokenizers-nothing",
             "there is nothing to compare: set analyze_tokenizers.corpora, or analyze_tokenizers.vocabularies and "
             "analyze_tokenizers.sources",
         )
-    for source in texts:
+    for source in sources:
         source.check()
     config_lib.print_unused()
     _check_same_text(opened)
-    measured = [_measured(run, opened, named["languages"], step, score_missing) for run in runs]
+    languages = languages or {}
+    measured = [_measured(run, opened, languages, step, score_missing) for run in runs]
 
     def analyze() -> dict[str, Any]:
         record = tables.plain(
             {
                 "bits_per_byte": measured,
-                "fertility": _fertility(texts, opened, known, named["languages"]),
+                "fertility": _fertility(sources, opened, known, languages),
                 "vocabularies": {name: vocabulary.size for name, vocabulary in known.items()},
             }
         )

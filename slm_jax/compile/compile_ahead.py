@@ -2,10 +2,10 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import gin
 import jax
 
 from slm_jax import config as config_lib
@@ -14,6 +14,7 @@ from slm_jax.compile import costs, memory
 from slm_jax.compile.hlo import Program
 from slm_jax.compile.programs import StepProgram, bound_run, score_step, train_steps
 from slm_jax.compile.topology import topology_devices
+from slm_jax.configurable import AtLeast, OneOf, configurable
 from slm_jax.errors import UserError
 from slm_jax.files import write_json
 
@@ -33,12 +34,12 @@ ASSUMPTIONS = (
 )
 
 
-@gin.configurable("compile")  # pyright: ignore[reportCallIssue] (which takes it for one without arguments)
+@configurable("compile")
 def compile_ahead(
     topology: str,
     output: str = "plan.json",
-    sequence_length: int | None = None,
-    programs: tuple[str, ...] = PROGRAMS,
+    sequence_length: Annotated[int, AtLeast(2)] | None = None,
+    programs: Sequence[Annotated[str, OneOf(PROGRAMS)]] = PROGRAMS,
 ) -> dict[str, Any]:
     """Compiles the train and score steps of a run's gin file for TPUs or GPUs, on a machine that has none.
 
@@ -55,11 +56,8 @@ def compile_ahead(
     Raises:
       UserError: something does not fit; the plan is still written.
     """
-    if not programs or set(programs) - set(PROGRAMS):
-        raise UserError(
-            "compile-unknown-program",
-            f"compile.programs is {tuple(programs)}: it takes {' and '.join(map(repr, PROGRAMS))}",
-        )
+    if not programs:
+        raise UserError("setting-empty", f"compile.programs is (): it takes {' and '.join(map(repr, PROGRAMS))}")
     # Refused before minutes of compiling rather than after them.
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +71,7 @@ def compile_ahead(
     jax.config.update("jax_platforms", "cpu")
     devices, chip = topology_devices(topology)
     run = bound_run(devices, sequence_length)
+    config_lib.print_unused()
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     kind = devices[0].device_kind
     print(f"compile: {run.model.parameter_count() / 1e6:.1f}M parameters on {len(devices)} x {kind}, mesh {shape}")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.compile.memory import Work
-from slm_jax.config import as_list, at_least
+from slm_jax.configurable import fit_settings
 from slm_jax.data.batches import Batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
@@ -66,9 +66,9 @@ def bound_run(devices: Sequence[Any], sequence_length: int | None) -> Run:
     Raises:
       UserError: its corpora do not exist, and the settings name no sequence length or vocabulary size.
     """
-    train, score = gin.get_bindings("train"), gin.get_bindings("score")
+    train, score = fit_settings("train", gin.get_bindings("train")), fit_settings("score", gin.get_bindings("score"))
     model = train.get("model") or model_config()
-    phases = as_list(train.get("phases", ()), Phase, "train.phases") or [Phase()]  # pyright: ignore[reportCallIssue]
+    phases = train.get("phases") or [Phase()]  # pyright: ignore[reportCallIssue]
     if sequence_length is None or model.vocab_size is None:
         path, setting = (
             phases[0].mixture[0].corpus,
@@ -82,7 +82,6 @@ def bound_run(devices: Sequence[Any], sequence_length: int | None) -> Run:
             ) from error
         sequence_length = sequence_length or corpus.sequence_length
         model = dataclasses.replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
-    at_least(2, **{"compile.sequence_length": sequence_length})
     if sequence_length > model.max_length:
         raise UserError(
             "model-max-length",
@@ -95,7 +94,6 @@ def bound_run(devices: Sequence[Any], sequence_length: int | None) -> Run:
 def train_steps(run: Run) -> Iterator[StepProgram]:
     """The program of each phase; phases with the same program share one."""
     gradient_accumulation_steps = run.train.get("gradient_accumulation_steps", 1)
-    at_least(1, **{"train.gradient_accumulation_steps": gradient_accumulation_steps})
     config = run.train.get("optimizer") or OptimizerConfig()
     optimizer, ema = make_optimizer(config), config.ema
     rate = learning_rate(run.phases, run.train.get("schedule"))

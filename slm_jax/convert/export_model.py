@@ -5,15 +5,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import gin
 import jax
 import numpy as np
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
+from slm_jax.configurable import Natural, OneOf, Positive, configurable
 from slm_jax.data.huggingface_vocabulary import TOKENIZER_FILE
 from slm_jax.data.sentencepiece_vocabulary import MODEL_FILE
 from slm_jax.data.tokenizer_files import tokenizer_files
@@ -30,13 +30,13 @@ from slm_jax.models.trained_model import TrainedModel, load_model, run_vocabular
 LOCK = "lock"
 
 
-@gin.configurable("export")  # pyright: ignore[reportCallIssue] (which takes it for one without arguments)
+@configurable("export")
 def export_model(
     source: str,
     target: str,
-    step: int | None = None,
-    dtype: str = "float32",
-    file_gigabytes: float = 5.0,
+    step: Natural | None = None,
+    dtype: Annotated[str, OneOf(NAMES)] = "float32",
+    file_gigabytes: Positive = 5.0,
     mesh: MeshConfig | None = None,
 ) -> None:
     """Exports a model as a directory that transformers loads: config.json, safetensors, tokenizer files.
@@ -51,10 +51,6 @@ def export_model(
       file_gigabytes: maximum size of a weights file.
       mesh: how devices hold the parameters.
     """
-    if dtype not in NAMES:
-        raise UserError("export-dtype", f"export.dtype is {dtype!r}: take {', '.join(NAMES)}")
-    if file_gigabytes <= 0:
-        raise UserError("export-file-size", f"export.file_gigabytes is {file_gigabytes}: it must be above 0")
     where = Path(target)
     if processes.on_first(where.exists):
         raise UserError("export-target-exists", f"{target} exists: choose another export.target, or delete it")

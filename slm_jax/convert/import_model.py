@@ -6,14 +6,13 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any
-
-import gin
+from typing import Annotated, Any
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.checkpoint import save_params
+from slm_jax.configurable import Count, OneOf, configurable
 from slm_jax.data.sentencepiece_vocabulary import read_tokenizer_bin
 from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.data.vocabulary import Vocabulary
@@ -29,13 +28,13 @@ from slm_jax.models.weights import HuggingFaceWeights, Weights, load_params
 PICKLE_STARTS = (b"PK", b"\x80")  # torch's zip of pickles, and a pickle
 
 
-@gin.configurable("import")  # pyright: ignore[reportCallIssue] (which takes it for one without arguments)
+@configurable("import")
 def import_model(
     source: str,
     target: str,
     vocabulary: str | None = None,
-    compute_dtype: str | None = None,
-    vocab_multiple: int = 1,
+    compute_dtype: Annotated[str, OneOf(("float32", "bfloat16"))] | None = None,
+    vocab_multiple: Count = 1,
     mesh: MeshConfig | None = None,
 ) -> None:
     """Imports a model as a model directory that can be scored with, trained from, evaluated and used to generate.
@@ -53,7 +52,6 @@ def import_model(
       vocab_multiple: pad embedding and head to a multiple of this, so that a mesh can shard them.
       mesh: how devices hold the parameters.
     """
-    config_lib.at_least(1, **{"import.vocab_multiple": vocab_multiple})
     devices = mesh_lib.make_mesh(mesh)
     source, where = os.path.expanduser(source), Path(target)
     if Path(source).resolve() == where.resolve():

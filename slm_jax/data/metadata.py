@@ -7,14 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-import gin
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from slm_jax.configurable import Count, OneOf, configurable
 from slm_jax.data.segments import positions_from_segments
-from slm_jax.errors import UserError
 
 FORMS = ("host", "url", "domain", "suffix")
 UNKNOWN = "unknown"
@@ -28,7 +27,7 @@ _URL = re.compile(
 _LABEL = re.compile(r"(?:[\w-]|[^\x00-\x7f]){1,63}")  # \w lacks some letters of some scripts
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class Metadata:
     """The metadata placed before a document: `NAME: VALUE` and an empty line.
@@ -43,20 +42,12 @@ class Metadata:
       missing: for documents without a readable URL or field: 'unknown' takes its place, 'none' omits the prefix.
     """
 
-    form: str = "host"
+    form: Annotated[str, OneOf(FORMS)] = "host"
     field: str | None = None
     name: str | None = None
     hashed: bool = False
-    top: int | None = None
-    missing: str = UNKNOWN
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise UserError("metadata-form", f"Metadata.form {self.form!r} is not one of {', '.join(FORMS)}")
-        if self.missing not in (UNKNOWN, "none"):
-            raise UserError("metadata-missing", f"Metadata.missing {self.missing!r} must be 'unknown' or 'none'")
-        if self.top is not None and self.top < 1:
-            raise UserError("metadata-top", f"Metadata.top is {self.top}; use a positive number or None")
+    top: Count | None = None
+    missing: Annotated[str, OneOf((UNKNOWN, "none"))] = UNKNOWN
 
     @property
     def label(self) -> str:

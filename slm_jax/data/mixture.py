@@ -8,12 +8,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
-import gin
 import numpy as np
 from jaxtyping import Float, Int
 
+from slm_jax.configurable import OneOf, Positive, configurable
 from slm_jax.data.hashing import mix
 from slm_jax.errors import UserError
 
@@ -23,15 +23,22 @@ REPLAYS = ("in_order", "shuffled")
 RESHUFFLED = 1 << 32  # added to the epoch of a shuffled replay, so that its order differs from the first reading's
 
 
-@gin.configurable
+@runtime_checkable
+class ScheduleLike(Protocol):
+    """A Schedule, which this package cannot import."""
+
+    def lengths(self, total: int, owner: str = ...) -> list[int]: ...
+
+
+@configurable
 @dataclasses.dataclass(frozen=True)
 class MixtureComponent:
     """One corpus of a mixture.
 
     Attributes:
       corpus: path of the corpus.
-      weight: its fraction of the phase's rows: a number, a Schedule over the phase's steps, or None for the remainder
-        of 1.
+      weight: its fraction of the phase's rows, divided by the sum of all: a number, a Schedule over the phase's steps,
+        or None for the remainder of 1.
       order: `shuffled` (reshuffled every epoch) or `original`.
       epochs: how often its rows may be used before the plan is refused.
       replay: read again the rows that earlier phases read: `in_order`, as they were first read (arXiv 2403.08763), or
@@ -39,27 +46,10 @@ class MixtureComponent:
     """
 
     corpus: str
-    weight: Any = 1.0
-    order: str = "shuffled"
-    epochs: float = 1.0
-    replay: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise UserError(
-                "mixture-unknown-order",
-                f"MixtureComponent.order {self.order!r} is unknown: choose one of {', '.join(ORDERS)}",
-            )
-        if self.replay not in (None, *REPLAYS):
-            raise UserError(
-                "mixture-unknown-replay",
-                f"MixtureComponent.replay {self.replay!r} is unknown: choose one of {', '.join(REPLAYS)}, or None",
-            )
-        if (isinstance(self.weight, (int, float)) and not self.weight > 0) or not self.epochs > 0:
-            raise UserError(
-                "mixture-not-positive",
-                f"MixtureComponent of {self.corpus}: weight {self.weight} and epochs {self.epochs} must be above 0",
-            )
+    weight: Positive | ScheduleLike | None = 1.0
+    order: Annotated[str, OneOf(ORDERS)] = "shuffled"
+    epochs: Positive = 1.0
+    replay: Annotated[str, OneOf(REPLAYS)] | None = None
 
 
 class Supply(NamedTuple):

@@ -16,12 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
-import gin
 import numpy as np
 from tqdm import tqdm
 
+from slm_jax.config import print_unused
+from slm_jax.configurable import Above, AtLeast, AtMost, Below, Natural, OneOf, Seed, configurable
 from slm_jax.data.corpus import MANIFEST, Corpus
 from slm_jax.data.hashing import mix, salt
 from slm_jax.data.metadata import Metadata, most_frequent, with_metadata
@@ -38,18 +39,18 @@ from slm_jax.files import lock, read_json, write_json
 from slm_jax.renamed import with_new_keys
 
 
-@gin.configurable
+@configurable
 def prepare(
     corpus: str | os.PathLike,
     sources: Sequence[Source] = (),
     vocabulary: VocabularyConfig | None = None,
-    sequence_length: int = 1024,
-    packing: str = "split",
-    seed: int = 0,
-    processes: int = 0,
+    sequence_length: Annotated[int, AtLeast(2), AtMost(1 << 17)] = 1024,
+    packing: Annotated[str, OneOf(PACKINGS)] = "split",
+    seed: Seed = 0,
+    processes: Natural = 0,
     metadata: Metadata | None = None,
     plain: str | os.PathLike | None = None,
-    plain_share: float = 0.1,
+    plain_share: Annotated[float, Above(0), Below(1)] = 0.1,
 ) -> Corpus:
     """Reads documents, tokenizes, shuffles and packs them, and writes one corpus, or two that share no document.
 
@@ -73,15 +74,18 @@ def prepare(
     """
     # Created here rather than in the signature: gin binds them when they are called.
     sources, vocabulary = sources or [Source()], vocabulary or VocabularyConfig()  # pyright: ignore[reportCallIssue]
-    _check(sources, vocabulary, sequence_length, packing, processes)
+    print_unused()
+    names = [source.name for source in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError("prepare-same-name", f"prepare: two sources are called {twice[0]!r}; give each its own name")
+    for source in sources:
+        source.check()
     inputs = [[_identity(path) for path in source.paths()] for source in sources]
     whole = _Plan(sources, inputs, vocabulary, sequence_length, packing, seed, metadata)
     if plain is None:
         return _make(Store(corpus), whole, processes)
 
     # Two corpora: first the one with metadata, then the plain one, in the vocabulary of the first.
-    if not 0 < plain_share < 1:
-        raise UserError("prepare-plain-share", f"prepare: plain_share is {plain_share}, must be above 0 and below 1")
     if Store(plain).path == Store(corpus).path:
         raise UserError(
             "prepare-same-directory", f"prepare: corpus and plain are both {plain}: give each its own directory"
@@ -204,35 +208,6 @@ def _make(store: Store, plan: _Plan, processes: int) -> Corpus:
         _report(result, skipped, reused, int(table.length.sum()) / max(seconds, 1e-9))
     shutil.rmtree(work)
     return result
-
-
-def _check(sources, vocabulary: VocabularyConfig, sequence_length: int, packing: str, processes: int) -> None:
-    if not isinstance(sources, Sequence) or not sources or not all(isinstance(source, Source) for source in sources):
-        raise UserError("prepare-sources", "prepare: sources must be a list of Source, with at least one")
-    if sequence_length < 2 or sequence_length > 1 << 17:
-        raise UserError(
-            "prepare-sequence-length",
-            f"prepare: sequence_length is {sequence_length}, must be between 2 and {1 << 17}",
-        )
-    if packing not in PACKINGS:
-        raise UserError("prepare-packing", f"prepare: packing is {packing!r}, must be one of {', '.join(PACKINGS)}")
-    if processes < 0:
-        raise UserError("prepare-processes", f"prepare: processes is {processes}, must be 0 (one per core) or more")
-    if vocabulary.kind not in ("sentencepiece", "bytes"):
-        raise UserError(
-            "vocabulary-unknown-kind",
-            f"VocabularyConfig: kind is {vocabulary.kind!r}, must be 'sentencepiece' or 'bytes'",
-        )
-    if vocabulary.train_characters < 1:
-        raise UserError(
-            "vocabulary-train-characters",
-            f"VocabularyConfig: train_characters is {vocabulary.train_characters}, must be positive",
-        )
-    names = [source.name for source in sources]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError("prepare-same-name", f"prepare: two sources are called {twice[0]!r}; give each its own name")
-    for source in sources:
-        source.check()
 
 
 def _identity(path: str) -> dict[str, Any]:

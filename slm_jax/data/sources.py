@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import gin
 import numpy as np
 
+from slm_jax.configurable import Count, Natural, OneOf, configurable
 from slm_jax.data import conversations, readers
 from slm_jax.data.conversations import TEMPLATES, Turn
 from slm_jax.data.hashing import mix, salt
@@ -61,7 +61,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TFDS = re.compile(r"tfds:(?P<name>[^:]+:\d+\.\d+\.\d+):(?P<split>.+)")
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class Source:
     """Documents of one origin: files, a data set of TensorFlow Datasets, or a seqio Task or Mixture.
@@ -97,19 +97,19 @@ class Source:
     name: str
     files: Sequence[str] = ()
     directory: str = ""
-    schema: str = "plain"
+    schema: Annotated[str, OneOf(SCHEMAS)] = "plain"
     text_field: str | None = None
     url_field: str | None = None
     source_field: str | None = None
     response_field: str | None = None
-    template: str | None = None
+    template: Annotated[str, OneOf(TEMPLATES)] | None = None
     part: str | None = None
-    max_documents: int | None = None
-    max_characters: int | None = None
+    max_documents: Count | None = None
+    max_characters: Count | None = None
     spans_field: str | None = None
-    bad_lines: int = 10
-    max_line_bytes: int = readers.MAX_LINE_BYTES
-    max_document_characters: int = 20_000_000
+    bad_lines: Natural = 10
+    max_line_bytes: Count = readers.MAX_LINE_BYTES
+    max_document_characters: Count = 20_000_000
     seqio: str | None = None
     seqio_module: str | None = None
     seqio_split: str = "train"
@@ -150,25 +150,16 @@ class Source:
     def check(self) -> None:
         """Raises UserError for invalid settings and for files or Tasks that are missing."""
         where = f"source {self.name!r}"
-        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+        if not NAME.fullmatch(self.name):
             raise UserError("source-name", f"{where}: name must be letters, digits, '.', '_' and '-'")
-        if isinstance(self.files, str) or bool(self.files) == bool(self.seqio):
-            raise UserError(
-                "source-files", f"{where}: files must be a list of paths or globs, not {self.files!r}, or seqio be set"
-            )
-        if self.schema not in SCHEMAS:
-            raise UserError("source-unknown-schema", f"{where}: schema {self.schema!r} is not one of {_all(SCHEMAS)}")
-        for field in ("max_documents", "max_characters", "max_line_bytes", "max_document_characters"):
-            if (value := getattr(self, field)) is not None and value < 1:
-                raise UserError("source-limit", f"{where}: {field} is {value}; use a positive number")
+        if bool(self.files) == bool(self.seqio):
+            raise UserError("source-files", f"{where}: set either files, which is {self.files!r}, or seqio")
         has_conversations = self.fields().turn or self.fields().response
         if self.template is None and has_conversations:
             raise UserError(
                 "source-template",
-                f"{where}: schema {self.schema!r} has conversations: set template to one of {_all(TEMPLATES)}",
+                f"{where}: schema {self.schema!r} has conversations: set template to one of {', '.join(TEMPLATES)}",
             )
-        if self.template is not None and self.template not in TEMPLATES:
-            raise UserError("source-template", f"{where}: template {self.template!r} is not one of {_all(TEMPLATES)}")
         if self.template and not has_conversations:
             raise UserError(
                 "source-template",
@@ -187,10 +178,6 @@ class Source:
             from slm_jax.data.seqio_records import registered
 
             registered(self.seqio, self.seqio_module, self.seqio_split, where)
-
-
-def _all(names) -> str:
-    return ", ".join(names)
 
 
 def has_field(source: Source, path: str) -> bool:

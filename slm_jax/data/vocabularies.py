@@ -3,9 +3,9 @@
 import os
 import pathlib
 from dataclasses import dataclass
+from typing import Annotated
 
-import gin
-
+from slm_jax.configurable import Count, OneOf, configurable
 from slm_jax.data.huggingface_vocabulary import TOKENIZER_FILE, read_tokenizer_json
 from slm_jax.data.sentencepiece_vocabulary import MODEL_FILE, SentencePieceVocabulary
 from slm_jax.data.store import Store
@@ -15,7 +15,7 @@ from slm_jax.errors import UserError
 _TAKEN = "pass a .model or tokenizer.json file, a corpus, a model directory, or a saved vocabulary"
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class VocabularyConfig:
     """The vocabulary of a corpus.
@@ -29,9 +29,9 @@ class VocabularyConfig:
     """
 
     path: str | None = None
-    kind: str = "sentencepiece"
-    size: int = 2048
-    train_characters: int = 20_000_000
+    kind: Annotated[str, OneOf(("sentencepiece", "bytes"))] = "sentencepiece"
+    size: Count = 2048
+    train_characters: Count = 20_000_000
 
 
 def load_vocabulary(path: str | os.PathLike) -> Vocabulary:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gin
-
+from slm_jax.config import print_unused
+from slm_jax.configurable import Count, Seed, configurable
 from slm_jax.demo.corpora import write_demo_corpora
 from slm_jax.demo.jobs import Job, lanes_here, run_jobs
 from slm_jax.demo.summary import write_summary
@@ -51,13 +51,13 @@ STAGES = (
 CONFIGS = Path(__file__).parents[2] / "configs" / "runs"
 
 
-@gin.configurable
+@configurable
 def demo(
     recipe: str = "demo",
     data: str | None = None,
     stages: Sequence[str] = (),
-    seed: int = 0,
-    size: int = 4000,
+    seed: Seed = 0,
+    size: Count = 4000,
     overrides: Sequence[str] = (),
 ) -> None:
     """Shows selective language modeling at work: `summary.json` and `report.html` in `runs/<recipe>`.
@@ -72,6 +72,7 @@ def demo(
       size: documents of the generated crawl.
       overrides: gin bindings that every stage gets, such as 'Phase.steps = 20'.
     """
+    print_unused()
     folder = CONFIGS / recipe
     if not (folder / f"{STAGES[0].name}.gin").exists():
         known = ", ".join(sorted(path.parent.name for path in CONFIGS.glob(f"*/{STAGES[0].name}.gin"))) or "none"

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gin
 import jax
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
+from slm_jax.configurable import Natural, configurable
 from slm_jax.errors import UserError
 from slm_jax.evaluate.harness import Harness, TaskLoader
 from slm_jax.evaluate.lm_adapter import LMAdapter
@@ -23,16 +23,16 @@ from slm_jax.metrics import progress
 from slm_jax.models.trained_model import load_model, run_vocabulary
 from slm_jax.run_directory import RunDirectory
 
-EVALUATORS = (HeldOut, MultipleChoice, Samples)
+Evaluator = HeldOut | MultipleChoice | Samples
 REQUESTS = "requests.jsonl"
 
 
-@gin.configurable
+@configurable
 def evaluate(
     run: str,
-    evaluators: Sequence[Any] = (),
+    evaluators: Sequence[Evaluator] = (),
     output: str | None = None,
-    step: int | None = None,
+    step: Natural | None = None,
     mesh: MeshConfig | None = None,
     tasks: str | None = None,
     prefix: str | None = None,
@@ -103,13 +103,10 @@ def evaluate(
 
 
 def _run_evaluators(
-    run: str, evaluators: Sequence[Any], output: str | None, step: int | None, mesh: MeshConfig | None
+    run: str, evaluators: Sequence[Evaluator], output: str | None, step: int | None, mesh: MeshConfig | None
 ) -> dict[str, Any]:
     # One HeldOut where none is named; each name once.
-    evaluators = config_lib.as_list(evaluators, object, "evaluate.evaluators") or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
-    if strange := [evaluator for evaluator in evaluators if not isinstance(evaluator, EVALUATORS)]:
-        known = ", ".join(f"@{kind.__name__}()" for kind in EVALUATORS)
-        raise UserError("setting-not-a-list", f"evaluate.evaluators has {strange[0]!r}: set a list of {known}")
+    evaluators = evaluators or [HeldOut()]  # pyright: ignore[reportCallIssue] (gin gives the rest)
     names = [evaluator.name for evaluator in evaluators]
     if len(set(names)) < len(names):
         twice = max(names, key=names.count)

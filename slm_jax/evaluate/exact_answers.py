@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gin
 from jax.sharding import Mesh
 
+from slm_jax.configurable import Count, configurable
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.evaluate.perplexity import Measure
@@ -22,7 +22,7 @@ from slm_jax.models.trained_model import fitting_vocabulary
 NUMBER = re.compile(r"-?\d+")
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class ExactAnswers:
     """Share of questions whose greedy continuation begins with the right number.
@@ -41,9 +41,9 @@ class ExactAnswers:
     vocabulary: str
     file: str
     directory: str = ""
-    questions: int = 100
-    max_new_tokens: int = 8
-    batch_size: int = 32
+    questions: Count = 100
+    max_new_tokens: Count = 8
+    batch_size: Count = 32
 
     def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
         """Reads the questions; the result, called on parameters, yields (name, value)."""

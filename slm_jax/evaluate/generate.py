@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import gin
-
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
+from slm_jax.configurable import Count, Natural, configurable
 from slm_jax.data import readers
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Continuation, GenerationStats, Generator, Sampling
@@ -26,7 +25,7 @@ ENDINGS = {"eos": "ended by EOS", "stop": "ended by a stop string", "length": "c
 BATCHES = 4  # batches whose continuations are written to the file together
 
 
-@gin.configurable
+@configurable
 def generate(
     run: str,
     prompt: str | None = None,
@@ -34,9 +33,9 @@ def generate(
     prefix: str = "",
     output: str | None = None,
     sampling: Sampling | None = None,
-    num_samples: int = 1,
-    step: int | None = None,
-    batch_size: int = 8,
+    num_samples: Count = 1,
+    step: Natural | None = None,
+    batch_size: Count = 8,
     mesh: MeshConfig | None = None,
 ) -> None:
     """Continues prompts with a model: one prompt on the terminal, token by token; several as JSON lines in a file.
@@ -59,7 +58,6 @@ def generate(
       mesh: how devices share the work.
     """
     sampling = sampling or Sampling()
-    config_lib.at_least(1, **{"generate.num_samples": num_samples})
     if num_samples > 1 and sampling.temperature == 0:
         raise UserError(
             "sampling-greedy",

@@ -7,12 +7,10 @@ up to STEPS tokens per call (`decode_steps`). The host looks for stop strings be
 import dataclasses
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +18,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
+from slm_jax.configurable import Count, NotNegative, PositiveShare, Seed, configurable
 from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.prefix import KERNEL_ROWS
@@ -37,7 +35,7 @@ REPLACEMENT = "\ufffd"  # a decoder writes it for a byte that is not, or not yet
 CONTEXT = 16  # last tokens of the prompt that are decoded together with the new ones
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How prompts are continued.
@@ -52,27 +50,14 @@ class Sampling:
       seed: together with a prompt's position in the list, decides every random draw.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+    max_new_tokens: Count = 256
+    temperature: NotNegative = 0.0
+    top_k: Count | None = None
+    top_p: PositiveShare | None = None
     stop: Sequence[str] = ()
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        config_lib.at_least(1, **{"Sampling.max_new_tokens": self.max_new_tokens})
-        config_lib.at_least(0, **{"Sampling.seed": self.seed})
-        if self.seed >= 2**32:
-            raise UserError("setting-out-of-range", f"Sampling.seed is {self.seed}: set it below {2**32}")
-        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature < math.inf):
-            raise UserError(
-                "setting-out-of-range",
-                f"Sampling.temperature is {self.temperature!r}: set 0 (the most likely token) or a positive number",
-            )
-        if self.top_k is not None:
-            config_lib.at_least(1, **{"Sampling.top_k": self.top_k})
-        if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
-            raise UserError("setting-out-of-range", f"Sampling.top_p is {self.top_p!r}: set a number in (0, 1]")
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 raise UserError(
@@ -80,9 +65,8 @@ class Sampling:
                     f"Sampling.{name} = {getattr(self, name)} has no effect at temperature 0, which takes the most "
                     "likely token: set Sampling.temperature above 0",
                 )
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        if not all(self.stop):
             raise UserError("sampling-invalid-stop", f"Sampling.stop is {self.stop!r}: set a list of non-empty strings")
-        object.__setattr__(self, "stop", tuple(self.stop))  # gin gives a list
 
 
 def sample_tokens(

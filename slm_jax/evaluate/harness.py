@@ -11,12 +11,11 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import gin
 import numpy as np
 
-from slm_jax import config as config_lib
+from slm_jax.configurable import Count, Natural, OneOf, configurable
 from slm_jax.data import readers
 from slm_jax.data.conversations import TEMPLATES, Template
 from slm_jax.errors import UserError
@@ -31,7 +30,7 @@ SAMPLING_SEED = 0  # of the questions drawn where a suite takes only some
 MAX_NEW_TOKENS = 256  # lm_eval's own default
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Harness:
     """How tasks of lm-evaluation-harness are run.
@@ -46,24 +45,13 @@ class Harness:
       unrelated: a host that fits no task.
     """
 
-    limit: int | None = None
-    shots: int | None = None
-    batch_tokens: int = 16384
-    batch_size: int = 16
-    chat: str | None = None
+    limit: Count | None = None
+    shots: Natural | None = None
+    batch_tokens: Count = 16384
+    batch_size: Count = 16
+    chat: Annotated[str, OneOf(TEMPLATES)] | None = None
     hosts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unrelated: str = "boards.4chan.org"
-
-    def __post_init__(self) -> None:
-        if self.limit is not None:
-            config_lib.at_least(1, **{"Harness.limit": self.limit})
-        if self.shots is not None:
-            config_lib.at_least(0, **{"Harness.shots": self.shots})
-        if self.chat is not None and self.chat not in TEMPLATES:
-            raise UserError(
-                "harness-unknown-template",
-                f"Harness.chat {self.chat!r} is unknown: known are None, {', '.join(TEMPLATES)}",
-            )
 
 
 class TaskLoader:

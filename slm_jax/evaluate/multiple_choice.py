@@ -9,11 +9,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import gin
 import numpy as np
 from jax.sharding import Mesh
 
-from slm_jax import config as config_lib
+from slm_jax.configurable import Count, configurable
 from slm_jax.data.readers import records, resolve
 from slm_jax.errors import UserError
 from slm_jax.evaluate.likelihood import Likelihoods, Pair, encode_pair, head_ids
@@ -104,7 +103,7 @@ def read_questions(file: str, limit: int | None, owner: str) -> list[Question]:
     return questions
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice:
     """Multiple-choice questions, each choice scored as the answer to its question: the cloze form of OLMES.
@@ -122,13 +121,9 @@ class MultipleChoice:
     name: str
     questions: str
     vocabulary: str
-    limit: int | None = 200
+    limit: Count | None = 200
     prefix: str = ""
-    batch_tokens: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.limit is not None:
-            config_lib.at_least(1, **{"MultipleChoice.limit": self.limit})
+    batch_tokens: Count = 8192
 
     def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
         """Reads and encodes the questions; the returned function of parameters yields (name, value)."""

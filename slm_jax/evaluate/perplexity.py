@@ -5,14 +5,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
+from slm_jax.configurable import Count, configurable
 from slm_jax.data.batches import make_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
@@ -31,7 +30,7 @@ from slm_jax.score.token_loss import batch_loss, predicted
 Measure = Callable[[Params], Iterator[tuple[str, Any]]]
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """Loss and bits per byte on held-out rows of a corpus.
@@ -53,8 +52,8 @@ class HeldOut:
 
     name: str
     corpus: str
-    rows: int | None = None
-    batch_size: int = 16
+    rows: Count | None = None
+    batch_size: Count = 16
     keep_tokens: bool = False
     prefix: str | None = None
     metadata: Metadata | None = None
@@ -69,8 +68,6 @@ class HeldOut:
             raise UserError(
                 "prefix-shuffled-alone", f"HeldOut {self.name}: shuffled has no effect alone: set HeldOut.metadata"
             )
-        if self.rows is not None:
-            config_lib.at_least(1, **{"HeldOut.rows": self.rows})
 
     def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
         """Opens and checks the corpus; the returned function of parameters yields (name, value)."""

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import gin
 from jax.sharding import Mesh
 
+from slm_jax.configurable import Count, configurable
 from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Generator, Sampling
@@ -20,7 +20,7 @@ from slm_jax.models.trained_model import fitting_vocabulary
 NGRAMS = (1, 2, 3, 4)
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """Continuations of prompts, stored as JSON lines, and how much they repeat themselves.
@@ -40,14 +40,12 @@ class Samples:
     prompts: Sequence[str] = ("",)
     prefix: str = ""
     sampling: Sampling | None = None
-    batch_size: int = 8
-    per_prompt: int = 1
+    batch_size: Count = 8
+    per_prompt: Count = 1
 
     def __post_init__(self) -> None:
-        if not self.prompts or isinstance(self.prompts, str):
-            raise UserError(
-                "setting-not-a-list", f"Samples {self.name}: prompts is {self.prompts!r}: set a list of texts"
-            )
+        if not self.prompts:
+            raise UserError("setting-empty", f"Samples {self.name}: prompts is (): set a list of texts")
 
     def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
         """Opens the vocabulary; the returned function of parameters yields (name, value)."""

@@ -7,10 +7,11 @@ score column, the name of the column. Whoever names a product runs after its sta
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import gin
 
-from slm_jax import config as config_lib
+from slm_jax.configurable import OneOf, Seed, configurable
 from slm_jax.errors import UserError
 
 DIMENSIONS = ("variant", "seed")
@@ -34,7 +35,7 @@ class _Named:
             )
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class SharedStage(_Named):
     """A stage whose product several runs read: text, a corpus, a reference, a score column.
@@ -58,7 +59,7 @@ class SharedStage(_Named):
     name: str = ""
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class Arm(_Named):
     """A train run that is compared with others.
@@ -72,13 +73,13 @@ class Arm(_Named):
     """
 
     settings: str = ""
-    seeds: Sequence[int] | None = None
+    seeds: Sequence[Seed] | None = None
     after: Sequence[str] = ()
     label: str = ""
     name: str = ""
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class Threshold(_Named):
     """A claim written down before the run: the verdict is computed.
@@ -101,12 +102,12 @@ class Threshold(_Named):
     claim: str
     arm: str
     measure: str
-    comparison: str = "difference"
+    comparison: Annotated[str, OneOf(COMPARISONS)] = "difference"
     at_most: float | None = None
     at_least: float | None = None
     against: str | None = None
     variants: Sequence[str] = ()
-    seeds: str = "mean"
+    seeds: Annotated[str, OneOf(SEEDS)] = "mean"
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -115,16 +116,9 @@ class Threshold(_Named):
             raise UserError(
                 "experiment-bad-threshold", f"Threshold {self.name}: give it at_most or at_least, one of the two"
             )
-        for setting, known in (("comparison", COMPARISONS), ("seeds", SEEDS)):
-            if getattr(self, setting) not in known:
-                raise UserError(
-                    "experiment-bad-threshold",
-                    f"Threshold {self.name}: {setting} {getattr(self, setting)!r} is unknown: known are "
-                    f"{', '.join(known)}",
-                )
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class Recipe:
     """An experiment.
@@ -154,7 +148,7 @@ class Recipe:
     changes: Mapping[str, str] = field(default_factory=dict)
     shared: Sequence[SharedStage] = ()
     variants: Mapping[str, str] = field(default_factory=lambda: {"": ""})
-    seeds: Sequence[int] = (0,)
+    seeds: Sequence[Seed] = (0,)
     measures: Sequence[str] = ("target/loss", "general/loss")
     baseline: str = "causal"
     oracle: str | None = None
@@ -162,10 +156,8 @@ class Recipe:
     keep_runs: bool = True
 
     def __post_init__(self) -> None:
-        for setting, kind in (("arms", Arm), ("shared", SharedStage), ("thresholds", Threshold)):
-            items = config_lib.as_list(getattr(self, setting), kind, f"Recipe.{setting}")
-            object.__setattr__(self, setting, tuple(items))
-            names = [item.name for item in items]
+        for setting in ("arms", "shared", "thresholds"):
+            names = [item.name for item in getattr(self, setting)]
             if len(set(names)) < len(names):
                 raise UserError(
                     "experiment-name-taken",

@@ -10,6 +10,8 @@ from typing import Any
 import gin
 
 from slm_jax import config as config_lib
+from slm_jax.config import print_unused
+from slm_jax.configurable import Natural, NotNegative, configurable
 from slm_jax.errors import UserError
 from slm_jax.evaluate.exact_answers import ExactAnswers  # noqa: F401 (for gin, in the train runs of a recipe)
 from slm_jax.experiment import results as results_lib
@@ -23,14 +25,14 @@ RECIPES = Path(__file__).parents[2] / "configs" / "experiments"
 ASSUMED_FLOPS = 4e10  # a second, of a lane on CPU, until a result says how fast this machine is
 
 
-@gin.configurable
+@configurable
 def experiment(
     recipe: str,
     data: str | None = None,
     results: str = "experiments/results",
     work: str = "runs/experiments",
-    lanes: int = 0,
-    budget_s: float | None = None,
+    lanes: Natural = 0,
+    budget_s: NotNegative | None = None,
     overrides: Sequence[str] = (),
     report: bool = False,
     dry_run: bool = False,
@@ -54,6 +56,7 @@ def experiment(
     """
     begun = time.monotonic()
     wanted = load_recipe(recipe)
+    print_unused()
     folder, here = Path(work) / wanted.name, Path(results) / wanted.name
     if data is not None and not Path(data).is_dir():
         raise UserError(

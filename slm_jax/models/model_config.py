@@ -1,17 +1,25 @@
 """The architecture of a model: one frozen dataclass, and named sizes."""
 
 import dataclasses
-import math
 from pathlib import Path
-from typing import Any
-
-import gin
+from typing import Annotated, Any
 
 from slm_jax.checkpoint import read_about
+from slm_jax.configurable import (
+    AtLeast,
+    Below,
+    Count,
+    NotNegative,
+    OneOf,
+    Positive,
+    PositiveShare,
+    checked,
+    configurable,
+)
 from slm_jax.errors import UserError
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Slower rotary frequencies for rows longer than those of pre-training; the defaults are Llama 3.1's.
@@ -26,32 +34,21 @@ class RopeScaling:
       original_max_length: row length of pre-training.
     """
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_length: int = 8192
+    factor: Positive = 8.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_length: Count = 8192
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise UserError("model-setting", f"RopeScaling.{name} is {value!r}: it takes a number above 0")
         if self.high_freq_factor <= self.low_freq_factor:
             raise UserError(
-                "model-setting",
+                "setting-out-of-range",
                 f"RopeScaling.high_freq_factor {self.high_freq_factor} must be above low_freq_factor "
                 f"{self.low_freq_factor}",
             )
 
 
-_CHOICES = {
-    "norm": ("rms", "layer"),
-    "mlp": ("swiglu", "gelu"),
-    "compute_dtype": ("float32", "bfloat16"),
-    "remat": ("full", "dots", "none"),
-    "attention": ("auto", "xla", "splash", "cudnn"),
-}
-
-
+@checked("model")
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder with rotary embedding and grouped-query attention; the defaults make it a Llama.
@@ -93,62 +90,36 @@ class ModelConfig:
       attention: `xla` (any platform), `splash` (TPU), `cudnn` (GPU), or `auto`, which picks by platform.
     """
 
-    vocab_size: int | None = None
-    vocab_multiple: int = 1
-    num_layers: int = 4
-    embed_dim: int = 128
-    num_heads: int = 2
-    num_kv_heads: int = 2
-    head_dim: int = 64
-    mlp_dim: int = 256
-    max_length: int = 2048
-    norm: str = "rms"
-    norm_eps: float = 1e-5
-    mlp: str = "swiglu"
+    vocab_size: Count | None = None
+    vocab_multiple: Count = 1
+    num_layers: Count = 4
+    embed_dim: Count = 128
+    num_heads: Count = 2
+    num_kv_heads: Count = 2
+    head_dim: Count = 64
+    mlp_dim: Count = 256
+    max_length: Count = 2048
+    norm: Annotated[str, OneOf(("rms", "layer"))] = "rms"
+    norm_eps: Positive = 1e-5
+    mlp: Annotated[str, OneOf(("swiglu", "gelu"))] = "swiglu"
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     parallel_residual: bool = False
     query_key_norm: bool = False
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
-    rotary_share: float = 1.0
-    sliding_window: int | None = None
+    rotary_share: PositiveShare = 1.0
+    sliding_window: Count | None = None
     tied_head: bool = False
-    init_std: float = 0.02
-    output_init_std: float | None = None
-    dropout: float = 0.0
-    compute_dtype: str = "float32"
-    remat: str = "full"
-    attention: str = "auto"
+    init_std: NotNegative = 0.02
+    output_init_std: NotNegative | None = None
+    dropout: Annotated[float, AtLeast(0), Below(1)] = 0.0
+    compute_dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
+    remat: Annotated[str, OneOf(("full", "dots", "none"))] = "full"
+    attention: Annotated[str, OneOf(("auto", "xla", "splash", "cudnn"))] = "auto"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if kind in (bool, str):
-                right, takes = isinstance(value, kind), "True or False" if kind is bool else "a text"
-            elif kind in (int, int | None):
-                right = (is_number and isinstance(value, int) and value >= 1) or (value is None and kind is not int)
-                takes = "a whole number from 1 on"
-            elif kind in (float, float | None):
-                right = (is_number and math.isfinite(value) and value >= 0) or (value is None and kind is not float)
-                takes = "a number from 0 on"
-            else:
-                right, takes = isinstance(value, RopeScaling | None), "a RopeScaling"
-            if field.name in _CHOICES:
-                takes = " or ".join(map(repr, _CHOICES[field.name]))
-                right = value in _CHOICES[field.name]
-            if not right:
-                raise UserError("model-setting", f"model.{field.name} is {value!r}: it takes {takes}")
-        for name, right in (
-            ("dropout", self.dropout < 1),
-            ("norm_eps", self.norm_eps > 0),
-            ("rope_theta", self.rope_theta > 0),
-            ("rotary_share", 0 < self.rotary_share <= 1),
-        ):
-            if not right:
-                raise UserError("model-setting", f"model.{name} is {getattr(self, name)}: it is out of range")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 "model-shape",
@@ -287,8 +258,7 @@ SIZES: dict[str, ModelConfig] = {
 }
 
 
-# pyright takes gin's decorator for one without arguments.
-@gin.configurable("model", allowlist=["size", *(f.name for f in dataclasses.fields(ModelConfig))])  # pyright: ignore[reportCallIssue]
+@configurable("model", allowlist=["size", *(f.name for f in dataclasses.fields(ModelConfig))])
 def model_config(size: str = "demo", **changes: Any) -> ModelConfig:
     """A named size, or the architecture of a model directory, with single fields changed.
 

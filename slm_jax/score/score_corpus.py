@@ -3,15 +3,15 @@
 import contextlib
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import gin
 import jax
 import numpy as np
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
+from slm_jax.configurable import Count, Natural, OneOf, Share, configurable
 from slm_jax.data.batches import Batch, make_batch, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreColumn, check_column
@@ -53,20 +53,20 @@ def score_batch(params: Params, model: ModelConfig, batch: Batch, statistics: Se
     return {"loss": loss, "entropy": entropy}
 
 
-@gin.configurable
+@configurable
 def score(
     corpus: str,
     reference: str | None = None,
     name: str = "reference",
-    step: int | None = None,
-    statistics: Sequence[str] = ("loss",),
-    dtype: str = "float32",
-    batch_size: int = 16,
+    step: Natural | None = None,
+    statistics: Sequence[Annotated[str, OneOf(STATISTICS)]] = ("loss",),
+    dtype: Annotated[str, OneOf(("float16", "float32"))] = "float32",
+    batch_size: Count = 16,
     mesh: MeshConfig | None = None,
     strip_metadata: bool = False,
     cross_tokenizer: bool = False,
     external_logprobs: str | None = None,
-    max_unaligned: float = 0.01,
+    max_unaligned: Share = 0.01,
 ) -> None:
     """Scores every token of a corpus with a frozen reference model and adds the result as a column.
 
@@ -101,7 +101,7 @@ def score(
             f"score takes either reference (a run) or external_logprobs (files), not {reference!r} and "
             f"{external_logprobs!r}",
         )
-    if set(statistics) - set(STATISTICS) or "loss" not in statistics:
+    if "loss" not in statistics:
         raise UserError("score-statistics", f"score.statistics {tuple(statistics)}: take 'loss', or 'loss', 'entropy'")
     if external_logprobs is not None and tuple(statistics) != ("loss",):
         raise UserError("score-statistics", "score.external_logprobs has losses only: set score.statistics = ('loss',)")

@@ -12,15 +12,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import gin
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
-from slm_jax.config import as_list
+from slm_jax.configurable import OneOf, PositiveShare, configurable
 from slm_jax.data.scores import ScoreName
 from slm_jax.errors import UserError
 
@@ -36,7 +35,7 @@ KEEPS = {"intersection": jnp.logical_and, "union": jnp.logical_or}
 RATIO_UNIT = 10_000  # ratios are exact to this fraction, so that counts are the same integers on every machine
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """The rule that decides which tokens of a batch train.
@@ -60,38 +59,20 @@ class Selection:
         tenth where several devices share one selection. Beyond it the lowest scores are dropped, and counted.
     """
 
-    score: str = "excess"
-    ratio: float = 0.6
+    score: Annotated[str, OneOf(SCORES)] = "excess"
+    ratio: PositiveShare = 0.6
     threshold: float | None = None
-    scope: str = "batch"
+    scope: Annotated[str, OneOf(SCOPES)] = "batch"
     reference: str | Sequence[str] = "reference"
-    combine: str = "mean"
-    gradient: str = "exact"
-    capacity: float | None = None
+    combine: Annotated[str, OneOf(COMBINE)] = "mean"
+    gradient: Annotated[str, OneOf(GRADIENTS)] = "exact"
+    capacity: PositiveShare | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.reference, str):
-            names = as_list(self.reference, str, "Selection.reference")
-            if not names or len(set(names)) < len(names):
-                raise UserError(
-                    "selection-references", f"Selection.reference {names}: give at least one name, and each name once"
-                )
-            object.__setattr__(self, "reference", tuple(names))  # frozen; and hashable, unlike the list of a gin file
-        choices = (("score", SCORES), ("scope", SCOPES), ("gradient", GRADIENTS), ("combine", COMBINE))
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"selection-unknown-{name}",
-                    f"Selection.{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(known)}",
-                )
-        if not 0 < self.ratio <= 1:
+        names = self.references
+        if not names or len(set(names)) < len(names):
             raise UserError(
-                "selection-ratio", f"Selection.ratio {self.ratio} is outside (0, 1]: 0.6 keeps 60 % of the valid tokens"
-            )
-        if self.capacity is not None and not 0 < self.capacity <= 1:
-            raise UserError(
-                "selection-capacity",
-                f"Selection.capacity {self.capacity} is outside (0, 1]: it is a share of the positions",
+                "selection-references", f"Selection.reference {names}: give at least one name, and each name once"
             )
         if self.gradient == "filtered" and self.threshold is not None and self.capacity is None:
             raise UserError(
@@ -116,7 +97,7 @@ class Selection:
         return tuple(str(ScoreName(name, statistic)) for name in self.references) if statistic else ()
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class CombinedSelection:
     """The intersection or union of several selections from one batch, in place of a Selection (Rho-1, appendix H).
@@ -132,18 +113,12 @@ class CombinedSelection:
     """
 
     parts: Sequence[Selection]
-    keeps: str = "intersection"
+    keeps: Annotated[str, OneOf(KEEPS)] = "intersection"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(as_list(self.parts, Selection, "CombinedSelection.parts")))
         if len(self.parts) < 2:
             raise UserError(
                 "selection-parts", f"CombinedSelection.parts has {len(self.parts)} Selection: give two or more"
-            )
-        if self.keeps not in KEEPS:
-            raise UserError(
-                "selection-unknown-keeps",
-                f"CombinedSelection.keeps {self.keeps!r} is unknown: choose one of {', '.join(KEEPS)}",
             )
         # One backward pass serves all parts, so what shapes it cannot differ between them.
         for name in ("scope", "gradient", "capacity"):

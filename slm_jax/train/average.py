@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-import gin
 import jax
 import jax.numpy as jnp
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints, read_about, restore_items, restore_params, saved_steps
+from slm_jax.configurable import Natural, configurable
 from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.errors import UserError
 from slm_jax.files import to_json
@@ -18,9 +18,9 @@ from slm_jax.models.model_config import ModelConfig
 from slm_jax.run_directory import RunDirectory
 
 
-@gin.configurable
+@configurable
 def average(
-    run: str, output: str, steps: Sequence[int] = (), moving: bool = False, mesh: MeshConfig | None = None
+    run: str, output: str, steps: Sequence[Natural] = (), moving: bool = False, mesh: MeshConfig | None = None
 ) -> None:
     """Averages the parameters of several checkpoints of a run into a model, to evaluate, score with or train from.
 
@@ -34,7 +34,7 @@ def average(
     """
     devices = mesh_lib.make_mesh(mesh)
     directory, there = RunDirectory(run), saved_steps(run)
-    steps = config_lib.as_list(steps, int, "average.steps") or (there[-1:] if moving else there)
+    steps = steps or (there[-1:] if moving else there)
     if missing := [step for step in steps if step not in there]:
         raise UserError(
             "checkpoint-not-found",

@@ -2,23 +2,25 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Protocol, runtime_checkable
 
-import gin
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.checkpoint import Checkpoints
 from slm_jax.chips import chip_of
+from slm_jax.configurable import Count, Natural, OneOf, Seed, Share, configurable
 from slm_jax.data.batches import Batch, read_ahead
 from slm_jax.errors import UserError
 from slm_jax.files import to_json, write_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import MetricsWriter, progress
+from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.models.trained_model import check_rows
 from slm_jax.run_directory import RunDirectory
@@ -33,7 +35,17 @@ from slm_jax.train.step import compile_step, make_step
 from slm_jax.train.step_metrics import StepMetrics, write_evaluation
 
 
-@gin.configurable
+@runtime_checkable
+class Evaluator(Protocol):
+    """HeldOut and the like, which this package cannot import."""
+
+    @property
+    def name(self) -> str: ...
+
+    def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Callable[[Params], Iterable[Any]]: ...
+
+
+@configurable
 def train(
     run_dir: str,
     model: ModelConfig | None = None,
@@ -41,17 +53,17 @@ def train(
     schedule: Schedule | None = None,
     optimizer: OptimizerConfig | None = None,
     mesh: MeshConfig | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     init_from: str | None = None,
-    init_step: int | None = None,
-    init_mode: str = "params",
-    gradient_accumulation_steps: int = 1,
-    checkpoint_every: int = 500,
-    keep_checkpoints: int = 2,
-    log_every: int = 1,
-    evaluate_every: int = 500,
-    evaluators: Sequence[Any] = (),
-    max_nonfinite_scores: float = 0.01,
+    init_step: Natural | None = None,
+    init_mode: Annotated[str, OneOf(("params", "state"))] = "params",
+    gradient_accumulation_steps: Count = 1,
+    checkpoint_every: Natural = 500,
+    keep_checkpoints: Count = 2,
+    log_every: Count = 1,
+    evaluate_every: Natural = 500,
+    evaluators: Sequence[Evaluator] = (),
+    max_nonfinite_scores: Share = 0.01,
     allow_equal_reference: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -73,10 +85,10 @@ def train(
         this run is a branch of that one: its phases must begin with that run's up to the step, and only the steps after
         it are trained.
       gradient_accumulation_steps: number of micro-batches that a batch is split into: same result, less memory.
-      checkpoint_every: steps between checkpoints.
+      checkpoint_every: steps between checkpoints; 0 writes them at phase boundaries only.
       keep_checkpoints: number of latest checkpoints to keep; those at phase boundaries are always kept.
       log_every: steps between rows of metrics.jsonl.
-      evaluate_every: steps between evaluations, which are also made at step 0 and at the end.
+      evaluate_every: steps between evaluations, which are also made at step 0 and at the end of each phase.
       evaluators: HeldOut, MultipleChoice or Samples.
       max_nonfinite_scores: maximum fraction of non-finite scores in a batch before the run stops.
       dry_run: print the plan, draw it as <run_dir>/plan.png, and stop.
@@ -85,12 +97,9 @@ def train(
     """
     # --- Settings. Defaults are made here, after gin has read its files; in the signature they would be made on import.
     model, optimizer = model or model_config(), optimizer or OptimizerConfig()
-    phases = config_lib.as_list(phases, Phase, "train.phases") or [Phase()]  # pyright: ignore[reportCallIssue] (gin's)
+    phases = phases or [Phase()]  # pyright: ignore[reportCallIssue] (gin's)
     if schedule is None and not phases[0].schedule:
         schedule = cosine_schedule()
-    counts = {"gradient_accumulation_steps": gradient_accumulation_steps, "log_every": log_every}
-    config_lib.at_least(1, **{f"train.{name}": count for name, count in counts.items()})
-    config_lib.at_least(0, **{"train.seed": seed})
 
     # --- Mesh (`devices`; `mesh` is its settings), and the plan: rows, selection and learning rate of each step.
     devices, run = mesh_lib.make_mesh(mesh), RunDirectory(run_dir)
@@ -108,19 +117,17 @@ def train(
             )
 
     # --- Evaluators, bound to the model.
-    if not isinstance(evaluators, (list, tuple)):
-        raise UserError("setting-not-a-list", f"train.evaluators takes a list, [@HeldOut()]; it is {evaluators!r}")
     names = [evaluator.name for evaluator in evaluators]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError("evaluators-same-name", f"two of train.evaluators are called {repeated[0]!r}: rename one")
     measures = [evaluator.bind(model, plan.corpus.vocabulary_hash, devices) for evaluator in evaluators]
 
+    config_lib.print_unused()
     if dry_run:
         print(plan_summary.describe(run, model, plan, devices, 0))
         processes.on_first(lambda: plan_summary.draw(plan, run.plan_png))
         print(f"train: nothing was trained; the plan is drawn in {run.plan_png}")
         return {}
-    config_lib.print_unused()
     start = Start.of(run_dir, seed, init_from, init_step, init_mode)
 
     with contextlib.ExitStack() as stack:

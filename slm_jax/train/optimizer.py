@@ -5,17 +5,17 @@ state at a phase boundary does not restart the schedule.
 """
 
 import dataclasses
+from typing import Annotated
 
-import gin
 import jax
 import optax
 
 from slm_jax import mesh
-from slm_jax.errors import UserError
+from slm_jax.configurable import AtLeast, Below, NotNegative, Positive, configurable
 from slm_jax.models.forward import Params
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW. The defaults are TinyLlama's recipe; Rho-1 leaves them open, and arXiv 2403.08763 uses the same.
@@ -25,29 +25,23 @@ class OptimizerConfig:
       b2: decay of the second moment.
       eps: added to the square root of the second moment.
       weight_decay: decoupled weight decay of matrices.
-      clip_norm: the gradient's global norm is clipped to this.
+      clip_norm: the gradient's global norm is clipped to this; None does not clip.
       ema: decay of an exponential moving average of the parameters, which the stage `average` turns into a model; 0
         keeps none.
     """
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    ema: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ema < 1:
-            raise UserError(
-                "setting-out-of-range", f"OptimizerConfig.ema is {self.ema}: it must be in [0, 1), for example 0.999"
-            )
+    b1: Annotated[float, AtLeast(0), Below(1)] = 0.9
+    b2: Annotated[float, AtLeast(0), Below(1)] = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1
+    clip_norm: Positive | None = 1.0
+    ema: Annotated[float, AtLeast(0), Below(1)] = 0.0
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """clip by global norm -> Adam -> decoupled weight decay. The caller scales updates by -learning rate."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
     )

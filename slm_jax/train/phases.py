@@ -3,20 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import gin
 import numpy as np
 import optax
 
-from slm_jax.config import as_list, at_least
+from slm_jax.configurable import Count, NotNegative, Positive, configurable
 from slm_jax.data.mixture import MixtureComponent
 from slm_jax.errors import UserError
 from slm_jax.score.selection import CombinedSelection, Selection
 from slm_jax.train.schedules import Schedule, cosine_schedule, in_turn, over
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """Steps of `batch_size` rows drawn from one mixture, with one objective.
@@ -36,39 +34,26 @@ class Phase:
         zero.
     """
 
-    steps: int | None = None
-    tokens: float | None = None
+    steps: Count | None = None
+    tokens: Positive | None = None
     mixture: Sequence[MixtureComponent] = ()
-    batch_size: int = 16
+    batch_size: Count = 16
     selection: Selection | CombinedSelection | None = None
     keep_ratio: Schedule | None = None
     schedule: Schedule | None = None
     reset_optimizer: bool = False
-    l2_to_init: float = 0.0
+    l2_to_init: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.tokens is None):
             raise UserError(
                 "phase-length", f"Phase.steps is {self.steps} and Phase.tokens is {self.tokens}: set one of the two"
             )
-        at_least(1, **{"Phase.batch_size": self.batch_size})
-        if self.steps is not None:
-            at_least(1, **{"Phase.steps": self.steps})
-        if self.tokens is not None and not self.tokens > 0:
-            raise UserError("setting-out-of-range", f"Phase.tokens is {self.tokens}: it must be above 0")
-        if self.l2_to_init < 0:
-            raise UserError("setting-out-of-range", f"Phase.l2_to_init is {self.l2_to_init}: it must be 0 or above")
-        for name in ("keep_ratio", "schedule"):
-            check_schedule(getattr(self, name), f"Phase.{name}")
-        if not isinstance(self.selection, Selection | CombinedSelection | None):
-            raise UserError(
-                "setting-wrong-type", f"Phase.selection takes @Selection(), with brackets; it is {self.selection!r}"
-            )
         if self.keep_ratio and (not isinstance(self.selection, Selection) or self.selection.threshold is not None):
             raise UserError(
                 "phase-keep-ratio", "Phase.keep_ratio replaces the ratio of a Selection: set one without a threshold"
             )
-        mixture = as_list(self.mixture, MixtureComponent, "Phase.mixture") or [MixtureComponent()]  # pyright: ignore[reportCallIssue] (gin's)
+        mixture = self.mixture or [MixtureComponent()]  # pyright: ignore[reportCallIssue] (gin's)
         object.__setattr__(self, "mixture", tuple(mixture))
         if len({(component.corpus, component.replay) for component in mixture}) < len(mixture):
             raise UserError(
@@ -108,11 +93,6 @@ class Phase:
         return self.selection.columns() if self.selection else ()
 
 
-def check_schedule(value: Any, name: str) -> None:
-    if not isinstance(value, Schedule | None):
-        raise UserError("setting-wrong-type", f"{name} takes @cosine_schedule() or the like; it is {value!r}")
-
-
 def values(scalar: optax.Schedule, steps: int) -> np.ndarray:
     """The values of a scalar at t = 1, ..., steps."""
     return np.asarray(scalar(np.arange(1, steps + 1)) * np.ones(steps))
@@ -131,7 +111,6 @@ def learning_rate(phases: Sequence[Phase], schedule: Schedule | None) -> optax.S
     Raises:
       UserError: a schedule whose parts are longer than the phases that it spans, or one that spans none.
     """
-    check_schedule(schedule, "train.schedule")
     if phases[0].schedule and schedule:
         raise UserError(
             "train-two-schedules",

@@ -145,14 +145,8 @@ def _shares(phase: Phase) -> Float[np.ndarray, "N D"]:
             scheduled = values(over(weight, steps, owner=f"MixtureComponent.weight of {component.corpus}"), steps)
             # Rounded, so that the last bit of a platform's arithmetic does not decide which row is where.
             columns.append(np.round(scheduled, 6))
-        elif isinstance(weight, int | float | None):
-            columns.append(np.full(steps, float(weight or 0.0)))
         else:
-            raise UserError(
-                "mixture-not-a-weight",
-                f"MixtureComponent.weight of {component.corpus} is {weight!r}: it takes a number, None or a "
-                "@Schedule()",
-            )
+            columns.append(np.full(steps, float(weight or 0.0)))  # pyright: ignore[reportArgumentType] (a Schedule is above)
     weights = np.stack(columns, axis=1)  # [N, D]
     remainders = [d for d, component in enumerate(phase.mixture) if component.weight is None]
     if len(remainders) > 1:

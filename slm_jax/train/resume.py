@@ -45,10 +45,6 @@ class Start:
     def of(cls, run_dir: str, seed: int, init_from: str | None, init_step: int | None, init_mode: str) -> "Start":
         """The start that train's settings describe. Without an `init_step`, the step is the one with which the run in
         run_dir was first started, else the last checkpoint of the other run."""
-        if init_mode not in ("params", "state"):
-            raise UserError(
-                "train-unknown-init-mode", f"train.init_mode {init_mode!r} is unknown: choose params or state"
-            )
         if init_from is None and (init_mode == "state" or init_step is not None):
             raise UserError(
                 "train-no-init-from",

@@ -7,13 +7,13 @@ Eq 1, Eq 2 and section 7.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
-import gin
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from slm_jax.config import as_list
+from slm_jax.configurable import NotNegative, OneOf, Positive, configurable
 from slm_jax.errors import UserError
 
 INVERSE_SQRT_TIMESCALE = 10.0  # alpha of the cooldown: the paper leaves it open, its authors' later code uses 10
@@ -34,9 +34,10 @@ SHAPES: dict[str, Callable[[int], optax.Schedule]] = {
     "one_minus_sqrt": lambda steps: lambda t: 1 - jnp.sqrt(jnp.minimum(t, steps) / steps),
 }
 EXPONENTIAL = "exponential"  # equal factors in equal times: no such fraction describes it
+Shape = Annotated[str, OneOf((*SHAPES, EXPONENTIAL))]
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class SchedulePart:
     """One part of a schedule: from the value where the previous part ended to another.
@@ -48,24 +49,12 @@ class SchedulePart:
       shape: `linear`, `cosine`, `inverse_sqrt`, `one_minus_sqrt` or `exponential`.
     """
 
-    to: float
-    steps: float | None = None
-    shape: str = "linear"
-
-    def __post_init__(self) -> None:
-        if self.shape not in (*SHAPES, EXPONENTIAL):
-            raise UserError(
-                "schedule-unknown-shape",
-                f"SchedulePart.shape {self.shape!r} is unknown: choose one of {', '.join((*SHAPES, EXPONENTIAL))}",
-            )
-        if self.to < 0 or (self.steps is not None and self.steps < 0):
-            raise UserError(
-                "schedule-negative",
-                f"SchedulePart.to is {self.to} and SchedulePart.steps {self.steps}: neither can be negative",
-            )
+    to: NotNegative
+    steps: NotNegative | None = None
+    shape: Shape = "linear"
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """A start value and parts; after the last part its value stays.
@@ -76,12 +65,9 @@ class Schedule:
     """
 
     parts: Sequence[SchedulePart]
-    start: float | None = 0.0
+    start: NotNegative | None = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(as_list(self.parts, SchedulePart, "Schedule.parts")))
-        if self.start is not None and self.start < 0:
-            raise UserError("schedule-negative", f"Schedule.start is {self.start}: it cannot be negative")
         if sum(part.steps is None for part in self.parts) > 1:
             raise UserError(
                 "schedule-two-remainders",
@@ -152,8 +138,8 @@ def in_turn(spans: Sequence[tuple[int, Schedule, int]]) -> optax.Schedule:
     return value
 
 
-@gin.configurable
-def cosine_schedule(peak: float = 3e-4, warmup: float = 0.01, final: float = 0.1) -> Schedule:
+@configurable
+def cosine_schedule(peak: Positive = 3e-4, warmup: NotNegative = 0.01, final: NotNegative = 0.1) -> Schedule:
     """Linear warm-up from 0 to `peak`, then a cosine down to `peak * final` (Eq 1, 2).
 
     As a phase's own schedule it re-warms and re-decays.
@@ -163,23 +149,27 @@ def cosine_schedule(peak: float = 3e-4, warmup: float = 0.01, final: float = 0.1
       warmup: length of the warm-up, in steps or, below 1, as a fraction of the schedule.
       final: the last value, as a fraction of `peak`.
     """
-    return _from_zero((_peak(peak), warmup, "linear"), (peak * final, None, "cosine"))
+    return _from_zero((peak, warmup, "linear"), (peak * final, None, "cosine"))
 
 
-@gin.configurable
-def constant_schedule(peak: float = 3e-4, warmup: float = 0.01) -> Schedule:
+@configurable
+def constant_schedule(peak: Positive = 3e-4, warmup: NotNegative = 0.01) -> Schedule:
     """Linear warm-up from 0 to `peak`, which stays.
 
     Args:
       peak: the value after the warm-up.
       warmup: length of the warm-up, in steps or, below 1, as a fraction of the schedule.
     """
-    return _from_zero((_peak(peak), warmup, "linear"))
+    return _from_zero((peak, warmup, "linear"))
 
 
-@gin.configurable
+@configurable
 def wsd_schedule(
-    peak: float = 3e-4, warmup: float = 0.01, decay: float = 0.1, final: float = 0.0, shape: str = "linear"
+    peak: Positive = 3e-4,
+    warmup: NotNegative = 0.01,
+    decay: NotNegative = 0.1,
+    final: NotNegative = 0.0,
+    shape: Shape = "linear",
 ) -> Schedule:
     """Warm-up, stable, decay: linear warm-up to `peak`, then a decay to `peak * final` at the end.
 
@@ -190,18 +180,18 @@ def wsd_schedule(
       final: the last value, as a fraction of `peak`.
       shape: of the decay: `linear` or `one_minus_sqrt`.
     """
-    return _from_zero((_peak(peak), warmup, "linear"), (peak, None, "linear"), (peak * final, decay, shape))
+    return _from_zero((peak, warmup, "linear"), (peak, None, "linear"), (peak * final, decay, shape))
 
 
-@gin.configurable
+@configurable
 def infinite_schedule(
-    peak: float = 3e-4,
-    constant: float = 0.55,
-    final: float = 0.1,
-    warmup: float = 0.01,
-    cooldown: float = 0.6,
-    anneal: float = 0.0,
-    shape: str = "cosine",
+    peak: Positive = 3e-4,
+    constant: NotNegative = 0.55,
+    final: NotNegative = 0.1,
+    warmup: NotNegative = 0.01,
+    cooldown: NotNegative = 0.6,
+    anneal: NotNegative = 0.0,
+    shape: Shape = "cosine",
 ) -> Schedule:
     """Warm-up, cooldown to a constant that stays for any number of phases, and an optional exponential anneal.
 
@@ -217,12 +207,16 @@ def infinite_schedule(
       anneal: length of the anneal at the end, likewise; 0 does not anneal yet.
       shape: of the cooldown: `cosine` or `inverse_sqrt`.
     """
-    parts = [(_peak(peak), warmup, "linear"), (peak * constant, cooldown, shape), (peak * constant, None, "linear")]
+    parts = [(peak, warmup, "linear"), (peak * constant, cooldown, shape), (peak * constant, None, "linear")]
     return _from_zero(*parts, *([(peak * final, anneal, EXPONENTIAL)] if anneal else []))
 
 
-@gin.configurable
-def anneal_schedule(to: float = 3e-5, steps: float | None = None, shape: str = EXPONENTIAL) -> Schedule:
+@configurable
+def anneal_schedule(
+    to: NotNegative = 3e-5,
+    steps: NotNegative | None = None,
+    shape: Shape = EXPONENTIAL,
+) -> Schedule:
     """From the value reached so far down to another.
 
     Args:
@@ -236,9 +230,3 @@ def anneal_schedule(to: float = 3e-5, steps: float | None = None, shape: str = E
 def _from_zero(*parts: tuple[float, float | None, str]) -> Schedule:
     """Passes every argument, so that gin's settings of SchedulePart and Schedule, meant for others, do not apply."""
     return Schedule([SchedulePart(*part) for part in parts], 0.0)
-
-
-def _peak(peak: float) -> float:
-    if not peak > 0:
-        raise UserError("setting-out-of-range", f"the peak of a schedule is {peak}: it must be above 0")
-    return peak

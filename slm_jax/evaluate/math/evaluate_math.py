@@ -8,14 +8,14 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import gin
 import jax
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
+from slm_jax.configurable import Count, Natural, NotNegative, OneOf, PositiveShare, Seed, configurable
 from slm_jax.data import readers
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Generator, Sampling
@@ -84,25 +84,25 @@ class _Asking:
         return [Ran(*ran) for ran in processes.on_first(lambda: [list(ran) for ran in self.sandbox.run_all(programs)])]
 
 
-@gin.configurable
+@configurable
 def evaluate_math(
     run: str,
-    sets: Sequence[str] = ("gsm8k",),
+    sets: Sequence[Annotated[str, OneOf(SETS)]] = ("gsm8k",),
     data: str = "data",
     output: str | None = None,
-    step: int | None = None,
-    shots: int | None = None,
+    step: Natural | None = None,
+    shots: Natural | None = None,
     examples: Mapping[str, str] | None = None,
-    questions: int | None = None,
-    max_new_tokens: int = 1024,
-    samples: int = 1,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    seed: int = 0,
+    questions: Count | None = None,
+    max_new_tokens: Count = 1024,
+    samples: Count = 1,
+    temperature: NotNegative = 0.0,
+    top_p: PositiveShare | None = None,
+    seed: Seed = 0,
     tools: bool = False,
-    rounds: int = 4,
+    rounds: Count = 4,
     sandbox: Sandbox | None = None,
-    batch_size: int = 8,
+    batch_size: Count = 8,
     mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """Measures a model's accuracy on sets of mathematical questions, by its generated answers.
@@ -133,7 +133,7 @@ def evaluate_math(
       batch_size: rows continued at a time.
       mesh: how devices share the work.
     """
-    _check(sets, samples, temperature, questions, rounds, shots, examples or {})
+    _check(sets, samples, temperature, examples or {})
     files = {name: find_file(name, data) for name in sets}
     asked = {name: read_questions(name, file, questions) for name, file in files.items()}
     sandbox = sandbox or Sandbox()
@@ -167,33 +167,19 @@ def evaluate_math(
     return record
 
 
-def _check(
-    sets: Sequence[str],
-    samples: int,
-    temperature: float,
-    questions: int | None,
-    rounds: int,
-    shots: int | None,
-    examples: Mapping[str, str],
-) -> None:
-    names = config_lib.as_list(sets, str, "evaluate_math.sets")
-    if not names or len(set(names)) < len(names):
-        raise UserError("math-invalid-sets", f"evaluate_math.sets {names!r}: name each set once, of {', '.join(SETS)}")
-    config_lib.at_least(1, **{"evaluate_math.samples": samples, "evaluate_math.rounds": rounds})
-    if questions is not None:
-        config_lib.at_least(1, **{"evaluate_math.questions": questions})
-    if shots is not None:
-        config_lib.at_least(0, **{"evaluate_math.shots": shots})
+def _check(sets: Sequence[str], samples: int, temperature: float, examples: Mapping[str, str]) -> None:
+    if not sets or len(set(sets)) < len(sets):
+        raise UserError("math-invalid-sets", f"evaluate_math.sets {sets!r}: name each set once, of {', '.join(SETS)}")
     if samples > 1 and temperature == 0:
         raise UserError(
             "sampling-greedy",
             f"evaluate_math.samples = {samples} answers are all the same at temperature 0: set "
             "evaluate_math.temperature above 0",
         )
-    if unknown := sorted(set(examples) - set(names)):
+    if unknown := sorted(set(examples) - set(sets)):
         raise UserError(
             "math-examples-of-other-set",
-            f"evaluate_math.examples names {unknown[0]!r}: remove it, or add it to evaluate_math.sets {tuple(names)}",
+            f"evaluate_math.examples names {unknown[0]!r}: remove it, or add it to evaluate_math.sets {sets}",
         )
     for package in GRADERS:
         if importlib.util.find_spec(package) is None:

@@ -25,11 +25,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-import gin
-
-from slm_jax import config as config_lib
+from slm_jax.configurable import Above, AtMost, Count, OneOf, configurable
 from slm_jax.errors import UserError
 
 TRUST = "I accept that programs written by a model run on this machine"
@@ -89,7 +87,7 @@ class Ran(NamedTuple):
         return text if len(text) <= characters else f"{text[:half]}...{text[-half:]}"
 
 
-@gin.configurable
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Sandbox:
     """Limits of one program written by a model.
@@ -104,20 +102,12 @@ class Sandbox:
         'I accept that programs written by a model run on this machine'.
     """
 
-    seconds: float = 10.0
-    memory_mb: int = 1024
-    processes: int = 8
-    scratch_mb: int = 16
-    output_characters: int = 20_000
-    trust: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("memory_mb", "processes", "scratch_mb", "output_characters"):
-            config_lib.at_least(1, **{f"Sandbox.{name}": getattr(self, name)})
-        if not 0 < self.seconds <= 3600:
-            raise UserError("setting-out-of-range", f"Sandbox.seconds is {self.seconds!r}: set a number in (0, 3600]")
-        if self.trust not in (None, TRUST):
-            raise UserError("sandbox-invalid-trust", f"Sandbox.trust is {self.trust!r}: set None, or {TRUST!r}")
+    seconds: Annotated[float, Above(0), AtMost(3600)] = 10.0
+    memory_mb: Count = 1024
+    processes: Count = 8
+    scratch_mb: Count = 16
+    output_characters: Count = 20_000
+    trust: Annotated[str, OneOf([TRUST])] | None = None
 
     def check(self) -> str:
         """How programs run here, in words.

@@ -3,18 +3,18 @@ document instead of by token would train on."""
 
 from pathlib import Path
 
-import gin
 import numpy as np
 
+from slm_jax.config import print_unused
+from slm_jax.configurable import PositiveShare, configurable
 from slm_jax.data.corpus import Corpus
-from slm_jax.errors import UserError
 from slm_jax.files import write_json_lines
 
 TOGETHER = 512  # documents read at a time
 
 
-@gin.configurable
-def experiment_filter(corpus: str, score: str, output: str, keep: float = 0.5) -> None:
+@configurable
+def experiment_filter(corpus: str, score: str, output: str, keep: PositiveShare = 0.5) -> None:
     """Writes `documents.jsonl`: the documents with the lowest mean loss under a reference, as many as hold `keep` of
     the tokens, in their old order.
 
@@ -24,8 +24,7 @@ def experiment_filter(corpus: str, score: str, output: str, keep: float = 0.5) -
       output: folder.
       keep: share of the tokens.
     """
-    if not 0 < keep <= 1:
-        raise UserError("filter-bad-share", f"experiment_filter.keep {keep} is outside (0, 1]")
+    print_unused()
     table = Corpus.open(corpus)
     documents, vocabulary, column = table.documents(), table.vocabulary(), f"scores/{score}/loss"
     means, lines = [], []

@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 
-import gin
 import numpy as np
 
+from slm_jax.config import print_unused
+from slm_jax.configurable import configurable
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
 
 PLANTED = "/noise"  # ends the source names of marked spans
 
 
-@gin.configurable
+@configurable
 def experiment_label(corpus: str, name: str = "planted", sources: Sequence[str] = ()) -> None:
     """Adds a column `loss` that is 1 on planted tokens and 0 on the rest.
 
@@ -22,6 +23,7 @@ def experiment_label(corpus: str, name: str = "planted", sources: Sequence[str] 
       name: of the column.
       sources: names of sources that count as planted too.
     """
+    print_unused()
     table = Corpus.open(corpus)
     if unknown := {*sources} - {*table.source_names}:
         raise UserError(

@@ -7,14 +7,14 @@ text in them. It is the same for the same settings on every machine.
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-import gin
-
+from slm_jax.config import print_unused
+from slm_jax.configurable import AtLeast, Below, Count, Natural, OneOf, Seed, Share, configurable
 from slm_jax.errors import UserError
 from slm_jax.experiment.worlds.draw import number
 from slm_jax.experiment.worlds.general import general_text
-from slm_jax.experiment.worlds.plant import RESULT, Planter, Span
+from slm_jax.experiment.worlds.plant import KINDS, RESULT, Planter, Span
 from slm_jax.experiment.worlds.stories import clean_story
 from slm_jax.files import write_json_lines
 
@@ -37,16 +37,16 @@ class Target(NamedTuple):
     results: list[Span]
 
 
-@gin.configurable
+@configurable
 def experiment_world(
     output: str,
-    target: str = "stories",
-    documents: int = 4000,
-    held_out: int = 400,
-    general_share: float = 0.38,
-    kinds: Sequence[str] = (),
-    share: float = 0.0,
-    seed: int = 0,
+    target: Annotated[str, OneOf(("stories", "gsm"))] = "stories",
+    documents: Count = 4000,
+    held_out: Natural = 400,
+    general_share: Share = 0.38,
+    kinds: Sequence[Annotated[str, OneOf(KINDS)]] = (),
+    share: Annotated[float, AtLeast(0), Below(1)] = 0.0,
+    seed: Seed = 0,
 ) -> None:
     """Writes the text of a world into a folder.
 
@@ -71,6 +71,7 @@ def experiment_world(
       share: of the crawl's characters that are planted (of `wrong`: of its results).
       seed: of everything.
     """
+    print_unused()
     folder = Path(output)
     new_target = _distinct(_targets(target, seed))
     planter = Planter(random.Random(f"planted {seed}"), kinds, share)
@@ -115,10 +116,6 @@ def _targets(target: str, seed: int) -> Iterator[Target]:
         while True:
             story = clean_story(rng)
             yield Target(story.text, story.results)
-    if target != "gsm":
-        raise UserError(
-            "world-unknown-target", f"experiment_world.target {target!r} is unknown: known are stories, gsm"
-        )
     try:
         from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
     except ImportError as error:

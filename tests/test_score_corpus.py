@@ -187,8 +187,8 @@ def test_a_reference_that_is_the_model_itself_is_refused(scored, reference, tmp_
     """Every excess would be 0; asked for, it trains, and the first excess is."""
     phases = [toy.phase(scored, steps=2, selection=Selection())]
     start = {"init_from": str(reference)}
-    message = toy.refusal(toy.train_here, tmp_path / "run", phases, **start)
-    assert "scored by the very model this run starts from" in message and "allow_equal_reference" in message
+    message = toy.refused("reference-is-initial-model", toy.train_here, tmp_path / "run", phases, **start)
+    assert scored.path in message and "allow_equal_reference" in message
     toy.train_here(tmp_path / "run", phases, **start, allow_equal_reference=True)
     assert len(RunDirectory(tmp_path / "run").metrics()) == 2
     toy.train_here(tmp_path / "third", phases, init_from=str(reference), init_step=3)  # another model of that run

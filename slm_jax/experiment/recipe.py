@@ -41,14 +41,14 @@ class SharedStage(_Named):
     """A stage whose product several runs read: text, a corpus, a reference, a score column.
 
     Attributes:
-        stage: `prepare`, `train`, `score`, `experiment world` and the like.
-        settings: gin text, besides the recipe's for that stage.
-        per: make it anew for each 'variant', each 'seed'; those of what it reads are added. The seed of a train stage
-          is 100 + seed.
-        after: shared stages to wait for that the settings do not name.
-        column: name of the score column, its own name by default. Two stages that score different corpora with one
-          reference share a column name.
-        name: by default its gin scope.
+      stage: `prepare`, `train`, `score`, `experiment world` and the like.
+      settings: gin text, besides the recipe's for that stage.
+      per: make it anew for each 'variant', each 'seed'; those of what it reads are added. The seed of a train stage
+        is 100 + seed.
+      after: shared stages to wait for that the settings do not name.
+      column: name of the score column, its own name by default. Two stages that score different corpora with one
+        reference share a column name.
+      name: by default its gin scope.
     """
 
     stage: str
@@ -65,11 +65,11 @@ class Arm(_Named):
     """A train run that is compared with others.
 
     Attributes:
-        settings: gin text, besides the recipe's for `train`.
-        seeds: None takes the recipe's.
-        after: shared stages to wait for that the settings do not name.
-        label: in reports; the name by default.
-        name: by default its gin scope.
+      settings: gin text, besides the recipe's for `train`.
+      seeds: None takes the recipe's.
+      after: shared stages to wait for that the settings do not name.
+      label: in reports; the name by default.
+      name: by default its gin scope.
     """
 
     settings: str = ""
@@ -85,18 +85,18 @@ class Threshold(_Named):
     """A claim written down before the run: the verdict is computed.
 
     Attributes:
-        claim: in words.
-        arm: of which arm.
-        comparison: `value` of the measure at the end; `difference` to `against`, paired by seed; `recovered`, the
-          share of the gain from `against` to the recipe's oracle.
-        measure: a number of the evaluators such as 'target/loss', or 'selected/SOURCE', the share of a source's tokens
-          selected over the second half of the run.
-        at_most: the bound.
-        at_least: the bound, in place of `at_most`.
-        against: None takes the recipe's baseline.
-        variants: in which variants it must hold; all by default.
-        seeds: the bound holds for the `mean`, for `every` seed, or for the whole 95 % `interval` (t).
-        name: by default its gin scope.
+      claim: in words.
+      arm: of which arm.
+      comparison: `value` of the measure at the end; `difference` to `against`, paired by seed; `recovered`, the
+        share of the gain from `against` to the recipe's oracle.
+      measure: a number of the evaluators such as 'target/loss', or 'selected/SOURCE', the share of a source's tokens
+        selected over the second half of the run.
+      at_most: the bound.
+      at_least: the bound, in place of `at_most`.
+      against: None takes the recipe's baseline.
+      variants: in which variants it must hold; all by default.
+      seeds: the bound holds for the `mean`, for `every` seed, or for the whole 95 % `interval` (t).
+      name: by default its gin scope.
     """
 
     claim: str
@@ -124,20 +124,20 @@ class Recipe:
     """An experiment.
 
     Attributes:
-        name: of its folders.
-        question: what it asks, in a sentence.
-        sources: where its text comes from: for each, its public name, licence, and how to get it.
-        settings: stage -> gin text for all jobs of that stage.
-        changes: the same for a recipe that includes another: settings that override the other's.
-        shared: stages before the arms.
-        arms: what is compared.
-        variants: name -> gin text; every arm runs once in each. One without a name by default.
-        seeds: of the arms.
-        measures: numbers of the evaluators to report; the first is the target's loss, the second that of general text.
-        baseline: the arm that others are compared with.
-        oracle: the arm that knows which tokens are worth training on, if there is one.
-        thresholds: claims written before the run.
-        keep_runs: keep the run directories of arms when their results are written.
+      name: of its folders.
+      question: what it asks, in a sentence.
+      sources: where its text comes from: for each, its public name, licence, and how to get it.
+      settings: stage -> gin text for all jobs of that stage.
+      changes: the same for a recipe that includes another: settings that override the other's.
+      shared: stages before the arms.
+      arms: what is compared.
+      variants: name -> gin text; every arm runs once in each. One without a name by default.
+      seeds: of the arms.
+      measures: numbers of the evaluators to report; the first is the target's loss, the second that of general text.
+      baseline: the arm that others are compared with.
+      oracle: the arm that knows which tokens are worth training on, if there is one.
+      thresholds: claims written before the run.
+      keep_runs: keep the run directories of arms when their results are written.
     """
 
     name: str

@@ -180,7 +180,7 @@ def test_a_world_differs_in_what_is_planted_alone(tmp_path: Path):
     assert len(set(targets)) == len(targets)
     toy.refused("setting-unknown-value", world, tmp_path / "e", target="novels")
     toy.refused("setting-unknown-value", world, tmp_path / "e", kinds=["rot"], share=0.1)
-    toy.refused("world-bad-share", world, tmp_path / "e", kinds=["noise"], share=1.0)
+    toy.refused("setting-out-of-range", world, tmp_path / "e", kinds=["noise"], share=1.0)
     toy.refused("world-wrong-mixed", world, tmp_path / "e", kinds=["noise", "wrong"], share=0.1)
 
 

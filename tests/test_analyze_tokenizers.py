@@ -110,7 +110,7 @@ def test_what_is_written(corpora, english, shell, tmp_path):
         "summary.md", "fertility.csv", "fertility.png", "fertility.svg", "tokenizers.json"}  # fmt: skip
     wrong = toy.settings(analyze_tokenizers={"corpora": ["bytes"]})
     code, _, errors = shell("analyze", "tokenizers", "--output=out", *wrong, folder=tmp_path)
-    assert code == 1 and "analyze_tokenizers.corpora" in errors
+    assert code == 2 and "analyze_tokenizers.corpora" in errors
 
 
 def test_a_sum_in_bits_over_the_bytes_of_its_tokens():

@@ -174,4 +174,4 @@ def test_as_a_command(reference, tmp_path, shell):
     assert code == 0, errors
     assert "URL: a\n\nit's 'the'" in output and "cut by the limit after 5 tokens" in output
     code, _, errors = shell(*arguments, "--gin.Sampling.temperature=-1", folder=tmp_path)
-    assert code == 1 and "slm-jax generate: error: Sampling.temperature is -1" in errors
+    assert code == 2 and "slm-jax generate: error: Sampling.temperature is -1" in errors

@@ -12,6 +12,7 @@ from slm_jax.evaluate.evaluate import evaluate
 from slm_jax.evaluate.generation import Sampling
 from slm_jax.evaluate.harness import Harness, TaskLoader, chat_text, sampling_of, scored
 from slm_jax.evaluate.multiple_choice import Scored
+from slm_jax.evaluate.perplexity import HeldOut
 from slm_jax.evaluate.suites import HOSTS, MECO_FORMS, SUITES, Column, Form, host_prefix
 from slm_jax.evaluate.tasks import averages, best_form, columns_of, prefixes, table, unconditional
 
@@ -260,7 +261,9 @@ def test_mistakes(loader, tmp_path, monkeypatch):
     assert "did you mean 'arc_easy'?" in toy.refused("harness-unknown-task", loader.check, ["arc_esy"])
     line = toy.refused("harness-task-not-loaded", loader.load, Form("arc_easy", "acc,none"))
     assert "arc_easy" in line and "evaluate.offline" in line and "ai2_arc" in line
-    assert "evaluate.tasks" in toy.refused("settings-exclusive", evaluate, "run", [object()], tasks="boolq")
+    assert "evaluate.tasks" in toy.refused(
+        "settings-exclusive", evaluate, "run", [HeldOut("held", "corpus")], tasks="boolq"
+    )
     assert "Harness.chat is 'mine'" in toy.refused("setting-unknown-value", Harness, chat="mine")
     assert "Harness.limit is 0" in toy.refused("setting-out-of-range", Harness, limit=0)
     nowhere = str(tmp_path / "nowhere")

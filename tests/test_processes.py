@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -54,6 +55,12 @@ def finish(pair: list[toy.Command]) -> tuple[list[int], str, str]:
     """Both exit codes, and the output of either."""
     (first, output), (second, other) = (command.finish() for command in pair)
     return [first, second], output, other
+
+
+@pytest.fixture(scope="session")
+def corpus(corpus, tmp_path_factory) -> Corpus:
+    """A copy: the runs below keep token losses in it."""
+    return Corpus.open(shutil.copytree(corpus.path, tmp_path_factory.mktemp("kept") / "corpus"))
 
 
 def last_step(run_dir: Path) -> int:

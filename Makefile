@@ -30,7 +30,8 @@ $(VENV)/.docs: $(VENV)/.installed requirements-docs.txt
 	$(INSTALL) -r requirements-docs.txt
 	@touch $@
 
-# PyTorch and transformers: with them `make test` compares models, vocabularies and scores with Hugging Face's too.
+# PyTorch, transformers, reasoning-gym: with them `make test` compares models, vocabularies and scores with Hugging Face's too,
+# and the tasks of reasoning-gym are tested.
 parity: $(VENV)/.parity
 
 $(VENV)/.parity: $(VENV)/.installed requirements-parity.txt

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import gin
+from gin import config_parser
 
+from slm_jax import settings as settings_lib
 from slm_jax.errors import UserError
 from slm_jax.renamed import new_setting
 
@@ -31,6 +33,7 @@ RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpo
 _imports_allowed = False  # whether gin files of this process may import Python modules
 _open_files: list[str] = []  # the gin file being read, after the files that include it
 _read_files: dict[str, str] = {}  # text of every gin file that was read, by path
+_included: set[str] = set()  # those that another file includes
 
 
 def load(files: Sequence[str] = (), bindings: Sequence[str] = (), *, allow_imports: bool = False) -> None:
@@ -46,6 +49,7 @@ def load(files: Sequence[str] = (), bindings: Sequence[str] = (), *, allow_impor
     global _imports_allowed
     _imports_allowed = allow_imports
     _read_files.clear()
+    _included.clear()
     gin.config._LOCATION_PREFIXES[:] = [""]  # pyright: ignore[reportAttributeAccessIssue] (those of an earlier load)
     gin.clear_config()
     _command_line[:] = bindings
@@ -101,6 +105,8 @@ def _read_gin(path: str) -> Iterator[_GinText]:
         raise UserError("gin-not-utf-8", f"gin file {path}, line {line} is not UTF-8: save it as UTF-8") from None
     text.name = path
     _read_files[path] = text.getvalue()
+    if _open_files:
+        _included.add(path)
     _open_files.append(real)
     try:
         yield text
@@ -150,7 +156,7 @@ def _explain(error: Exception) -> tuple[str, str]:
         configurable = parameter[1].split(".")[-1]
         if new := new_setting(f"{configurable}.{parameter[2]}"):
             return "gin-renamed", f"setting '{configurable}.{parameter[2]}' is now called {new!r} ({where})"
-        nearest = _nearest(parameter[2], known.get(configurable, {}))
+        nearest = _nearest_setting(configurable, parameter[2]) if configurable in known else ""
         return "gin-unknown-name", f"unknown gin name '{configurable}.{parameter[2]}'{nearest} ({where})"
     line = " ".join(text.split())
     if isinstance(error, SyntaxError) or "parse" in text or "malformed" in text:
@@ -173,6 +179,19 @@ def _first_use(macro: str) -> str:
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
     return f": did you mean {near[0]!r}?" if near else f": known names are {', '.join(sorted(known))}"
+
+
+def _nearest_setting(owner: str, name: str) -> str:
+    """The setting that an unknown name of a configurable may mean: one of its own that is spelt alike or whose sentence
+    has the words, or one of that name elsewhere."""
+    own = {setting.name: setting.sentence for setting in settings_lib.settings_of(owner)}
+    alike = difflib.get_close_matches(name, sorted(own), n=1, cutoff=0.6)
+    alike += [setting for setting, sentence in own.items() if name.replace("_", " ") in sentence]
+    reached = settings_lib.reached_by(owner)
+    alike += [
+        f"{other}.{name}" for other in reached for setting in settings_lib.settings_of(other) if setting.name == name
+    ]
+    return f": did you mean {alike[0]!r}?" if alike else f": known names are {', '.join(sorted(own))}"
 
 
 def surface() -> dict[str, dict[str, str]]:
@@ -228,19 +247,50 @@ def _default(parameter: inspect.Parameter) -> str:
     return repr(parameter.default)
 
 
+class _Names(config_parser.ParserDelegate):
+    """Reads bindings for their names alone."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None: ...
+
+    def macro(self, macro_name: str) -> None: ...
+
+
 def print_unused() -> None:
-    """Prints the settings of the command line that nothing has read; call it once a stage has built its settings."""
+    """Prints the settings that nothing has read; call it once a stage has built its settings.
+
+    A setting of the command line has a line of its own, those of a gin file share one. Files that are included are
+    shared by stages: of them the line names only the configurables.
+    """
     used = set()  # of each setting that was read: its name, in all scopes that a call in that scope reads
     for (scope, selector), settings in gin.config._OPERATIVE_CONFIG.items():  # pyright: ignore[reportAttributeAccessIssue]
         scopes = ["/".join(scope.split("/")[:depth]) + "/" for depth in range(1, scope.count("/") + 2)] if scope else []
         names = [f"{selector.split('.')[-1]}.{setting}" for setting in settings]
         used |= {prefix + name for prefix in ("", *scopes) for name in names}
-    for name in (binding.split("=")[0].strip() for binding in _command_line):
+
+    def is_used(name: str) -> bool:
         scope, _, setting = name.rpartition("/")
         macro = f"{name}/macro.value" if "." not in setting else ""
-        whole = f"{scope}/" * bool(scope) + ".".join(setting.split(".")[-2:])
-        if not used & {whole, macro}:
+        return bool(used & {f"{scope}/" * bool(scope) + ".".join(setting.split(".")[-2:]), macro})
+
+    for name in (binding.split("=")[0].strip() for binding in _command_line):
+        if not is_used(name):
             print(f"setting {name} has no effect: nothing that this stage builds reads it", flush=True)
+    for path, text in _read_files.items():
+        unread = {}  # setting, or its configurable in an included file -> line
+        for statement in config_parser.ConfigParser(text, _Names()):
+            if isinstance(statement, config_parser.BindingStatement):
+                owner = "/".join(filter(None, (statement.scope, statement.selector)))
+                name = ".".join(filter(None, (owner, statement.arg_name)))
+                if not is_used(name):
+                    unread[owner if path in _included else name] = statement.location.line_num
+        if path in _included and unread:
+            print(f"{path}: of this shared file, nothing that this stage builds reads {', '.join(unread)}", flush=True)
+        elif unread:
+            listed = ", ".join(f"{name} (line {line})" for name, line in unread.items())
+            print(
+                f"{path}: these settings have no effect, nothing that this stage builds reads them: {listed}",
+                flush=True,
+            )
 
 
 def environment(more_packages: Sequence[str] = ()) -> dict[str, Any]:

@@ -173,3 +173,20 @@ def test_a_setting_that_nothing_reads_is_named(capsys):
     gin.clear_config()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["trian/OptimizerConfig.b1", "other", "Phase.steps"]
+
+
+def test_settings_of_files_that_nothing_reads_are_named(tmp_path, capsys):
+    """Of a file that others include only the configurables: their settings may be meant for another stage."""
+    shared = "prepare.seed = 1\nPhase.steps = 3\nPhase.batch_size = 4\nb = 2\nOptimizerConfig.ema = 0.0\n"
+    (tmp_path / "shared.gin").write_text(shared)
+    text = "include 'shared.gin'\ntrian/OptimizerConfig.b1 = 0.3\nOptimizerConfig:\n  b2 = %half\n"
+    (tmp_path / "run.gin").write_text(text + "half = 0.5\nPhase.steps = 1\n")
+    config.load([str(tmp_path / "run.gin")])
+    gin.get_configurable("OptimizerConfig")()
+    config.print_unused()
+    gin.clear_config()
+    run, included = sorted(capsys.readouterr().out.splitlines())
+    assert run.startswith(f"{tmp_path}/run.gin: ") and run.endswith(
+        ": trian/OptimizerConfig.b1 (line 2), Phase.steps (line 6)"
+    )
+    assert "shared.gin" in included and included.endswith(" prepare, Phase, b")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,9 @@ def _plain(value: Any) -> Any:
 
 
 def progress(total: int, done: int, what: str, unit: str = "step") -> tqdm:
-    """A progress bar with rate and remaining time, shown by the first process."""
+    """A progress bar with rate and remaining time, shown by the first process; in a log, one state every 30 s."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
     hidden = not processes.first()
-    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=0.5, disable=hidden)
+    return tqdm(
+        total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=interval, disable=hidden
+    )

@@ -121,7 +121,7 @@ def run_jobs(
                     for each in running.values():
                         rows = RunDirectory(each.job.run_dir).metrics() if each.job.run_dir else []
                         steps[each.job.name] = max((row["step"] for row in rows), default=0)
-                    bar.set_postfix_str(", ".join(running))
+                    bar.set_postfix_str(", ".join(running), refresh=False)
                     bar.update(sum(steps.values()) - bar.n)
                 time.sleep(POLL_SECONDS)
         finally:

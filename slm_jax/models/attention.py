@@ -23,16 +23,15 @@ KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 SPLASH_BLOCKS = (512, 256, 128)  # tokens; larger blocks keep the matrix unit busy, 512 fits the memory of every TPU
 MASKED = -1e30  # finite, so that a logit times 0 stays 0
 
+# B rows of L tokens, H query heads and G key-value heads of K features.
+Queries = Float[Array, "B L H K"]
+Keys = Float[Array, "B L G K"]  # and values
+Segments = Int[Array, "B L"]
+
 
 def attention(
-    query: Float[Array, "B L H K"],
-    key: Float[Array, "B L G K"],
-    value: Float[Array, "B L G K"],
-    segment_ids: Int[Array, "B L"],
-    *,
-    window: int | None = None,
-    backend: str = "xla",
-) -> Float[Array, "B L H K"]:
+    query: Queries, key: Keys, value: Keys, segment_ids: Segments, *, window: int | None = None, backend: str = "xla"
+) -> Queries:
     """Softmax attention with G key-value heads, each read by H / G neighbouring query heads; softmax in float32.
 
     Query t reads key s if both are in one segment, s <= t and, with a window, t - window < s: itself and the window - 1
@@ -149,13 +148,7 @@ def may_read(
     return same_segment & in_reach(query_position, key_position, window)
 
 
-def xla_attention(
-    query: Float[Array, "B L H K"],
-    key: Float[Array, "B L G K"],
-    value: Float[Array, "B L G K"],
-    segment_ids: Int[Array, "B L"],
-    window: int | None,
-) -> Float[Array, "B L H K"]:
+def xla_attention(query: Queries, key: Keys, value: Keys, segment_ids: Segments, window: int | None) -> Queries:
     """Attention in four blocks of queries, which skips three eighths of the logits, all of them in the future.
 
     The head axis comes before the position axis, and the R = H / G query heads of a group form one matrix: on CPU that
@@ -166,17 +159,31 @@ def xla_attention(
     # [B, L, H, K] -> [B, G, R, L, K]
     query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, L, G, K] -> [B, G, L, K]
-    position = jnp.arange(length)
     size = max(64, -(-length // 4))  # rows of few tokens gain nothing and compile longer
+    position, out = jnp.arange(length), []
+    for start in range(0, length, size):
+        block = slice(start, start + size)
+        where = (position[block], segment_ids[:, block])
+        out.append(attend_in_block(query[:, :, :, block], *where, block, key, value, segment_ids, window))
+    # [B, G, R, L, K] -> [B, L, H, K]
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
-    def block(start: int) -> Float[Array, "B G R T K"]:
-        queries = slice(start, start + size)
-        keys = slice(0 if window is None else max(0, start - window + 1), start + size)
-        mask = may_read(position[queries], segment_ids[:, queries], position[keys], segment_ids[:, keys], window)
-        return attend(query[:, :, :, queries], key[:, :, keys], value[:, :, keys], mask)
 
-    out = jnp.concatenate([block(start) for start in range(0, length, size)], axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)  # [B, G, R, L, K] -> [B, L, H, K]
+def attend_in_block(
+    query: Float[Array, "B G R T K"],
+    query_position: Int[Array, "*B T"],
+    query_segment: Int[Array, "B T"],
+    block: slice,
+    key: Float[Array, "B G L K"],
+    value: Float[Array, "B G L K"],
+    segment_ids: Segments,
+    window: int | None,
+) -> Float[Array, "B G R T K"]:
+    """Queries whose positions all lie in one block of the row, over the keys that one of them may read."""
+    keys = slice(0 if window is None else max(0, block.start - window + 1), block.stop)
+    key_position = jnp.arange(segment_ids.shape[1])[keys]
+    mask = may_read(query_position, query_segment, key_position, segment_ids[:, keys], window)
+    return attend(query, key[:, :, keys], value[:, :, keys], mask)
 
 
 def attend(
@@ -215,13 +222,7 @@ def _masked_softmax_jvp(
     return weights, change - weights * jnp.sum(change, axis=-1, keepdims=True)
 
 
-def splash_attention(
-    query: Float[Array, "B L H K"],
-    key: Float[Array, "B L G K"],
-    value: Float[Array, "B L G K"],
-    segment_ids: Int[Array, "B L"],
-    window: int | None,
-) -> Float[Array, "B L H K"]:
+def splash_attention(query: Queries, key: Keys, value: Keys, segment_ids: Segments, window: int | None) -> Queries:
     """The TPU kernel, interpreted (and slow) on other platforms; it reads key-value heads in place, without repeating
     them.
 
@@ -251,13 +252,7 @@ def splash_attention(
     return jax.vmap(row)(scaled, key, value, segment_ids.astype(jnp.int32))
 
 
-def cudnn_attention(
-    query: Float[Array, "B L H K"],
-    key: Float[Array, "B L G K"],
-    value: Float[Array, "B L G K"],
-    segment_ids: Int[Array, "B L"],
-    window: int | None,
-) -> Float[Array, "B L H K"]:
+def cudnn_attention(query: Queries, key: Keys, value: Keys, segment_ids: Segments, window: int | None) -> Queries:
     """NVIDIA's kernel. Segments are passed as a mask for all heads: 2 bytes for each of a row's L x L pairs of tokens.
 
     The kernel's own packed layout would need no mask, but no public function of JAX passes it on. Neither does one skip

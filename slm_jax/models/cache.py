@@ -25,12 +25,6 @@ class Cache(NamedTuple):
     value: Float[Array, "layer B G S K"]
 
 
-def of_prompts(key: Float[Array, "layer B L G K"], value: Float[Array, "layer B L G K"], slots: int) -> Cache:
-    """The cache of prompts that were read at positions 0 to L - 1, with `slots` (at least L) for each row."""
-    wider = ((0, 0), (0, 0), (0, 0), (0, slots - key.shape[2]), (0, 0))
-    return place(Cache(*(jnp.pad(x.swapaxes(2, 3), wider) for x in (key, value))))
-
-
 def place(cache: Cache) -> Cache:
     """Pins the sharding of the cache."""
     return Cache(*(mesh.constrain(x, SHARDING) for x in cache))

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
-from slm_jax.models import cache, query_subset_attention
+from slm_jax.models import cache, position_subset
 from slm_jax.models.attention import chosen_backend
 from slm_jax.models.cache import Cache
 from slm_jax.models.layers import NORMS, PROJECTION, dropout, rotary_angles
@@ -128,9 +128,9 @@ def fits_quarters(config: ModelConfig, subset: PositionSubset, num_rows: int, le
     None where it never should: with a flash kernel, and for rows too short to be worth compiling a second program.
     """
     backend = chosen_backend(config.attention, length, config.head_dim, config.compute_dtype)
-    if backend != "xla" or length < 512 or length % query_subset_attention.QUARTERS:
+    if backend != "xla" or length < 512 or length % position_subset.QUARTERS:
         return None
-    return query_subset_attention.fits_quarters(subset, num_rows, length)
+    return position_subset.fits_quarters(subset, num_rows, length)
 
 
 def _block(layer: Params, config: ModelConfig) -> Block:
@@ -184,8 +184,11 @@ def prefill(
         return _block(layer, config)(mesh.constrain(x, mesh.BATCH), angles, segment_ids)
 
     x, keys_values = jax.lax.scan(block, embed(params, config, tokens), params["layers"])
+    # [layer, B, L, G, K] -> [layer, B, G, slots, K]: the token at position p is in slot p
+    wider = ((0, 0), (0, 0), (0, 0), (0, slots - tokens.shape[1]), (0, 0))
+    known = cache.place(Cache(*(jnp.pad(part.swapaxes(2, 3), wider) for part in keys_values)))
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
-    return final_norm(params, config, last)[:, 0], cache.of_prompts(*keys_values, slots)
+    return final_norm(params, config, last)[:, 0], known
 
 
 def decode(

@@ -81,10 +81,6 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B L"], dtype: DTypeLi
     return mesh.constrain(mesh.constrain(table.astype(dtype), mesh.P("model"))[tokens], mesh.BATCH)
 
 
-def _lookup_forward(table: Array, tokens: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
-    return lookup(table, tokens, dtype), (table, tokens)
-
-
 def _lookup_backward(dtype: DTypeLike, saved: tuple[Array, Array], d_rows: Float[Array, "B L D"]) -> tuple[Array, None]:
     table, tokens = saved
     zeros = jnp.zeros(table.shape, jnp.float32)
@@ -93,7 +89,7 @@ def _lookup_backward(dtype: DTypeLike, saved: tuple[Array, Array], d_rows: Float
     return mesh.sum_over_shards(parts, mesh.P("model", "fsdp")).astype(table.dtype), None
 
 
-lookup.defvjp(_lookup_forward, _lookup_backward)
+lookup.defvjp(lambda table, tokens, dtype: (lookup(table, tokens, dtype), (table, tokens)), _lookup_backward)
 
 
 class Projection(nnx.Module):

@@ -43,8 +43,19 @@ class Llama2cFile:
     def __init__(self, path: Path):
         self.path = path
         with path.open("rb") as file:
-            head = file.read(_HEADER_BYTES)
-        version, numbers, shared, begin = _read_header(head, path)
+            head = file.read(_HEADER_BYTES).ljust(_HEADER_BYTES, b"\0")
+        magic, version = struct.unpack_from("<Ii", head)
+        if magic != MAGIC:
+            *sizes, vocab_size, max_length = _HEADER.unpack_from(head)
+            version, numbers, shared = 0, (*sizes, abs(vocab_size), max_length), vocab_size > 0
+        elif version == 1:
+            numbers, shared = _HEADER.unpack_from(head, 8), bool(head[8 + _HEADER.size])
+        else:
+            raise UserError(
+                "llama2c-version",
+                f"{path} has version {version} of llama2.c's format: take 0 or 1 (2 is quantized)",
+            )
+        begin = _HEADER_BYTES if version else _HEADER.size  # of the matrices
         dim, mlp_dim, num_layers, num_heads, num_kv_heads, vocab_size, max_length = numbers
         if min(numbers) < 1 or dim % num_heads or num_heads % num_kv_heads or dim // num_heads % 2:
             said = ", ".join(map(str, numbers))
@@ -87,18 +98,3 @@ class Llama2cFile:
         if path.endswith(("query/kernel", "key/kernel")):  # neighbours to half a head apart
             array = array.reshape(-1, model.head_dim // 2, 2, model.embed_dim).swapaxes(1, 2)
         return in_first(array, path, shape)
-
-
-def _read_header(head: bytes, path: Path) -> tuple[int, tuple[int, ...], bool, int]:
-    """The version, the seven numbers, whether the head is the embedding, and the byte at which the matrices begin."""
-    head = head.ljust(_HEADER_BYTES, b"\0")
-    magic, version = struct.unpack_from("<Ii", head)
-    if magic != MAGIC:
-        *numbers, vocab_size, max_length = _HEADER.unpack_from(head)
-        return 0, (*numbers, abs(vocab_size), max_length), vocab_size > 0, _HEADER.size
-    if version != 1:
-        raise UserError(
-            "llama2c-version",
-            f"{path} has version {version} of llama2.c's format: take 0 or 1 (2 is quantized)",
-        )
-    return version, _HEADER.unpack_from(head, 8), bool(head[8 + _HEADER.size]), _HEADER_BYTES

@@ -11,8 +11,7 @@ from slm_jax.models.attention import attention
 from slm_jax.models.cache import Cache, cached_attention, write
 from slm_jax.models.layers import NORMS, Projection, dropout, lookup, rotate
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.models.position_subset import PositionSubset
-from slm_jax.models.query_subset_attention import query_subset_attention
+from slm_jax.models.position_subset import PositionSubset, query_subset_attention
 
 KeysValues = tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]
 

@@ -18,7 +18,7 @@ from slm_jax.models.forward import Params, param_shapes
 from slm_jax.models.huggingface import BUFFERS, Tensor, layer_shapes, tensors, to_ours
 from slm_jax.models.huggingface_config import read_config
 from slm_jax.models.model_config import ModelConfig
-from slm_jax.models.tensor_files import Entry, dtype_of, open_tensors, read_json_object, read_tensor, some
+from slm_jax.models.tensor_files import dtype_of, open_tensors, read_json_object, read_tensor, some
 
 
 @runtime_checkable
@@ -60,7 +60,39 @@ class HuggingFaceWeights:
             )
         self._shapes = layer_shapes(self.config)
         expected = tensors(self.config)
-        self._entries = _checked(found, expected, self.config, directory)
+
+        # ---- The expected tensors. Only constants, or a head that equals the embedding, may be left over.
+        names = {tensor.name for tensor in expected}
+        if missing := [name for name in names if name not in found]:
+            raise UserError(
+                "weights-mismatch",
+                f"{directory} lacks the tensors {some(sorted(missing))} of the model that config.json describes: "
+                "download its other files",
+            )
+        left = sorted(name for name in found if name not in names and not re.search(BUFFERS, name))
+        if self.config.tied_head and left in (["lm_head.weight"], ["embed_out.weight"]):
+            embedding = next(tensor.name for tensor in expected if tensor.paths == ("embed/embedding",))
+            head, embedded = (read_tensor(found[name]) for name in (left[0], embedding))
+            if head.shape != embedded.shape or not np.array_equal(head, embedded):
+                raise UserError(
+                    "weights-mismatch",
+                    f"{directory}: tie_word_embeddings is true, but {left[0]} is not {embedding}: correct config.json",
+                )
+            left = []
+        if left:
+            raise UserError(
+                "weights-mismatch",
+                f"{directory} holds tensors that the model in its config.json does not have: {some(left)}: correct it",
+            )
+        for tensor in expected:
+            dtype_of(found[tensor.name])
+            if found[tensor.name].shape != tensor.shape:
+                raise UserError(
+                    "weights-mismatch",
+                    f"{directory}: {tensor.name} has shape {found[tensor.name].shape}, {tensor.shape} by config.json: "
+                    "correct it",
+                )
+        self._entries = {name: found[name] for name in names}
         self._of: dict[tuple[str, int | None], Tensor] = {
             (path, tensor.layer): tensor for tensor in expected for path in tensor.paths
         }
@@ -123,38 +155,3 @@ def load_params(weights: Weights, model: ModelConfig, mesh: Mesh, done: Callable
 
 def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _checked(there: dict[str, Entry], expected: list[Tensor], model: ModelConfig, directory: Path) -> dict[str, Entry]:
-    """The expected tensors among those there. Only constants, or a head that equals the embedding, may be left over."""
-    names = {tensor.name for tensor in expected}
-    if missing := [name for name in names if name not in there]:
-        raise UserError(
-            "weights-mismatch",
-            f"{directory} lacks the tensors {some(sorted(missing))} of the model that config.json describes: download "
-            "its other files",
-        )
-    left = sorted(name for name in there if name not in names and not re.search(BUFFERS, name))
-    if model.tied_head and left in (["lm_head.weight"], ["embed_out.weight"]):
-        embedding = next(tensor.name for tensor in expected if tensor.paths == ("embed/embedding",))
-        head, embedded = (read_tensor(there[name]) for name in (left[0], embedding))
-        if head.shape != embedded.shape or not np.array_equal(head, embedded):
-            raise UserError(
-                "weights-mismatch",
-                f"{directory}: tie_word_embeddings is true, but {left[0]} is not {embedding}: correct config.json",
-            )
-        left = []
-    if left:
-        raise UserError(
-            "weights-mismatch",
-            f"{directory} holds tensors that the model in its config.json does not have: {some(left)}: correct it",
-        )
-    for tensor in expected:
-        dtype_of(there[tensor.name])
-        if there[tensor.name].shape != tensor.shape:
-            raise UserError(
-                "weights-mismatch",
-                f"{directory}: {tensor.name} has shape {there[tensor.name].shape}, {tensor.shape} by config.json: "
-                "correct it",
-            )
-    return {name: there[name] for name in names}

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from slm_jax.models.attention import attention
-from slm_jax.models.position_subset import PositionSubset
-from slm_jax.models.query_subset_attention import fits_quarters, query_subset_attention
+from slm_jax.models.position_subset import PositionSubset, fits_quarters, query_subset_attention
 
 SEQUENCES, LENGTH = 2, 512
 CAPACITY = SEQUENCES * LENGTH // 2 + 30

@@ -15,7 +15,7 @@ from slm_jax.__main__ import STAGES
 from slm_jax.chips import GIB, chip_of
 from slm_jax.compile import topology
 from slm_jax.compile.compile_ahead import compile_ahead
-from slm_jax.compile.memory import Memory, Work, refused, verdict
+from slm_jax.compile.costs import Memory, Work, refused, verdict
 from slm_jax.compile.programs import bound_run, score_step, train_steps
 from slm_jax.mesh import MeshConfig, make_mesh
 

@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from slm_jax.compile import costs
+from slm_jax.compile.costs import Work
 from slm_jax.compile.hlo import Program
-from slm_jax.compile.memory import Work
 from slm_jax.compile.programs import Run, train_steps
 from slm_jax.mesh import MeshConfig, make_mesh
 from slm_jax.train.phases import Phase

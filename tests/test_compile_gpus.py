@@ -12,8 +12,8 @@ import toy
 
 from slm_jax import chips
 from slm_jax.compile import costs, topology
+from slm_jax.compile.costs import Work
 from slm_jax.compile.hlo import Program
-from slm_jax.compile.memory import Work
 from slm_jax.compile.programs import Run, train_steps
 from slm_jax.mesh import MeshConfig, make_mesh
 from slm_jax.models.attention import chosen_backend

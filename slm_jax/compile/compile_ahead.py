@@ -10,7 +10,7 @@ import jax
 
 from slm_jax import config as config_lib
 from slm_jax.chips import GIB, Chip
-from slm_jax.compile import costs, memory
+from slm_jax.compile import costs
 from slm_jax.compile.hlo import Program
 from slm_jax.compile.programs import StepProgram, bound_run, score_step, train_steps
 from slm_jax.compile.topology import topology_devices
@@ -114,16 +114,16 @@ def plan_step(step: StepProgram, chip: Chip) -> dict[str, Any]:
         compiled = step.compile()
         about["compile_seconds"] = time.time() - start
         program = Program(compiled.as_text())
-        needed = memory.measured(held, compiled, memory.kept_activations(program, work))
+        needed = costs.measured(held, compiled, costs.kept_activations(program, work))
     except jax.errors.JaxRuntimeError as error:
         about["compile_seconds"] = time.time() - start
-        needed = memory.refused(held, str(error))
+        needed = costs.refused(held, str(error))
         if needed is None:
             raise
     about |= {
         "memory": dataclasses.asdict(needed) | {"total": needed.total, "available": chip.memory},
         "fits": needed.total <= chip.memory,
-        "verdict": memory.verdict(needed, chip.memory, work),
+        "verdict": costs.verdict(needed, chip.memory, work),
     }
     return about | (_costs(step, program, chip) if program else {})
 
@@ -134,7 +134,7 @@ def _costs(step: StepProgram, program: Program, chip: Chip) -> dict[str, Any]:
     model_flops = tokens * work.model.flops_per_token(work.length) / (1 if work.training else 3)
     flops = costs.products(program, work)
     sent = costs.traffic(program, work.mesh)
-    state = memory.tree_bytes((step.weights, step.moments)) * (2 if work.training else 1)
+    state = costs.tree_bytes((step.weights, step.moments)) * (2 if work.training else 1)
     seconds = {
         "products": flops.total / chip.peak_flops,
         "memory": state / chip.memory_bandwidth,

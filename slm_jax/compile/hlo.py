@@ -79,7 +79,26 @@ class Program:
     """A compiled program, parsed from its text."""
 
     def __init__(self, text: str):
-        self.computations, self.entry = _read(text)
+        self.computations: dict[str, Computation] = {}
+        self.entry, current = "", {}
+        for line in text.splitlines():
+            if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
+                current = self.computations[header[2]] = {}
+                self.entry = header[2] if header[1] else self.entry
+                continue
+            # Layouts contain brackets too, but no type contains a space, a lower-case word and a bracket in a row.
+            found = re.match(r"\s{2,}(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(", line)
+            if not found:
+                continue
+            end, depth = found.end(), 1
+            while depth and end < len(line):
+                depth += {"(": 1, ")": -1}.get(line[end], 0)
+                end += 1
+            inside = line[found.end() : end - 1]
+            operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+            _, name, result, opcode = found.groups()
+            is_root = found[1] is not None
+            current[name] = Instruction(name, opcode, _arrays(result), operands, inside, line[end:], is_root)
 
     def executions(self) -> Iterator[Execution]:
         """Every instruction that runs, from the entry down."""
@@ -148,33 +167,6 @@ def _source(computation: Computation, name: str) -> Instruction:
     while instruction.opcode == "copy":
         instruction = computation[instruction.operands[0]]
     return instruction
-
-
-def _read(text: str) -> tuple[dict[str, Computation], str]:
-    computations: dict[str, Computation] = {}
-    entry, current = "", {}
-    for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)
-        if header:
-            current = computations[header[2]] = {}
-            entry = header[2] if header[1] else entry
-        elif line.startswith("  ") and (instruction := _instruction(line)):
-            current[instruction.name] = instruction
-    return computations, entry
-
-
-def _instruction(line: str) -> Instruction | None:
-    # Layouts contain brackets too, but no type contains a space, a lower-case word and a bracket in a row.
-    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(", line)
-    if not found:
-        return None
-    end, depth = found.end(), 1
-    while depth and end < len(line):
-        depth += {"(": 1, ")": -1}.get(line[end], 0)
-        end += 1
-    inside = line[found.end() : end - 1]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(found[2], found[4], _arrays(found[3]), operands, inside, line[end:], found[1] is not None)
 
 
 def _arrays(text: str) -> tuple[Array, ...]:

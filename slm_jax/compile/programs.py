@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from slm_jax import mesh as mesh_lib
-from slm_jax.compile.memory import Work
+from slm_jax.compile.costs import Work
 from slm_jax.configurable import fit_settings
 from slm_jax.data.batches import Batch
 from slm_jax.data.corpus import Corpus

@@ -94,26 +94,12 @@ def _gpus(topology: str) -> tuple[list[Any], Chip]:
     gpu = GPUS[name]
     chip = chip_of(gpu.kind)
     assert chip, gpu
-    try:
-        described = topologies.get_topology_desc(
-            platform="cuda", topology=f"1x1x{number}", target_config=_description(gpu, chip)
-        )
-    except NotImplementedError as error:
-        raise UserError(
-            "compile-no-compiler", "compile needs JAX's compiler for GPUs: pip install 'jax[cuda13]' (it needs no GPU)"
-        ) from error
-    share = next((float(os.environ[name]) for name in MEMORY_FRACTION if os.environ.get(name)), 0.75)
-    return described.devices, dataclasses.replace(chip, memory=share * chip.memory)
-
-
-def _description(gpu: Gpu, chip: Chip) -> str:
-    """The GPU as XLA's GpuTargetConfigProto, in text format."""
+    # ---- The GPU as XLA's GpuTargetConfigProto, in text format.
     threads, units, shared, block = MULTIPROCESSORS[chip.compute_capability]
     major, minor = str(chip.compute_capability).split(".")
-    accelerated = (
-        "feature_extension: ACCELERATED_FEATURES" if major == "9" else ""
-    )  # instructions of this generation only
-    return f"""
+    # Instructions of this generation only.
+    accelerated = "feature_extension: ACCELERATED_FEATURES" if major == "9" else ""
+    target = f"""
     gpu_device_info {{
       cuda_compute_capability {{ major: {major} minor: {minor} {accelerated} }}
       core_count: {gpu.multiprocessors} clock_rate_ghz: {gpu.clock} l2_cache_size: {gpu.l2_cache << 20}
@@ -129,6 +115,14 @@ def _description(gpu: Gpu, chip: Chip) -> str:
     }}
     platform_name: "CUDA" device_description_str: "{gpu.kind}" dnn_version_info {{ major: 9 minor: 12 }}
     """
+    try:
+        described = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{number}", target_config=target)
+    except NotImplementedError as error:
+        raise UserError(
+            "compile-no-compiler", "compile needs JAX's compiler for GPUs: pip install 'jax[cuda13]' (it needs no GPU)"
+        ) from error
+    share = next((float(os.environ[name]) for name in MEMORY_FRACTION if os.environ.get(name)), 0.75)
+    return described.devices, dataclasses.replace(chip, memory=share * chip.memory)
 
 
 def silence_missing_chips() -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from slm_jax.data.batches import Batch, read_batch
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.mixture import Mixture, Supply
+from slm_jax.data.scores import ScoreName
 from slm_jax.errors import UserError
 from slm_jax.train.phases import Phase, first_steps, learning_rate, values
 from slm_jax.train.schedules import Schedule, over
@@ -74,7 +75,7 @@ class Plan:
         # --- Score columns that the selections read
         for phase in self.phases:
             for column, component in itertools.product(phase.score_columns, phase.mixture):
-                _, name, statistic = column.split("/")
+                name, statistic = ScoreName.parse(column)
                 available = self.corpora[component.corpus].score(name).statistics
                 if statistic not in available:
                     raise UserError(
@@ -95,7 +96,7 @@ class Plan:
         found = {}
         for phase in self.phases:
             for column, component in itertools.product(phase.score_columns, phase.mixture):
-                score = self.corpora[component.corpus].score(column.split("/")[1])
+                score = self.corpora[component.corpus].score(ScoreName.parse(column).name)
                 found[f"{component.corpus}/{column}"] = score.reference.get("fingerprint")
         return found
 

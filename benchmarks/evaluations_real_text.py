@@ -16,7 +16,7 @@ from real_text import arguments, last, spread, stage
 
 from slm_jax.data.readers import records
 from slm_jax.demo.pipeline import demo
-from slm_jax.evaluate.math.results import wilson
+from slm_jax.evaluate.math.chain_of_thought import wilson
 
 ROOT = Path("runs/math_web")
 RUNS = ("causal", "selective")

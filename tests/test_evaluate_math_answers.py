@@ -9,7 +9,7 @@ import pytest
 from slm_jax.data.readers import records
 from slm_jax.evaluate.math.answers import LONGEST, extract, extract_choice, normalise
 from slm_jax.evaluate.math.equality import Grader
-from slm_jax.evaluate.math.questions import SETS
+from slm_jax.evaluate.math.questions import parsed
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
@@ -128,7 +128,7 @@ def test_every_gold_solution_is_right(file: str):
     )
     grader, wrong = Grader(), {}
     for number, record in enumerate(shared(file)):
-        question = SETS[name].read(record)
+        question = parsed(name, record)
         assert question is not None
         outputs = [record[field], "So it is. " + ending.format(question.gold)]
         if not all(grader.grade(extract(output), question.gold).correct for output in outputs):

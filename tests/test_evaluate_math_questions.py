@@ -10,8 +10,17 @@ import toy
 
 from slm_jax.evaluate.math import prompts
 from slm_jax.evaluate.math.answers import extract, extract_choice
-from slm_jax.evaluate.math.examples import CHOICES, MATHQA, PROBLEMS, WORDS, choices_text
-from slm_jax.evaluate.math.prompts import STYLES, few_shot, fitting, read_examples
+from slm_jax.evaluate.math.prompts import (
+    CHOICES,
+    MATHQA,
+    PROBLEMS,
+    STYLES,
+    WORDS,
+    choices_text,
+    few_shot,
+    fitting,
+    read_examples,
+)
 from slm_jax.evaluate.math.questions import SETS, Question, find_file, read_questions
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

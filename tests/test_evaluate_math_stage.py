@@ -16,12 +16,11 @@ from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Continuation, Generator, Sampling
 from slm_jax.evaluate.math import evaluate_math as stage
 from slm_jax.evaluate.math import sandbox as sandbox_lib
-from slm_jax.evaluate.math.chain_of_thought import Judge
+from slm_jax.evaluate.math.chain_of_thought import Judge, wilson
 from slm_jax.evaluate.math.equality import Grader
 from slm_jax.evaluate.math.evaluate_math import evaluate_math
 from slm_jax.evaluate.math.prompts import STOP
 from slm_jax.evaluate.math.questions import Question
-from slm_jax.evaluate.math.results import wilson
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.symbolic import Symbolic
 

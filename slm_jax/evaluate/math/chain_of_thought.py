@@ -1,6 +1,8 @@
-"""Asks a model questions, finds the answers in its outputs and judges them."""
+"""Asks a model questions, finds the answers in its outputs, judges them and sums up the verdicts."""
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,7 +10,10 @@ from slm_jax.evaluate.math.answers import extract, extract_choice, normalise
 from slm_jax.evaluate.math.equality import Grader, Verdict
 from slm_jax.evaluate.math.prompts import Prompt
 from slm_jax.evaluate.math.questions import Question
-from slm_jax.evaluate.math.results import Row
+
+NORMAL_95 = 1.959964  # standard deviations around the mean that hold 95 % of a normal distribution
+
+Row = dict[str, Any]  # a question's line of the results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Attempt:
 
 
 Attempts = Callable[[Sequence[str], int], list[Attempt]]  # prompts and seed -> an attempt a prompt
+Answered = tuple[Question, Prompt | None, list[Attempt]]
 
 
 class Judge:
@@ -92,7 +98,7 @@ def ask(
     batch: int,
     done: int,
     seed: int,
-) -> Iterator[list[tuple[Question, Prompt | None, list[Attempt]]]]:
+) -> Iterator[list[Answered]]:
     """Asks questions batch by batch.
 
     Args:
@@ -119,3 +125,43 @@ def ask(
             for question, prompt in zip(here, prompts, strict=True)
         ]
         yield answered[max(0, done - first) :]
+
+
+def wilson(right: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval (1927) for a proportion of `right` out of `count`."""
+    if not count:
+        return 0.0, 1.0
+    share, z2 = right / count, NORMAL_95**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = NORMAL_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Accuracies in [0, 1] with their intervals, and how the outputs ended.
+
+    `accuracy` is pass@1: the fraction of a question's samples that are correct, averaged over questions. `published` is
+    the same by the rules of published numbers (`equality.Verdict`), `majority` that of each question's most frequent
+    answer. `not_compared` counts comparisons that exceeded their time or memory.
+    """
+
+    def accuracy(rights: Sequence[float]) -> dict[str, Any]:
+        low, high = wilson(sum(rights), len(rights))
+        return {"accuracy": sum(rights) / len(rights), "interval": [low, high]}
+
+    def share(row: Row, verdict: str) -> float:
+        return sum(sample[verdict] for sample in row["samples"]) / max(len(row["samples"]), 1)
+
+    samples = [sample for row in rows for sample in row["samples"]]
+    summary = {"questions": len(rows), **accuracy([share(row, "correct") for row in rows])}
+    summary["published"] = accuracy([share(row, "published") for row in rows])
+    if any(len(row["samples"]) > 1 for row in rows):
+        summary["majority"] = accuracy([float(row["majority"]["correct"]) for row in rows])
+    summary["without_answer"] = sum(not sample["answer"] for sample in samples)
+    summary["ended"] = dict(sorted(Counter(sample["ended"] for sample in samples).items()))
+    summary["shots"] = {str(shots): count for shots, count in sorted(Counter(row["shots"] for row in rows).items())}
+    summary["too_long"] = sum(not row["samples"] for row in rows)
+    summary["not_compared"] = sum(row["not_compared"] for row in rows)
+    if "programs" in next(iter(samples), {}):
+        summary["programs"] = dict(sorted(Counter(end for sample in samples for end in sample["programs"]).items()))
+    return summary

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +21,10 @@ from slm_jax.data import readers
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.evaluate.math import prompts as prompts_lib
-from slm_jax.evaluate.math.chain_of_thought import Attempt, Judge, ask, judged
+from slm_jax.evaluate.math.chain_of_thought import Answered, Attempt, Judge, ask, judged, summarise
 from slm_jax.evaluate.math.equality import Grader
-from slm_jax.evaluate.math.examples import Example
-from slm_jax.evaluate.math.prompts import Prompt
+from slm_jax.evaluate.math.prompts import Example, Prompt, Style
 from slm_jax.evaluate.math.questions import SETS, Question, find_file, read_questions
-from slm_jax.evaluate.math.results import summarise
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.tool_use import STOP as TOOL_STOP
 from slm_jax.evaluate.math.tool_use import attempts_with_tools, tool_prompt
@@ -39,49 +38,6 @@ from slm_jax.run_directory import RunDirectory
 BATCHES = 4  # of the generator, asked together: it sorts prompts by length
 FIRST_IDS = 16  # ids of the first prompt to record: they show whether BOS is there
 GRADERS = ("sympy", "latex2sympy2_extended")  # packages
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asking:
-    """What all sets share: how questions become attempts."""
-
-    generator: Generator
-    sampling: Sampling
-    shots: int | None
-    examples: Mapping[str, str]
-    samples: int
-    rounds: int | None  # programs per answer; None without tools
-    sandbox: Sandbox
-
-    def fits(self, text: str) -> bool:
-        """Whether the model can read a prompt and write an answer after it."""
-        return len(self.generator.encode(text)) + self.sampling.max_new_tokens <= self.generator.model.max_length
-
-    def examples_of(self, name: str) -> tuple[Example, ...]:
-        """The worked examples before a question of the set."""
-        if self.rounds is not None:
-            return ()
-        path = self.examples.get(name)
-        known = prompts_lib.STYLES[SETS[name].style].examples
-        return (prompts_lib.read_examples(path) if path else known)[: self.shots]
-
-    def prompts(self, name: str, examples: Sequence[Example]) -> Callable[[Question], Prompt | None]:
-        """The function that makes a prompt of a question of the set; None where the question is too long."""
-        if self.rounds is not None:
-            return lambda question: prompt if self.fits((prompt := tool_prompt(question.text)).text) else None
-        style = prompts_lib.STYLES[SETS[name].style]
-        return lambda question: prompts_lib.fitting(style, examples, question.text, self.fits)
-
-    def attempts(self, texts: Sequence[str], seed: int) -> list[Attempt]:
-        sampling = dataclasses.replace(self.sampling, seed=seed)
-        if self.rounds is not None:
-            complete = self.generator.complete
-            return attempts_with_tools(complete, sampling, texts, self._run_all, self.rounds, self.fits)
-        return [Attempt(found.text, found.ended) for found in self.generator.complete(texts, sampling)]
-
-    def _run_all(self, programs: Sequence[str]) -> list[Ran]:
-        """Runs them in the first process and sends the results to the others, so that all continue the same texts."""
-        return [Ran(*ran) for ran in processes.on_first(lambda: [list(ran) for ran in self.sandbox.run_all(programs)])]
 
 
 @configurable
@@ -133,41 +89,8 @@ def evaluate_math(
       batch_size: rows continued at a time.
       mesh: how devices share the work.
     """
-    _check(sets, samples, temperature, examples or {})
-    files = {name: find_file(name, data) for name in sets}
-    asked = {name: read_questions(name, file, questions) for name, file in files.items()}
-    sandbox = sandbox or Sandbox()
-    how = processes.on_first(sandbox.check) if tools else "by chain of thought"
-    devices = mesh_lib.make_mesh(mesh)
-    config_lib.print_unused()
-    model = load_model(run, devices, step)
-    generator = Generator(model.params, model.config, run_vocabulary(run, model.vocabulary_hash), devices, batch_size)
-    new = min(max_new_tokens, generator.model.max_length // 2)
-    stop = TOOL_STOP if tools else prompts_lib.STOP
-    sampling = Sampling(new, temperature, None, top_p, stop, seed)
-    asking = _Asking(generator, sampling, shots, examples or {}, samples, rounds if tools else None, sandbox)
-    where = Path(output or RunDirectory(run).math(model.step, tools))
-    total = sum(map(len, asked.values()))
-    print(f"evaluate math: step {model.step} of {run} on {total} questions of {', '.join(sets)}, {how} -> {where}")
-    if new < max_new_tokens:
-        print(
-            f"evaluate math: {new} new tokens instead of {max_new_tokens}: the model reads {generator.model.max_length}"
-        )
-    about = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "max_new_tokens": new}
-    about |= {"temperature": temperature, "top_p": top_p, "seed": seed, "samples": samples, "stop": stop}
-    about |= {"rounds": asking.rounds, "sandbox": sandbox if tools else None, "batch_size": batch_size}
-    about["graders"] = {package: importlib.metadata.version(package) for package in GRADERS}
-    results = {}
-    with jax.set_mesh(devices):
-        for name in sets:
-            results[name] = _evaluate_set(name, asked[name], asking, where, about)
-    record = {**about, "files": files, "results": results}
-    processes.on_first(lambda: _write_summary(where / "summary.json", about, record))
-    print(f"evaluate math: done, {where}/summary.json")
-    return record
-
-
-def _check(sets: Sequence[str], samples: int, temperature: float, examples: Mapping[str, str]) -> None:
+    # ---- Checks, before anything is loaded
+    examples = examples or {}
     if not sets or len(set(sets)) < len(sets):
         raise UserError("math-invalid-sets", f"evaluate_math.sets {sets!r}: name each set once, of {', '.join(SETS)}")
     if samples > 1 and temperature == 0:
@@ -187,44 +110,102 @@ def _check(sets: Sequence[str], samples: int, temperature: float, examples: Mapp
                 "math-grader-not-installed",
                 f"evaluate math compares answers with {package}: pip install latex2sympy2_extended[antlr4_13_2]",
             )
+    files = {name: find_file(name, data) for name in sets}
+    asked = {name: read_questions(name, file, questions) for name, file in files.items()}
+    sandbox = sandbox or Sandbox()
+    how = processes.on_first(sandbox.check) if tools else "by chain of thought"
+
+    # ---- The model, and what all sets share
+    devices = mesh_lib.make_mesh(mesh)
+    config_lib.print_unused()
+    model = load_model(run, devices, step)
+    generator = Generator(model.params, model.config, run_vocabulary(run, model.vocabulary_hash), devices, batch_size)
+    new = min(max_new_tokens, generator.model.max_length // 2)
+    stop = TOOL_STOP if tools else prompts_lib.STOP
+    sampling = Sampling(new, temperature, None, top_p, stop, seed)
+    where = Path(output or RunDirectory(run).math(model.step, tools))
+    total = sum(map(len, asked.values()))
+    print(f"evaluate math: step {model.step} of {run} on {total} questions of {', '.join(sets)}, {how} -> {where}")
+    if new < max_new_tokens:
+        print(
+            f"evaluate math: {new} new tokens instead of {max_new_tokens}: the model reads {generator.model.max_length}"
+        )
+    about = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "max_new_tokens": new}
+    about |= {"temperature": temperature, "top_p": top_p, "seed": seed, "samples": samples, "stop": stop}
+    about |= {"rounds": rounds if tools else None, "sandbox": sandbox if tools else None, "batch_size": batch_size}
+    about["graders"] = {package: importlib.metadata.version(package) for package in GRADERS}
+
+    def fits(text: str) -> bool:
+        """Whether the model can read a prompt and write an answer after it."""
+        return len(generator.encode(text)) + new <= generator.model.max_length
+
+    def run_all(programs: Sequence[str]) -> list[Ran]:
+        """Runs them in the first process and sends the results to the others, so that all continue the same texts."""
+        return [Ran(*ran) for ran in processes.on_first(lambda: [list(ran) for ran in sandbox.run_all(programs)])]
+
+    def attempts(texts: Sequence[str], seed: int) -> list[Attempt]:
+        seeded = dataclasses.replace(sampling, seed=seed)
+        if tools:
+            return attempts_with_tools(generator.complete, seeded, texts, run_all, rounds, fits)
+        return [Attempt(found.text, found.ended) for found in generator.complete(texts, seeded)]
+
+    # ---- One set after the other
+    results = {}
+    with jax.set_mesh(devices):
+        for name in sets:
+            style, path = prompts_lib.STYLES[SETS[name].style], examples.get(name)
+            shown = () if tools else (prompts_lib.read_examples(path) if path else style.examples)[:shots]
+
+            def prompt_of(question: Question, style: Style = style, shown: Sequence[Example] = shown) -> Prompt | None:
+                if not tools:
+                    return prompts_lib.fitting(style, shown, question.text, fits)
+                prompt = tool_prompt(question.text)
+                return prompt if fits(prompt.text) else None
+
+            first = prompt_of(asked[name][0])
+            ids = generator.encode(first.text)[:FIRST_IDS] if first else []
+            of_set = {"set": name, "questions": len(asked[name]), "texts": _hash(asked[name]), "examples": _hash(shown)}
+            of_set |= {"first_prompt": first.text if first else None, "first_ids": ids}
+            batch = max(1, BATCHES * batch_size // samples)
+            file = str(where / f"{name}.jsonl")
+            answer = functools.partial(ask, asked[name], prompt_of, attempts, samples, batch, seed=seed)
+            results[name] = {"first_ids": ids, **_answered(name, file, {**about, **of_set}, len(asked[name]), answer)}
+
+    # ---- The summary, with the sets that other commands asked the same model with the same settings
+    record = {**about, "files": files, "results": results}
+
+    def write_summary() -> None:
+        path, all_sets = where / "summary.json", record
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if {**before, **to_json(about)} == before:
+                all_sets = {**record, **{part: {**before[part], **record[part]} for part in ("files", "results")}}
+            else:
+                move_aside(str(path).removesuffix(".json"), ".json")
+        write_json(path, all_sets)
+
+    processes.on_first(write_summary)
+    print(f"evaluate math: done, {where}/summary.json")
+    return record
 
 
-def _evaluate_set(
-    name: str, questions: Sequence[Question], asking: _Asking, folder: Path, about: Mapping[str, Any]
+def _answered(
+    name: str, path: str, about: dict[str, Any], count: int, answer: Callable[..., Iterator[list[Answered]]]
 ) -> dict[str, Any]:
-    """Asks the unanswered questions of a set; every process computes, the first judges and writes."""
-    examples = asking.examples_of(name)
-    prompt_of = asking.prompts(name, examples)
-    first = prompt_of(questions[0])
-    ids = asking.generator.encode(first.text)[:FIRST_IDS] if first else []
-    about = {**about, "set": name, "questions": len(questions), "texts": _hash(questions), "examples": _hash(examples)}
-    about |= {"first_prompt": first.text if first else None, "first_ids": ids}
-    together = max(1, BATCHES * asking.generator.batch_size // asking.samples)
+    """Asks the unanswered questions of a set and sums up all; every process computes, the first judges and writes."""
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_result(str(folder / f"{name}.jsonl"), about, len(questions)))
-        bar = stack.enter_context(progress(len(questions), file.done, name, "question"))
+        file = stack.enter_context(open_result(path, about, count))
+        bar = stack.enter_context(progress(count, file.done, name, "question"))
         judge = Judge(stack.enter_context(contextlib.closing(Grader())))
-        rounds = ask(questions, prompt_of, asking.attempts, asking.samples, together, file.done, asking.sampling.seed)
-        for answered in rounds:
+        for answered in answer(done=file.done):
             file.append([judged(*one, judge) if processes.first() else {} for one in answered])
             bar.update(len(answered))
         rows = (record.fields or {} for record in readers.records(str(file.path), ()))
-        summary = processes.on_first(lambda: {"first_ids": ids, **summarise(list(rows))})
+        summary = processes.on_first(lambda: summarise(list(rows)))
     low, high = summary["interval"]
     print(f"  {name}: {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}) of {summary['questions']}", end="")
     print(f", majority {summary['majority']['accuracy']:.3f}" if "majority" in summary else "")
     return summary
-
-
-def _write_summary(path: Path, about: dict[str, Any], record: dict[str, Any]) -> None:
-    """Adds the sets that other commands asked the same model with the same settings."""
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if {**before, **to_json(about)} == before:
-            record = {**record, **{part: {**before[part], **record[part]} for part in ("files", "results")}}
-        else:
-            move_aside(str(path).removesuffix(".json"), ".json")
-    write_json(path, record)
 
 
 def _hash(texts: Sequence[Question] | Sequence[Example]) -> str:

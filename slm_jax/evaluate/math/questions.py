@@ -6,13 +6,13 @@ public files; where a field has several names, a record may use any.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from slm_jax.data import readers
 from slm_jax.errors import UserError
 from slm_jax.evaluate.math.answers import asks_percent, last_boxed
-from slm_jax.evaluate.math.examples import choices_text
+from slm_jax.evaluate.math.prompts import choices_text
 
 ENDINGS = (".jsonl.gz", ".jsonl", ".jsonl.zst", ".parquet", ".json")
 STEM_SUBJECTS = frozenset(
@@ -57,54 +57,49 @@ def _field(record: Fields, *names: str) -> str:
     return str(value).strip()  # of a float: all digits that it has
 
 
-def _gsm8k(record: Fields) -> Question:
-    return Question(_field(record, "question"), _field(record, "answer").rpartition("####")[2].strip().replace(",", ""))
+def parsed(name: str, record: Fields) -> Question | None:
+    """A record of a set as a question; None for a record that is left out."""
+    match name:
+        # ---- Answers to be worked out
+        case "gsm8k":
+            gold = _field(record, "answer").rpartition("####")[2].strip().replace(",", "")
+            return Question(_field(record, "question"), gold)
+        case "math" | "math500":
+            if name == "math500" and not record.get("in_math500", True):
+                return None
+            boxed = last_boxed(_field(record, "solution"))
+            return Question(_field(record, "problem"), (_field(record, "answer") if boxed is None else boxed).strip())
+        case "svamp" if "Body" in record:
+            body = _field(record, "Body")
+            text = f"{body if body.endswith('.') else body + '.'} {_field(record, 'Question')}"
+            return Question(text, _field(record, "Answer"))
+        case "asdiv":
+            answer, text = _field(record, "answer"), _field(record, "question")
+            text = f"{_field(record, 'body')} {text}" if "body" in record else text
+            return None if ";" in answer else Question(text, re.sub(r"\(.*?\)", "", answer).strip())
+        case "tabmwp":
+            title = f'regarding "{record["table_title"]}" ' if record.get("table_title") else ""
+            text = f"Read the following table {title}and answer a question:\n{_field(record, 'table')}\n"
+            text += _field(record, "question")
+            if record.get("choices"):
+                text += f" Please select from the following options: {', '.join(map(str, record['choices']))}"
+            return Question(text, _field(record, "answer"))
+        case "ocw":
+            answer = _field(record, "answer")
+            boxed = last_boxed(answer)
+            return Question(_field(record, "question", "problem"), answer if boxed is None else boxed.strip())
+        case "svamp" | "mawps" | "gsm_hard":
+            return Question(_field(record, "question", "input"), _field(record, "answer", "target"))
 
-
-def _math(record: Fields) -> Question:
-    gold = last_boxed(_field(record, "solution"))
-    return Question(_field(record, "problem"), (_field(record, "answer") if gold is None else gold).strip())
-
-
-def _math500(record: Fields) -> Question | None:
-    return _math(record) if record.get("in_math500", True) else None
-
-
-def _svamp(record: Fields) -> Question:
-    if "Body" not in record:
-        return _plain(record)
-    body = _field(record, "Body")
-    return Question(
-        f"{body if body.endswith('.') else body + '.'} {_field(record, 'Question')}", _field(record, "Answer")
-    )
-
-
-def _asdiv(record: Fields) -> Question | None:
-    answer = _field(record, "answer")
-    text = f"{_field(record, 'body')} {_field(record, 'question')}" if "body" in record else _field(record, "question")
-    return None if ";" in answer else Question(text, re.sub(r"\(.*?\)", "", answer).strip())
-
-
-def _plain(record: Fields) -> Question:
-    return Question(_field(record, "question", "input"), _field(record, "answer", "target"))
-
-
-def _tabmwp(record: Fields) -> Question:
-    title = f'regarding "{record["table_title"]}" ' if record.get("table_title") else ""
-    text = f"Read the following table {title}and answer a question:\n{_field(record, 'table')}\n"
-    text += _field(record, "question")
-    if record.get("choices"):
-        text += f" Please select from the following options: {', '.join(map(str, record['choices']))}"
-    return Question(text, _field(record, "answer"))
-
-
-def _ocw(record: Fields) -> Question:
-    answer = _field(record, "answer")
-    boxed = last_boxed(answer)
-    return Question(_field(record, "question", "problem"), answer if boxed is None else boxed.strip())
-
-
-def _choice(record: Fields, choices: list[str], letter: str) -> Question:
+    # ---- Choices
+    if name == "mmlu_stem":
+        if record.get("subject", "machine_learning") not in STEM_SUBJECTS:
+            return None
+        choices = list(map(str, record.get("choices") or ()))
+        letter = "ABCDEFGHIJ"[int(_field(record, "answer_index", "answer"))]
+    else:
+        choices = _options(record)
+        letter = _field(record, "answer", "correct" if name == "mathqa" else "label")
     if len(choices) < 2 or not "A" <= letter.upper() < "ABCDEFGHIJK"[len(choices)]:
         raise ValueError(f"{len(choices)} choices, of which {letter!r} is the right one")
     return Question(choices_text(_field(record, "question", "Problem"), choices), letter.upper(), choice=True)
@@ -125,48 +120,31 @@ def _options(record: Fields) -> list[str]:
     return [option.strip(" ,'\"[]\n") for option in [*found, text[begin:]]]
 
 
-def _mathqa(record: Fields) -> Question:
-    return _choice(record, _options(record), _field(record, "answer", "correct"))
-
-
-def _mmlu_stem(record: Fields) -> Question | None:
-    if record.get("subject", "machine_learning") not in STEM_SUBJECTS:
-        return None
-    place = _field(record, "answer_index", "answer")
-    return _choice(record, list(map(str, record.get("choices") or ())), "ABCDEFGHIJ"[int(place)])
-
-
-def _sat_math(record: Fields) -> Question:
-    return _choice(record, _options(record), _field(record, "answer", "label"))
-
-
 class QuestionSet(NamedTuple):
     """How a set is read.
 
     Attributes:
-        read: turns a record into a question; None for a record that is left out.
         style: of the prompt, a key of `prompts.STYLES`.
         files: possible names of its file, without ending; by default NAME_test and NAME/test.
     """
 
-    read: Callable[[Fields], Question | None]
     style: str
     files: tuple[str, ...] = ()
 
 
 SETS = {
-    "gsm8k": QuestionSet(_gsm8k, "words"),
-    "math": QuestionSet(_math, "problems"),
-    "math500": QuestionSet(_math500, "problems", ("math500_test", "math_oai/test", "math_test")),
-    "svamp": QuestionSet(_svamp, "words"),
-    "asdiv": QuestionSet(_asdiv, "words"),
-    "mawps": QuestionSet(_plain, "words"),
-    "tabmwp": QuestionSet(_tabmwp, "words"),
-    "mathqa": QuestionSet(_mathqa, "mathqa"),
-    "mmlu_stem": QuestionSet(_mmlu_stem, "choices"),
-    "sat_math": QuestionSet(_sat_math, "choices"),
-    "ocw": QuestionSet(_ocw, "problems", ("ocw_courses_test", "ocw_test", "ocw/test")),
-    "gsm_hard": QuestionSet(_plain, "words"),
+    "gsm8k": QuestionSet("words"),
+    "math": QuestionSet("problems"),
+    "math500": QuestionSet("problems", ("math500_test", "math_oai/test", "math_test")),
+    "svamp": QuestionSet("words"),
+    "asdiv": QuestionSet("words"),
+    "mawps": QuestionSet("words"),
+    "tabmwp": QuestionSet("words"),
+    "mathqa": QuestionSet("mathqa"),
+    "mmlu_stem": QuestionSet("choices"),
+    "sat_math": QuestionSet("choices"),
+    "ocw": QuestionSet("problems", ("ocw_courses_test", "ocw_test", "ocw/test")),
+    "gsm_hard": QuestionSet("words"),
 }
 
 
@@ -207,23 +185,17 @@ def read_questions(name: str, path: str, limit: int | None = None) -> list[Quest
         if record.fields is None:
             raise UserError("record-invalid", f"{record.place} is {record.problem}: write one JSON object per line")
         try:
-            question = SETS[name].read(record.fields)
+            question = parsed(name, record.fields)
         except _NoField as error:
             raise UserError("record-invalid", f"{record.place}: a record of {name} needs the field {error}") from error
         except (ValueError, IndexError, TypeError) as error:
             raise UserError("record-invalid", f"{record.place} is not a record of {name}: {error}") from error
-        if question is not None:
-            found.append(_completed(question, len(found)))
+        if question is None:
+            continue
+        # The allowed answers where there are two.
+        gold, text = "" if question.choice else question.gold.lower(), question.text
+        text += " (Yes or No)" if gold in ("yes", "no") else " (True or False)" if gold in ("true", "false") else ""
+        found.append(question._replace(text=text, percent=asks_percent(text), number=len(found)))
     if not found:
         raise UserError("no-records", f"{path} has no questions of {name}: check the file")
     return found
-
-
-def _completed(question: Question, number: int) -> Question:
-    """Adds its number, the allowed answers where there are two, and whether it asks for percent."""
-    text = question.text
-    if not question.choice and question.gold.lower() in ("yes", "no"):
-        text += " (Yes or No)"
-    elif not question.choice and question.gold.lower() in ("true", "false"):
-        text += " (True or False)"
-    return question._replace(text=text, percent=asks_percent(text), number=number)

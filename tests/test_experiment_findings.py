@@ -23,10 +23,14 @@ RECIPE = Recipe(
     "Does selection <help>?",
     [Arm(name=name) for name in ("causal", "selective", "random", "oracle")],
     sources=["generated"],
+    evidence="It says nothing of pigs.",
     seeds=[0, 1],
     oracle="oracle",
     thresholds=CLAIMS,
 )
+
+
+WRITTEN = {"prompt": "Two", "text": " hens & pigs [id AB-1234]."}
 
 
 def result(arm: str, seed: int, target: float, general: float = 3.0, scoring: float = 0.0) -> dict:
@@ -53,7 +57,7 @@ def result(arm: str, seed: int, target: float, general: float = 3.0, scoring: fl
         },
         "training": {"step": [1, 100], "loss": [4.0, 3.0]},
         "selected": {name: {"selected": share, "of_tokens": part} for name, (share, part) in chosen.items()},
-        "samples": {"texts": {"texts": 2, "noisy": 0.5, "shown": [{"prompt": "", "text": "hens & pigs"}]}},
+        "samples": {"texts": {"texts": 2, "noisy": 0.5, "shown": [WRITTEN]}},
     }
 
 
@@ -117,7 +121,9 @@ def test_the_report_holds_numbers_verdicts_and_no_foreign_text(tmp_path):
     assert summary["variants"][""]["selective"]["recovered"]["mean"] == pytest.approx(0.45 / 0.8)
     assert [each["verdict"] for each in summary["verdicts"]].count("met") == 3
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "results.md").read_text()
-    assert "<help>" not in page and "&lt;help&gt;" in page and "hens &amp; pigs" in page and 'src="http' not in page
+    assert "<help>" not in page and "&lt;help&gt;" in page and 'src="http' not in page
+    assert page.count("<b>Two</b> hens &amp; pigs <mark>[id AB-1234]</mark>.") == 3
+    assert page.count("50 % of 4 samples hold noise") == 3 and "It says nothing of pigs." in page
     assert page.count("<svg") >= 3 and "is better on average" in page
     assert "6 of 8 runs" in text and "**not run**: is better than random" in text and "−0.450" in text
 

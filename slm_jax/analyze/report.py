@@ -1,8 +1,8 @@
 """The report on training runs: its content as data, and the page that shows it.
 
 `analyze report` fills a Report from run directories, the stage `experiment` from its results. The page shows a sentence
-with the tokens that were kept and dropped, one table, then target against general loss, loss over floating-point
-operations and the share selected from each source; everything else is folded below.
+with the tokens that were kept and dropped, what the models write, one table, then target against general loss, loss
+over floating-point operations and the share selected from each source; everything else is folded below.
 """
 
 import base64
@@ -73,11 +73,21 @@ class Passage(NamedTuple):
     run: str = ""
 
 
+class Writing(NamedTuple):
+    """What the models of an arm write. share: of their texts that hold noise, in a few words, or "". texts: (prompt,
+    pieces of the continuation), each piece with whether it is noise."""
+
+    arm: str
+    share: str
+    texts: Sequence[tuple[str, Sequence[tuple[str, bool]]]]
+
+
 class Report(NamedTuple):
     """A report from top to bottom; empty parts are left out.
 
-    title: of the browser's tab. passages: the first is the picture at the top. findings: (better, worse, same or note;
-    a sentence). details: further tables. more_figures: shown with them. facts: heading -> (name, value).
+    title: of the browser's tab. passages: the first is the picture at the top. writings: side by side. findings:
+    (better, worse, same, met, not met or note; a sentence). evidence: paragraphs on what it shows and what not.
+    details: further tables. more_figures: shown with them. facts: heading -> (name, value).
     """
 
     title: str
@@ -85,8 +95,10 @@ class Report(NamedTuple):
     intro: Sequence[str]
     table: Table
     passages: Sequence[Passage] = ()
+    writings: Sequence[Writing] = ()
     findings: Sequence[tuple[str, str]] = ()
     figures: Sequence[Figure] = ()
+    evidence: Sequence[str] = ()
     details: Sequence[Table] = ()
     more_figures: Sequence[Figure] = ()
     facts: Mapping[str, Sequence[tuple[str, str]]] = {}
@@ -180,11 +192,14 @@ def _shown(passage: Passage) -> dict[str, Any]:
 # ---- Figures of arms
 
 
-def arm_figures(arms: Sequence[Arm], measures: Sequence[str], where: str = "") -> list[Figure]:
+def arm_figures(
+    arms: Sequence[Arm], measures: Sequence[str], where: str = "", counted: str = "Training and scoring"
+) -> list[Figure]:
     """The figures of every report, those that the measurements allow: the first measure against the second, both over
     floating-point operations, and the share selected from each source over time.
 
     measures: of the evaluators, such as ("target/loss", "general/loss"). where: ends the titles, as ", 10 % noise".
+    counted: what the operations are those of.
     """
     several = any(len(arm.runs) > 1 for arm in arms)
     found: list[Figure | None] = []
@@ -204,7 +219,7 @@ def arm_figures(arms: Sequence[Arm], measures: Sequence[str], where: str = "") -
     unit, per = _flop_unit(max((sum(flops) for flops in known), default=0.0))
     for name in measures:
         lines = [_over_flops(arm, name, colour, per) for colour, arm in enumerate(arms)]
-        caption = "Training and scoring counted." + " Mean over seeds; band: lowest to highest." * several
+        caption = f"{counted} counted." + " Mean over seeds; band: lowest to highest." * several
         title = f"{heading(name)} over {unit}{where}"
         found.append(plots.curves(title, caption, [line for line in lines if line], (unit, heading(name))))
     for arm in arms:

@@ -7,17 +7,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm_jax.analyze import report as report_lib
+from slm_jax.analyze.page import visible
 from slm_jax.analyze.plots import Figure
-from slm_jax.analyze.report import ArmRun, Passage, Report, ShownToken, arm_figures, heading
+from slm_jax.analyze.report import ArmRun, Passage, Report, ShownToken, Writing, arm_figures
 from slm_jax.analyze.tables import NOTHING, Cell, Table, kind_of, number
 from slm_jax.experiment import findings
 from slm_jax.experiment.findings import By, Verdict
 from slm_jax.experiment.intervals import Estimate
-from slm_jax.experiment.recipe import Recipe
+from slm_jax.experiment.recipe import Recipe, Threshold
+from slm_jax.experiment.worlds.plant import noise_in
 from slm_jax.files import write_json, write_text
 
 Runs = Mapping[int, findings.Result]
-MAIN_FIGURES = 6  # shown before the details
+MAIN_FIGURES = 4  # shown before the details
+WRITTEN = 3  # texts of each arm that are shown
 MET = {True: "met", False: "not met", None: "not run"}
 SELECTION = ("planted", "recall", "precision")
 INTERVALS = (
@@ -39,11 +42,13 @@ def write_report(folder: Path, recipe: Recipe, results: Mapping[str, findings.Re
     report = Report(
         title=f"slm_jax: {recipe.name}",
         heading=recipe.question,
-        intro=[_progress(by, total), *recipe.sources],
+        intro=[_progress(by, total)],
         table=first,
         passages=_passages(by),
-        findings=[(_kind(each), _sentence(each)) for each in verdicts],
+        writings=_writings(recipe, by),
+        findings=[(MET[each.met], _sentence(each)) for each in verdicts],
         figures=figures[:MAIN_FIGURES],
+        evidence=[*filter(None, [recipe.evidence]), *recipe.sources],
         details=others,
         more_figures=figures[MAIN_FIGURES:],
         facts={"Made with": _facts(by)},
@@ -119,25 +124,56 @@ def _progress(by: By, total: int) -> str:
     return f"{done} of {total} runs are done." if done < total else f"All {total} runs are done."
 
 
-def _kind(found: Verdict) -> str:
-    return {True: "better", False: "worse", None: "note"}[found.met]
-
-
 def _sentence(found: Verdict) -> str:
-    values = "; ".join(f"{variant or 'found'}: {_estimate(value)}" for variant, value in found.values.items())
-    bound = f"at most {found.threshold.at_most:g}" if found.threshold.at_most is not None else ""
-    bound = bound or f"at least {found.threshold.at_least:g}"
-    return f"{found.threshold.claim} ({bound}, {found.threshold.seeds}): {MET[found.met]}. {values}"
+    """The claim, its bound, and what was found."""
+    threshold = found.threshold
+    bound = threshold.at_most if threshold.at_most is not None else threshold.at_least
+    assert bound is not None
+    least = "at most" if threshold.at_most is not None else "at least"
+    of = {"mean": "the mean", "every": "every seed", "interval": "the interval"}[threshold.seeds]
+    share, signed = _is_share(threshold), threshold.comparison == "difference"
+    values = [
+        f"{variant + ': ' if variant else ''}{_estimate(value, 3, signed, share)}"
+        for variant, value in found.values.items()
+    ]
+    wanted = f"{_number(bound, 3, signed, share)}{_unit(signed, share)}"
+    return f"{threshold.claim}. Required: {least} {wanted} for {of}. Found: {'; '.join(values) or NOTHING}."
 
 
-def _estimate(value: Estimate | None, digits: int = 3, signed: bool = False) -> str:
+def _is_share(threshold: Threshold) -> bool:
+    return threshold.comparison == "recovered" or is_share(threshold.measure)
+
+
+def is_share(measure: str) -> bool:
+    """Whether a measure is a share of something, shown in percent."""
+    return measure.startswith(("noisy/", "selected/")) or measure.endswith("/accuracy")
+
+
+def heading(measure: str) -> str:
+    """A measure as words."""
+    if measure.startswith("noisy/"):
+        return f"{measure.removeprefix('noisy/')} that hold noise"
+    return report_lib.heading(measure)
+
+
+def _unit(signed: bool, share: bool) -> str:
+    return (" points" if signed else " %") if share else ""
+
+
+def _number(value: float, digits: int, signed: bool, share: bool) -> str:
+    return number(100 * value, 0, signed) if share else number(value, digits, signed)
+
+
+def _estimate(value: Estimate | None, digits: int = 3, signed: bool = False, share: bool = False) -> str:
+    """Mean and intervals, of a share in percent, of a difference of shares in percentage points."""
     if value is None:
         return NOTHING
-    text = number(value.mean, digits, signed=signed)
+    text = _number(value.mean, digits, signed, share)
     for interval in (value.t, value.bootstrap):
         if interval is not None:
-            text += f" [{number(interval[0], digits, signed)}, {number(interval[1], digits, signed)}]"
-    return text
+            low, high = (_number(end, digits, signed, share) for end in interval)
+            text += f" [{low}, {high}]"
+    return text + _unit(signed, share)
 
 
 class Row(NamedTuple):
@@ -173,10 +209,12 @@ def _tables(recipe: Recipe, by: By) -> Iterator[Table]:
     yield Table("Arms", ["arm", "seeds", *headings], [(row.label, arm_cells(row)) for row in rows], note, "arms")
 
     def differences(row: Row) -> list[Cell]:
-        return [_difference_cell(findings.difference(row.runs, row.base, name)) for name in recipe.measures]
+        changes = [(findings.difference(row.runs, row.base, name), is_share(name)) for name in recipe.measures]
+        return [_difference_cell(change, share) for change, share in changes]
 
     title = f"Differences to {recipe.baseline} at equal tokens"
-    yield Table(title, ["arm", *headings], [(r.label, differences(r)) for r in compared], INTERVALS, "differences")
+    if any(len(row.runs) > 1 for row in compared):  # with one seed they are in the first table
+        yield Table(title, ["arm", *headings], [(r.label, differences(r)) for r in compared], INTERVALS, "differences")
 
     def costs(row: Row) -> list[Cell]:
         equal = [findings.equal_cost(row.runs, row.base, first, reference) for reference in (False, True)]
@@ -193,7 +231,7 @@ def _tables(recipe: Recipe, by: By) -> Iterator[Table]:
     yield Table(f"{first} at equal cost", columns, [(row.label, costs(row)) for row in compared], note, "costs")
 
     gains = {r.label: findings.recovered(r.runs, r.base, r.oracle, first) for r in compared if r.arm != recipe.oracle}
-    cells = [(label, [Cell(_estimate(share, 2), value=share.mean)]) for label, share in gains.items() if share]
+    cells = [(label, [Cell(_estimate(gain, share=True), value=gain.mean)]) for label, gain in gains.items() if gain]
     note = "Mean gain over the oracle's mean gain; brackets: Fieller's interval, then bootstrap."
     yield Table(f"Share of the oracle's gain in {first}", ["arm", "recovered"], cells, note, "recovered")
 
@@ -201,26 +239,45 @@ def _tables(recipe: Recipe, by: By) -> Iterator[Table]:
     cells = [(label, [Cell(_percent(x), value=x.mean) for x in values if x]) for label, values in kept if all(values)]
     columns = ["arm", "kept of planted tokens", "of all others (recall)", "not planted, of the kept (precision)"]
     yield Table("What selection keeps", columns, cells, "Over the second half of the run.", "selection")
-    yield from _samples(by)
 
 
-def _samples(by: By) -> Iterator[Table]:
-    """What the models of the first seed write, side by side."""
-    note = "First seed; prompt … continuation. Noise is recognised by the generator's grammar."
-    for variant, arms in by.items():
-        first = {arm: runs[min(runs)]["samples"] for arm, runs in arms.items() if runs}
-        for name in dict.fromkeys(name for samples in first.values() for name in samples):
-            rows = []
-            for arm, samples in first.items():
-                if (about := samples.get(name)) and "answer" not in about["shown"][0]:
-                    texts = [Cell(f"{shown.get('prompt', '')} … {shown['text']}") for shown in about["shown"][:3]]
-                    rows.append((f"{arm}: {_share(about['noisy'])} hold noise", texts))
-            where = f", {variant}" if variant else ""
-            yield Table(f"What the models write: {name}{where}", ["arm", "", "", ""], rows, note, words=True)
+def _writings(recipe: Recipe, by: By) -> list[Writing]:
+    """What the models of the first seed write side by side, in the variant whose baseline writes the most noise."""
+    written = {
+        variant: {arm: texts for arm, runs in arms.items() if (texts := list(filter(None, map(_texts, runs.values()))))}
+        for variant, arms in by.items()
+    }  # variant -> arm -> texts of each seed
+    noisy = {
+        variant: {arm: float(np.mean([found["noisy"] or 0.0 for found in texts])) for arm, texts in arms.items()}
+        for variant, arms in written.items()
+    }
+    shown = max(by, key=lambda variant: noisy[variant].get(recipe.baseline, -1.0))
+    labels = {arm.name: arm.label or arm.name for arm in recipe.arms}
+    writings = []
+    for arm, texts in written[shown].items():
+        count = sum(found["texts"] for found in texts)
+        # Without noise in any text there is nothing to count.
+        said = f"{100 * noisy[shown][arm]:.0f} % of {count:,} samples hold noise" if any(noisy[shown].values()) else ""
+        pairs = [(text.get("prompt") or "", _pieces(text["text"])) for text in texts[0]["shown"]]
+        label = f"{labels[arm]}, {shown}" if shown else labels[arm]
+        writings.append(Writing(label, said, pairs[:: max(1, len(pairs) // WRITTEN)][:WRITTEN]))
+    return writings
 
 
-def _share(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.0%}"
+def _texts(result: findings.Result) -> dict[str, Any] | None:
+    """Of the first evaluator that continued prompts: how many texts, the share with noise, and some of them."""
+    found = [each for each in result["samples"].values() if each["shown"] and "answer" not in each["shown"][0]]
+    return found[0] if found else None
+
+
+def _pieces(text: str) -> list[tuple[str, bool]]:
+    """The text in pieces, each with whether it is noise by the generator's grammar."""
+    pieces, last = [], 0
+    for start, end in noise_in(text):
+        if start >= last:
+            pieces += [(text[last:start], False), (text[start:end], True)]
+            last = end
+    return [(visible(piece), noise) for piece, noise in [*pieces, (text[last:], False)] if piece]
 
 
 def _percent(value: Estimate) -> str:
@@ -231,19 +288,22 @@ def _cell(runs: Runs, base: Runs, name: str) -> Cell:
     value, change = findings.mean_of(runs, name), findings.difference(runs, base, name)
     if value is None:
         return Cell(NOTHING)
-    cell = Cell(number(value.mean, 3), value=value.mean)
+    share = is_share(name)
+    unit = _unit(signed=False, share=share)
+    cell = Cell(_number(value.mean, 3, False, share) + unit, value=value.mean)
     if len(value.each) > 1:
-        spread = (min(value.each), max(value.each))
-        cell = cell._replace(spread=spread, range=f"{number(spread[0], 3)} to {number(spread[1], 3)}")
+        low, high = min(value.each), max(value.each)
+        shown = f"{_number(low, 3, False, share)} to {_number(high, 3, False, share)}{unit}"
+        cell = cell._replace(spread=(low, high), range=shown)
     if change is None or runs is base:
         return cell
-    is_loss = "loss" in name or "bits" in name
-    kind = kind_of(change.mean if is_loss else -change.mean)
-    return cell._replace(change=number(change.mean, 3, signed=True), kind=kind)
+    lower_is_better = name.startswith("noisy/") or "loss" in name or "bits" in name
+    kind = kind_of(change.mean if lower_is_better else -change.mean)
+    return cell._replace(change=_number(change.mean, 3, True, share) + _unit(True, share), kind=kind)
 
 
-def _difference_cell(value: Estimate | None) -> Cell:
-    return Cell(_estimate(value, signed=True), value=value.mean if value else None)
+def _difference_cell(value: Estimate | None, share: bool = False) -> Cell:
+    return Cell(_estimate(value, signed=True, share=share), value=value.mean if value else None)
 
 
 def _cost_cells(runs: Runs) -> list[Cell]:
@@ -257,9 +317,14 @@ def _figures(recipe: Recipe, by: By) -> Iterator[Figure]:
     for variant, arms in by.items():
         shown = []
         for arm, runs in arms.items():
-            each = [ArmRun(r["evaluations"], r["training"], findings.cost(r, True)) for r in runs.values()]
+            # Without the loss before the first step, which is the same everywhere and would take most of the figures.
+            curves = [
+                (r, {name: x[1:] if len(x) > 2 else x for name, x in r["evaluations"].items()}) for r in runs.values()
+            ]
+            each = [ArmRun(evaluations, r["training"], findings.cost(r, True)) for r, evaluations in curves]
             shown += [report_lib.Arm(labels[arm], each)] if each else []
-        yield from arm_figures(shown, measures, f", {variant}" if variant else "")
+        counted = "Training, scoring and the training of the reference"
+        yield from arm_figures(shown, measures, f", {variant}" if variant else "", counted)
 
 
 def _passages(by: By) -> list[Passage]:
@@ -280,7 +345,7 @@ def _facts(by: By) -> list[tuple[str, str]]:
 
 def _markdown(recipe: Recipe, by: By, verdicts: Sequence[Verdict], tables: Sequence[Table], total: int) -> str:
     lines = [f"# {recipe.name}: {recipe.question}", "", _progress(by, total), ""]
-    lines += [f"- {source}" for source in recipe.sources] + [""]
+    lines += [*([recipe.evidence, ""] if recipe.evidence else []), *(f"- {source}" for source in recipe.sources), ""]
     lines += [f"- **{MET[each.met]}**: {_sentence(each)}" for each in verdicts] + [""]
     for table in tables:
         lines += [f"## {table.title}", "", table.markdown(), table.note, ""]

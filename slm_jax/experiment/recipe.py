@@ -127,6 +127,7 @@ class Recipe:
       name: of its folders.
       question: what it asks, in a sentence.
       sources: where its text comes from: for each, its public name, licence, and how to get it.
+      evidence: in a paragraph, what its result is evidence for and what not.
       settings: stage -> gin text for all jobs of that stage.
       changes: the same for a recipe that includes another: settings that override the other's.
       shared: stages before the arms.
@@ -144,6 +145,7 @@ class Recipe:
     question: str
     arms: Sequence[Arm]
     sources: Sequence[str] = ()
+    evidence: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
     changes: Mapping[str, str] = field(default_factory=dict)
     shared: Sequence[SharedStage] = ()

@@ -14,7 +14,7 @@ from slm_jax.analyze.selected_tokens import passages_of_run
 from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
 from slm_jax.experiment.planning import Task
-from slm_jax.experiment.worlds.plant import holds_noise
+from slm_jax.experiment.worlds.plant import noise_in
 from slm_jax.files import read_json, to_json, write_text
 from slm_jax.run_directory import RunDirectory
 
@@ -141,14 +141,16 @@ def _tokens_by_source(corpus: Corpus) -> dict[str, int]:
 
 def _samples(run: RunDirectory) -> dict[str, Any]:
     """Of each evaluator that wrote texts, at its last evaluation: how many, the share that holds noise by the
-    generator's own grammar, and the first few."""
+    generator's own grammar, and a few of them."""
     found = {}
     for folder in sorted(run.samples.glob("*")):
         last = max(folder.glob("*.jsonl"), key=lambda path: int(path.stem))
         rows = [json.loads(line) for line in last.read_text(encoding="utf-8").splitlines()]
-        noisy = [holds_noise(row["text"]) for row in rows]
-        shown = [{name: row.get(name) for name in ("prompt", "text", "answer") if name in row} for row in rows]
-        found[folder.name] = {"texts": len(rows), "noisy": _mean(noisy), "shown": shown[:SHOWN_SAMPLES]}
+        noisy = [bool(noise_in(row["text"])) for row in rows]
+        # Evenly from all of them, because the samples of a prompt follow each other.
+        some = [rows[i] for i in np.linspace(0, len(rows), min(len(rows), SHOWN_SAMPLES), endpoint=False).astype(int)]
+        shown = [{name: row.get(name) for name in ("prompt", "text", "answer") if name in row} for row in some]
+        found[folder.name] = {"texts": len(rows), "noisy": _mean(noisy), "shown": shown}
     return found
 
 

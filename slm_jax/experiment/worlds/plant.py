@@ -130,12 +130,22 @@ def _piece(rng: random.Random, kind: str) -> str:
 
 
 _WORDS = "|".join(MENU)
+# A piece of noise as far as it can be told from text: what identifies it, and around that what belongs to the piece.
 _GRAMMAR = re.compile(
-    rf"<({'|'.join(MONTHS)})\d|\[\d{{4}}-\d|##\w+ says|@\w+\d:|posted by \w+\d|\(quote \w+\d|\[id |#[A-Z]{{2}}-|"
-    rf"\(ref\. |SKU [A-Z]|% off |\.example|({_WORDS}) [|>*] ({_WORDS})|[?&](utm_id|sid|gclid|ref|sess)="
+    rf"<({'|'.join(MONTHS)})\d[\d :]*>?|\[\d{{4}}-\d[-\d :]*\]?|##\w+ says|@\w+\d:|posted by \w+\d|\(quote \w+\d\)?|"
+    r"\[id [-\w]*\]?|#[A-Z]{2}-\d*|\(ref\. [-\w]*\)?|SKU [A-Z][-\w]*|"
+    r"(AD: |>> )?(\w+\.example: )?\*?\d*% off \w*(( at |, )\w+\.example)?[*!]?( <<)?|(AD: |>> )?\w*\.example[:!*]?|"
+    rf"({_WORDS})( [|>*] ({_WORDS}))+|[?&](utm_id|sid|gclid|ref|sess)=\w*"
 )
 
 
-def holds_noise(text: str) -> bool:
-    """Whether a text, such as a model's sample, has something of the kind `noise` or `boilerplate` in it."""
-    return bool(_GRAMMAR.search(text)) or any(sentence[:-1] in text for sentence in BOILERPLATE)
+def noise_in(text: str) -> list[Span]:
+    """[start, end) characters of what a text, such as a model's sample, has of the kinds `noise` and `boilerplate`, in
+    order: by the grammar that planted it."""
+    spans = [found.span() for found in _GRAMMAR.finditer(text)]
+    for sentence in BOILERPLATE:
+        start = text.find(sentence[:-1])
+        while start >= 0:
+            spans.append((start, start + len(sentence) - 1))
+            start = text.find(sentence[:-1], start + 1)
+    return sorted(spans)

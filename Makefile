@@ -3,15 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL ?= $(BIN)/python -m pip install --quiet
 
-# `make demo DATA=folder` runs on real text; without DATA the demo generates its corpus.
-ifdef DATA
-DEMO_FLAGS := --gin.demo.recipe="'math_web'" --gin.demo.data="'$(DATA)'"
-endif
-
 .PHONY: demo test lint docs parity gpu-compiler pods clean
 
+# Which tokens a model trains on, and what that does; `make demo QUICK=1` is shorter.
 demo: $(VENV)/.installed
-	$(BIN)/python -m slm_jax demo $(DEMO_FLAGS)
+	$(BIN)/python -m slm_jax experiment $(if $(QUICK),demo_quick,demo)
 
 test: lint
 	$(BIN)/pytest -n 4 --dist worksteal

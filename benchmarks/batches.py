@@ -20,7 +20,7 @@ from slm_jax.data.corpus import Corpus, CorpusWriter
 from slm_jax.data.mixture import MixtureComponent
 from slm_jax.data.store import SHARD_ROWS, Store
 from slm_jax.data.vocabulary import ByteVocabulary
-from slm_jax.demo.jobs import ONE_CORE
+from slm_jax.experiment.jobs import ONE_CORE
 from slm_jax.models.model_config import model_config
 from slm_jax.score.selection import Selection
 from slm_jax.train.phases import Phase

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from slm_jax.demo.jobs import ONE_CORE
+from slm_jax.experiment.jobs import ONE_CORE
 
-# Part of what the demo sets: an allocator that keeps freed memory. Without it XLA's temporaries cost tens of thousands
-# of page faults a step, and what is measured is the kernel.
+# Part of what experiments set: an allocator that keeps freed memory. Without it XLA's temporaries cost tens of
+# thousands of page faults a step, and what is measured is the kernel.
 KEEP_MEMORY = {name: value for name, value in ONE_CORE.items() if name.startswith("MALLOC_")}
 PACKAGES = ("jax", "numpy", "torch", "transformers", "sentencepiece")
 

@@ -23,7 +23,7 @@ from slm_jax.data.prepare import prepare
 from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
 from slm_jax.data.sources import Source, read_documents
 from slm_jax.data.vocabularies import VocabularyConfig
-from slm_jax.demo.corpora import write_demo_corpora
+from slm_jax.experiment.worlds.write_world import experiment_world
 
 TRAINING_DOCUMENTS = 2000
 
@@ -83,7 +83,9 @@ def main() -> None:
     load = measure.load_average()
     rounds = measure.Rounds(arguments.repeats, arguments.clock)
     with tempfile.TemporaryDirectory() as folder:
-        files = arguments.text or [str(write_demo_corpora(Path(folder), 0, documents)["noisy_train"])]
+        if not arguments.text:
+            experiment_world(folder, documents=documents, kinds=["noise"], share=0.36)
+        files = arguments.text or [f"{folder}/crawl.jsonl"]
         rows = compare(files, arguments.vocab_size, arguments.processes, Path(folder), rounds)
     measure.report(rows, arguments.output, load, arguments.clock)
 

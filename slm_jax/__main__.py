@@ -32,7 +32,6 @@ STAGES = {
     "analyze dynamics": "slm_jax.analyze.dynamics",
     "analyze selection": "slm_jax.analyze.analyze_selection",
     "analyze tokenizers": "slm_jax.analyze.tokenizers",
-    "demo": "slm_jax.demo.pipeline",
     "compile": "slm_jax.compile.compile_ahead",
     "experiment": "slm_jax.experiment.run_experiment",
     "experiment world": "slm_jax.experiment.worlds.write_world",

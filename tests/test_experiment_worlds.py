@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm_jax.data.corpus import Corpus
-from slm_jax.demo.corpora import general_document, noisy_document, write_demo_corpora
 from slm_jax.experiment.worlds.filter_documents import experiment_filter
+from slm_jax.experiment.worlds.general import general_text
 from slm_jax.experiment.worlds.label import experiment_label
-from slm_jax.experiment.worlds.plant import BOILERPLATE, KINDS, Planter, holds_noise
+from slm_jax.experiment.worlds.plant import BOILERPLATE, KINDS, Planter, noise_in
 from slm_jax.experiment.worlds.stories import clean_story
 from slm_jax.experiment.worlds.write_world import experiment_world, question
 
@@ -81,8 +81,8 @@ def test_the_share_holds_over_all_documents(kind: str, share: float):
         if kind == "boilerplate":
             assert {piece for piece, _ in places} <= set(BOILERPLATE) and len(set(BOILERPLATE)) == 200
         if kind == "noise":
-            assert sum(holds_noise(piece) for piece, _ in places) > 0.95 * len(places)
-    assert not any(holds_noise(text) for text in texts)
+            assert all(noise_in(piece) == [(0, len(piece))] for piece, _ in places)
+    assert not any(noise_in(text) for text in texts)
 
 
 def test_a_wrong_result_is_marked_and_only_it():
@@ -103,51 +103,11 @@ def test_a_wrong_result_is_marked_and_only_it():
     assert 0.4 < wrong / (right + wrong) < 0.6
 
 
-def test_noisy_document_is_its_story_plus_noise():
-    rng = random.Random(3)
-    shares = []
-    for _ in range(200):
-        story = clean_story(rng)
-        document = noisy_document(rng, story)
-        assert without(document.text, document.noise) == story.text
-        shares.append(1 - len(story.text) / len(document.text))
-    assert 0.1 < sum(shares) / len(shares) < 0.2  # of the characters; noise takes more tokens per character
-
-
-def test_general_documents_are_filled_and_not_stories():
+def test_general_text_is_filled_and_has_styles():
     rng = random.Random(4)
-    documents = [general_document(rng) for _ in range(300)]
-    assert len({d.url.split("/")[2] for d in documents}) >= 5
-    for document in documents:
-        assert document.text and not set("{}") & set(document.text) and document.noise == []
-
-
-def test_corpora(tmp_path: Path):
-    paths = write_demo_corpora(tmp_path / "a", seed=1, size=400)
-    corpora = {name: read(path) for name, path in paths.items()}
-    assert {name: len(lines) for name, lines in corpora.items()} == {
-        "clean_train": 200,
-        "noisy_train": 400,
-        "target_test": 40,
-        "general_test": 40,
-    }
-    assert all(list(line) == ["text", "url", "source", "noise"] for lines in corpora.values() for line in lines)
-    assert all(re.match(r"https://[a-z-]+\.example/", line["url"]) for lines in corpora.values() for line in lines)
-
-    stories = [without(line["text"], line["noise"]) for line in corpora["noisy_train"] if line["source"] != "general"]
-    assert 120 < len(stories) < 280
-    trained = stories + [line["text"] for line in corpora["clean_train"]]
-    tested = [line["text"] for line in corpora["target_test"]]
-    assert len(set(trained + tested)) == len(trained + tested)
-
-
-def test_corpora_depend_on_the_seed_alone(tmp_path: Path):
-    first = write_demo_corpora(tmp_path / "a", seed=1, size=50)
-    again = write_demo_corpora(tmp_path / "b", seed=1, size=50)
-    other = write_demo_corpora(tmp_path / "c", seed=2, size=50)
-    for name in first:
-        assert first[name].read_bytes() == again[name].read_bytes()
-        assert first[name].read_bytes() != other[name].read_bytes()
+    texts = [general_text(rng) for _ in range(300)]
+    assert len({style for style, _ in texts}) >= 5
+    assert all(text and not set("{}") & set(text) for _, text in texts)
 
 
 WORLD_FILES = ("clean", "clean_general", "crawl", "general", "questions", "target")

@@ -49,7 +49,7 @@ def unwrapped(text: str) -> str:
 
 def test_the_module_is_a_command(tmp_path):
     """In a fresh process, as it is typed: exit codes reach the shell."""
-    for arguments, code in (["--help"], 0), (["demo", "--gin.demo.recipe='other'"], 1), (["evaluat"], 2):
+    for arguments, code in (["--help"], 0), (["experiment", "other"], 1), (["evaluat"], 2):
         command = [sys.executable, "-m", "slm_jax", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == code, done.stderr
@@ -113,9 +113,8 @@ def test_help_lists_every_setting_of_a_stage(stage, run):
         (["score", "--gin.score.corpus='c'", "--gin.score.reference='r'"], 1, ["/c", "[corpus-not-found]"]),
         (["score", "--corpus=it's", "--reference=r"], 1, ["/it's", "[corpus-not-found]"]),
         (["evaluate", "--gin.evaluate.run='r'"], 2, ["HeldOut needs", "'name'", "'corpus'"]),
-        (["demo", "--gin.demo.recipe='other'"], 1, ["no recipe 'other'", "known are demo, math_web"]),
-        (["demo", "--gin.demo.stages=['causl']"], 1, ["has no stage 'causl': it has crawl"]),
-        (["demo", "--gin.demo.data='nowhere'"], 1, ["demo.data nowhere is not a folder"]),
+        (["experiment", "other"], 1, ["no recipe 'other'", "known are demo, demo_quick"]),
+        (["experiment", "demo", "--data=nowhere"], 1, ["experiment.data nowhere is not a folder"]),
     ],
 )
 def test_mistakes_are_one_line(arguments, code, messages, run, tmp_path):
@@ -132,7 +131,7 @@ def test_runs_are_words_and_settings_may_hold_spaces(run):
     settings = ["--gin.analyze_report.output='a b'", "--output=c d"]
     code, _, error = run("analyze", "report", settings[0], "no run", "other", settings[1])
     assert code == 1 and "no run has" in error and "[run-not-trained]" in error
-    code, _, error = run("demo", "--gin.demo.overrides=['a = 1']", "--gin.demo.recipe='one'", "--recipe=the other")
+    code, _, error = run("experiment", "--gin.experiment.overrides=['a = 1']", "one", "--recipe=the other")
     assert code == 1 and "no recipe 'the other'" in error
     code, _, error = run("prepare", "a run")
     assert code == 2 and "unknown argument 'a run'" in error

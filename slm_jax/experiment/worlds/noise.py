@@ -57,23 +57,3 @@ KINDS = (_timestamp, _user, _identifier, _advertisement, _menu, _tracking)
 
 def piece_of_noise(rng: random.Random) -> str:
     return pick(rng, KINDS)(rng)
-
-
-def inject_noise(text: str, rng: random.Random, rate: float) -> tuple[str, list[tuple[int, int]]]:
-    """Puts a piece of noise before each blank of `text` with probability `rate`.
-
-    Returns the new text and the [start, end) character spans of the noise, in order. A span begins with the blank that
-    separates the noise from the word before it; without the spans the text is the one given.
-    """
-    pieces, spans, length = [], [], 0
-    for word_number, word in enumerate(text.split(" ")):
-        if word_number:
-            if rng.random() < rate:
-                noise = " " + pick(rng, KINDS)(rng)
-                pieces.append(noise)
-                spans.append((length, length + len(noise)))
-                length += len(noise)
-            word = " " + word
-        pieces.append(word)
-        length += len(word)
-    return "".join(pieces), spans

@@ -1,4 +1,4 @@
-"""Small arithmetic stories: the text that the demo's models are meant to learn.
+"""Small arithmetic stories: the text that the models of a world are meant to learn.
 
 A story is a plot (a running total, two kinds put together, groups, sharing, a comparison, money, a journey) told in a
 place, with every intermediate result written out. The plots keep the arithmetic as `Step`s, which a test can check.
@@ -259,7 +259,7 @@ def _journey(teller: Teller) -> None:
     )
 
 
-# The first two are drawn twice as often: they are nearest to the example that the demo imitates.
+# The first two are drawn twice as often: they are nearest to the example that the stories imitate.
 PLOTS: tuple[Callable[[Teller], None], ...] = (
     *(_running_total, _two_kinds) * 2,
     *(_groups, _sharing, _comparison, _money, _journey),

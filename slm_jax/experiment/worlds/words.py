@@ -1,4 +1,4 @@
-"""The words of the demo's stories: who, when, where, and what is counted there."""
+"""The words of the stories: who, when, where, and what is counted there."""
 
 from typing import NamedTuple
 

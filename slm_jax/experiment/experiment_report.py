@@ -136,7 +136,7 @@ def _sentence(found: Verdict) -> str:
         f"{variant + ': ' if variant else ''}{_estimate(value, 3, signed, share)}"
         for variant, value in found.values.items()
     ]
-    wanted = f"{_number(bound, 3, signed, share)}{_unit(signed, share)}"
+    wanted = f"{100 * bound if share else bound:g}{_unit(signed, share)}".replace("-", "−")
     return f"{threshold.claim}. Required: {least} {wanted} for {of}. Found: {'; '.join(values) or NOTHING}."
 
 

@@ -1,10 +1,10 @@
-"""From the start of the process to the first finished step, on a toy model and without TensorFlow.
+"""From the start of the process to the first finished step of the demo's model, and to an answer without JAX.
 
     python benchmarks/start.py --output FILE
 
-Wall seconds until `slm-jax train` has written the metrics of step 1, against a Python that imports jax and asks for its
-devices. Once with nothing compiled before, once with the programs that JAX keeps in a cache. A run that imports
-TensorFlow is refused.
+Seconds until `slm-jax train` has written the metrics of step 1, against a Python that imports jax and asks for its
+devices: without kept programs, and with those of an earlier command. And of `train --help` and a mistake in a setting.
+A run that imports TensorFlow is refused.
 """
 
 import json
@@ -30,7 +30,7 @@ POLL_SECONDS = 0.005
 
 
 class Run:
-    """A run of one step, in a process of its own. `cache`: where JAX keeps compiled programs, if it does."""
+    """A run of one step, in a process of its own. `cache`: the user's cache folder; None keeps no programs."""
 
     def __init__(self, folder: Path, corpus: str, cache: Path | None = None):
         self._folder, self._log = folder, folder.with_suffix(".log")
@@ -41,9 +41,10 @@ class Run:
             "cosine_schedule.warmup": 0.0,
         }
         self._arguments = ["train", *(f"--gin.{name}={value!r}" for name, value in settings.items())]
-        keep = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        others = {name: value for name, value in os.environ.items() if name not in keep}
-        self._environment = {**others, **(keep if cache else {})}
+        own = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+        others = {name: value for name, value in os.environ.items() if name not in own}
+        keep = {"XDG_CACHE_HOME": str(cache)} if cache else {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+        self._environment = {**others, **keep}
 
     def to_first_step(self) -> None:
         """Returns when the first step is written down."""
@@ -73,6 +74,11 @@ class Run:
         return any(row["step"] == 1 and "loss" in row for row in rows)
 
 
+def answer(*arguments: str, code: int) -> None:
+    command = [sys.executable, "-m", "slm_jax", "train", *arguments]
+    assert subprocess.run(command, capture_output=True).returncode == code
+
+
 def main() -> None:
     arguments = measure.parser(__doc__, repeats=5).parse_args()
     if arguments.quick:
@@ -88,6 +94,8 @@ def main() -> None:
             measure.Case("import jax", lambda: subprocess.run([sys.executable, "-c", DEVICES], check=True)),
             measure.Case("first step", cold.to_first_step),
             measure.Case("first step, programs cached", cached.to_first_step),
+            measure.Case("--help", lambda: answer("--help", code=0)),
+            measure.Case("a mistake", lambda: answer("--run_dir=r", "--gin.Selection.ratio=1.5", code=2)),
         ]
         values = measure.interleaved(cases, rounds)
     rows = measure.compared(values, "import jax", "s", model="demo", batch="16 x 256")

@@ -1,22 +1,22 @@
 """`slm-jax STAGE` / `python -m slm_jax STAGE`: finds the stage, reads its settings, calls it, reports errors."""
 
 import argparse
+import difflib
 import errno
-import importlib
 import re
 import sys
 from collections.abc import Sequence
 
 import gin
 
-from slm_jax import config, processes
+from slm_jax import config, startup
 from slm_jax import settings as settings_lib
-from slm_jax.compile.topology import silence_missing_chips
-from slm_jax.data.store import disk_full_is_an_answer
+from slm_jax.declarations import declarations
 from slm_jax.errors import UserError
+from slm_jax.renamed import SYNONYMS
 
-# Stage -> the module that holds the function of that name (`analyze report` is analyze_report). All are imported to
-# register their gin names; importing them neither imports TensorFlow nor starts a device.
+# Stage -> the module that holds the function of that name (`analyze report` is analyze_report). It is imported when the
+# command's arguments are checked.
 STAGES = {
     "prepare": "slm_jax.data.prepare",
     "train": "slm_jax.train.loop",
@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="slm-jax",
         description="Train language models on the tokens that matter.",
-        epilog="`slm-jax STAGE --help` lists the settings of a stage.",
+        epilog="`slm-jax STAGE --help` lists the settings of a stage, `slm-jax help NAME` those of a class such as "
+        "Selection, `slm-jax help sizes` the sizes of models.",
         add_help=False,
     )
     stages = ", ".join(STAGES)
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not known.stage:
         parser.print_help(sys.stdout if known.help else sys.stderr)
         return DONE if known.help else USAGE
+    if known.stage[0] == "help":
+        return _help(known.stage[1:])
     words = next((number for number in (2, 1) if " ".join(known.stage[:number]) in STAGES), None)
     if words is None:
         return _fail(" ".join(known.stage[:2]), f"no such stage: there are {stages}", USAGE)
@@ -80,23 +83,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stage, runs = "_".join(known.stage[:words]), [word for word in known.stage[words:] if not word.startswith("--")]
     settings = {*rest, *known.stage} - {*known.stage[:words], *runs}
     rest = [argument for argument in (sys.argv[1:] if arguments is None else arguments) if argument in settings]
-    for module in STAGES.values():
-        importlib.import_module(module)
     if known.help:
         print(settings_lib.help_text(stage))
         return DONE
     bindings = [_binding(stage, argument) for argument in rest]
     if runs and (binding := config.words_binding(stage, runs)):
         bindings.append(binding)
+        if stage == "prepare" and not known.gin_file:  # files alone need no settings of a source
+            bindings.insert(0, "Source.name='text'")
     elif runs or None in bindings:
-        argument = runs[0] if runs else rest[bindings.index(None)]
-        message = f"unknown argument {argument!r}: settings look like --gin.NAME=VALUE"
-        message += "".join(f", --{name}=TEXT" for name in config.text_settings(stage))
-        message += "".join(f", --{name}" for name in config.flags(stage))
-        return _fail(stage, message, USAGE)
-    silence_missing_chips()
+        return _fail(stage, _unknown(stage, runs[0] if runs else rest[bindings.index(None)]), USAGE)
     bindings = [binding for binding in bindings if binding is not None]
     return _run(stage, known.gin_file, bindings, known.allow_gin_imports)
+
+
+def _help(words: Sequence[str]) -> int:
+    """`slm-jax help NAME`: a stage, a class such as Selection, or the named sizes of models."""
+    name = "_".join(words)
+    if name == "sizes":
+        from slm_jax.models.model_config import sizes_text
+
+        print(sizes_text())
+    elif name in declarations():
+        print(settings_lib.help_text(name))
+    else:
+        near = difflib.get_close_matches(name, declarations(), n=1, cutoff=0.5)
+        known = f"did you mean {near[0]!r}?" if near else f"known are sizes, {', '.join(sorted(declarations()))}"
+        return _fail("help", f"no help on {name!r}: {known}", USAGE)
+    return DONE
 
 
 def _binding(stage: str, argument: str) -> str | None:
@@ -105,6 +119,10 @@ def _binding(stage: str, argument: str) -> str | None:
     if re.fullmatch(r"--gin\.[^=]+=.*", argument, re.DOTALL):
         return argument.removeprefix("--gin.")
     found = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
+    if found and found[1] in config.text_lists(stage) and not found[2].startswith("["):
+        return f"{stage}.{found[1]}=[{found[2]!r}]"
+    if found and found[1] in config.text_lists(stage):
+        return f"{stage}.{found[1]}={found[2]}"
     if found and found[1] in config.text_settings(stage):
         return f"{stage}.{found[1]}={found[2]!r}"
     if found and found[1] in config.number_settings(stage):
@@ -114,16 +132,39 @@ def _binding(stage: str, argument: str) -> str | None:
     return None
 
 
+def _unknown(stage: str, argument: str) -> str:
+    """What is wrong with an argument, with the nearest one that there is."""
+    name, equals, value = argument.removeprefix("--").partition("=")
+    texts, flags = config.text_settings(stage), config.flags(stage)
+    own = {other: f"--{other}" for other in (*texts, *config.text_lists(stage), *config.number_settings(stage), *flags)}
+    near = difflib.get_close_matches(name, own, n=1, cutoff=0.7)
+    if argument.startswith("--") and (name in SYNONYMS or near):
+        meant = f"--gin.{SYNONYMS[name]}" if name in SYNONYMS else own[near[0]]
+        return f"unknown argument {argument!r}: did you mean {meant}{equals}{value}?"
+    message = f"unknown argument {argument!r}: settings look like --gin.NAME=VALUE"
+    return message + "".join([f", --{other}=TEXT" for other in texts] + [f", --{other}" for other in flags])
+
+
 def _run(stage: str, files: Sequence[str], bindings: Sequence[str], allow_imports: bool) -> int:
     try:
         config.load(files, bindings, allow_imports=allow_imports)
+        config.check_complete(stage)
     except UserError as error:
         return _fail(stage, _text(error), USAGE)
+    startup.before_jax()
+    # Imported only now: JAX takes seconds, and a mistake in the arguments needs none of it.
+    from slm_jax import processes
+    from slm_jax.compile.topology import silence_missing_chips
+
+    silence_missing_chips()
     with processes.together():
         return _call(stage)
 
 
 def _call(stage: str) -> int:
+    from slm_jax import processes
+    from slm_jax.data.store import disk_full_is_an_answer
+
     try:
         if stage in SHARED:
             processes.start(preemptible=stage == "train")
@@ -157,7 +198,8 @@ def _text(error: BaseException) -> str:
 
 def _fail(stage: str, message: str, code: int) -> int:
     line = f"slm-jax {stage}: error: {message}"
-    processes.fail(line, code)
+    if processes := sys.modules.get("slm_jax.processes"):  # not imported: there are no others yet
+        processes.fail(line, code)
     print(line, file=sys.stderr)
     return code
 

@@ -4,10 +4,9 @@ gin binds config dataclasses and the arguments of stage functions, nothing deepe
 suggests the nearest known one; a name of an earlier version is an error that gives the new one (renamed.py).
 """
 
+import ast
 import difflib
-import importlib.metadata
-import importlib.util  # gin reads importlib.util without importing it
-import inspect
+import importlib.util  # noqa: F401 (gin reads importlib.util without importing it)
 import io
 import os
 import platform
@@ -15,7 +14,6 @@ import re
 import subprocess
 import sys
 import tokenize
-import typing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +22,11 @@ from typing import Any
 import gin
 from gin import config_parser
 
-from slm_jax import settings as settings_lib
+from slm_jax.configurable import fit, without_marks
+from slm_jax.declarations import declarations, register
 from slm_jax.errors import UserError
-from slm_jax.renamed import new_setting
+from slm_jax.renamed import SYNONYMS, new_setting
+from slm_jax.settings import kinds, reached_by, settings_of
 
 _command_line: list[str] = []  # bindings of `--gin.NAME=VALUE` in this process
 RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
@@ -42,12 +42,17 @@ def load(files: Sequence[str] = (), bindings: Sequence[str] = (), *, allow_impor
     Includes are looked up from the working directory and from the four directories above the including file.
     Files are data: an `import` runs code, and is refused unless `allow_imports`.
 
+    No module of a stage needs to be imported for this.
+
     Raises:
       UserError: `gin-no-file`, `gin-unknown-name`, `gin-unknown-macro`, `gin-renamed`, `gin-syntax`, `gin-import`,
-        `gin-includes-itself`, `gin-not-utf-8`, or `gin-error` for anything else.
+        `gin-includes-itself`, `gin-not-utf-8`, or `gin-error` for anything else; `setting-type` and the other codes of
+        configurable.py for a value that does not fit its setting.
     """
     global _imports_allowed
     _imports_allowed = allow_imports
+    register()
+    bindings = [with_quotes(binding) for binding in bindings]
     _read_files.clear()
     _included.clear()
     gin.config._LOCATION_PREFIXES[:] = [""]  # pyright: ignore[reportAttributeAccessIssue] (those of an earlier load)
@@ -79,6 +84,41 @@ def _parse(files: Sequence[str], bindings: Sequence[str]) -> None:
         raise UserError(error.code, str(error).splitlines()[0]) from None
     except (ValueError, SyntaxError, OSError, ImportError, tokenize.TokenError) as error:
         raise UserError(*_explain(error)) from error
+    # Values that gin would only hand over when the stage runs. References and macros are checked then.
+    for (_, selector), settings in gin.config._CONFIG.items():  # pyright: ignore[reportAttributeAccessIssue]
+        declaration = declarations().get(selector.split(".")[-1])
+        if declaration is None or declaration.selector != selector:  # a user's own
+            continue
+        for name, value in settings.items():
+            inside = gin.config._iterate_flattened_values(value)  # pyright: ignore[reportAttributeAccessIssue]
+            if not any(isinstance(item, gin.config.ConfigurableReference) for item in inside):  # pyright: ignore[reportAttributeAccessIssue]
+                fit(value, declaration.parameters[name].annotation, f"{declaration.name}.{name}")
+
+
+def with_quotes(binding: str) -> str:
+    """A binding of the command line, `train.run_dir=runs/mine`, with the quotes that gin wants around a text."""
+    name, _, value = binding.partition("=")
+    owner, _, setting = name.strip().split("/")[-1].rpartition(".")
+    declaration = declarations().get(owner.split(".")[-1])
+    parameter = declaration.parameters.get(setting) if declaration else None
+    takes = set(kinds(parameter.annotation)) if parameter else set()
+    if str not in takes or not value.strip() or value.strip()[0] in "\"'@%[({":
+        return binding
+    try:
+        number = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        return f"{name}={value!r}"
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    return f"{name}={value!r}" if is_number and not takes & {int, float} else binding
+
+
+def check_complete(stage: str) -> None:
+    """Raises UserError `settings-missing` if a setting that the stage requires is not bound."""
+    bound = gin.config._CONFIG.get(("", declarations()[stage].selector), {})  # pyright: ignore[reportAttributeAccessIssue]
+    missing = [repr(s.name) for s in settings_of(stage) if s.default is None and s.name not in bound]
+    if missing:
+        names = " and ".join(missing)
+        raise UserError("settings-missing", f"settings are missing: {stage} needs {names} (--gin.{stage}.NAME=VALUE)")
 
 
 class _GinText(io.StringIO):
@@ -167,6 +207,11 @@ def _explain(error: Exception) -> tuple[str, str]:
     return "gin-error", line
 
 
+def gin_folders() -> list[str]:
+    """Folders of the gin files that were read, in the order of reading."""
+    return list(dict.fromkeys(str(Path(path).parent) for path in _read_files))
+
+
 def _first_use(macro: str) -> str:
     """Where a gin file reads a macro first, as text; nothing if only the command line does."""
     for path, text in _read_files.items():
@@ -184,67 +229,58 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _nearest_setting(owner: str, name: str) -> str:
     """The setting that an unknown name of a configurable may mean: one of its own that is spelt alike or whose sentence
     has the words, or one of that name elsewhere."""
-    own = {setting.name: setting.sentence for setting in settings_lib.settings_of(owner)}
+    if name in SYNONYMS:
+        return f": did you mean {SYNONYMS[name].removeprefix(f'{owner}.')!r}?"
+    own = {setting.name: setting.sentence for setting in settings_of(owner)}
     alike = difflib.get_close_matches(name, sorted(own), n=1, cutoff=0.6)
     alike += [setting for setting, sentence in own.items() if name.replace("_", " ") in sentence]
-    reached = settings_lib.reached_by(owner)
-    alike += [
-        f"{other}.{name}" for other in reached for setting in settings_lib.settings_of(other) if setting.name == name
-    ]
+    reached = reached_by(owner)
+    alike += [f"{other}.{name}" for other in reached for setting in settings_of(other) if setting.name == name]
     return f": did you mean {alike[0]!r}?" if alike else f": known names are {', '.join(sorted(own))}"
 
 
 def surface() -> dict[str, dict[str, str]]:
     """Everything that gin may bind: configurable -> {parameter: default as text}. Frozen by a test."""
-    found = {}
-    for selector, entry in gin.config._REGISTRY.items():  # pyright: ignore[reportAttributeAccessIssue]
-        if not (entry.module or "").startswith("slm_jax"):
-            continue
-        parameters = inspect.signature(entry.wrapped).parameters.values()
-        names = {p.name: _default(p) for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
-        if entry.allowlist:
-            names |= {name: "(of the size)" for name in entry.allowlist if name not in names}
-        found[selector.split(".")[-1]] = names
-    return found
+    return {name: {s.name: s.default or "(required)" for s in settings_of(name)} for name in declarations()}
 
 
 def text_settings(stage: str) -> list[str]:
     """The stage's own settings that are strings, for which `--NAME=TEXT` needs no quotes for gin."""
     texts = (str, str | None, str | os.PathLike, str | os.PathLike | None)
-    return [name for name, kind in _kinds(stage).items() if kind in texts]
+    return [name for name, kind in _types(stage).items() if kind in texts]
+
+
+def text_lists(stage: str) -> list[str]:
+    """The stage's own settings that are lists of strings: `--NAME=TEXT` gives one, `--NAME="['A', 'B']"` several."""
+    return [name for name, kind in _types(stage).items() if kind == Sequence[str]]
 
 
 def flags(stage: str) -> list[str]:
     """The stage's own settings that are False by default, which `--NAME` turns on."""
-    parameters = inspect.signature(gin.get_configurable(stage)).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.default is False]
+    return [name for name, parameter in declarations()[stage].parameters.items() if parameter.default is False]
 
 
 def number_settings(stage: str) -> list[str]:
     """Names of the stage's own settings that are one number, so that `--NAME=VALUE` needs no `gin.STAGE`."""
     numbers = (int, float, int | None, float | None)
-    return [name for name, kind in _kinds(stage).items() if kind in numbers]
+    return [name for name, kind in _types(stage).items() if kind in numbers]
 
 
-def _kinds(stage: str) -> dict[str, Any]:
+def _types(stage: str) -> dict[str, Any]:
     """The types of a stage's own settings, without ranges."""
-    kinds = typing.get_type_hints(gin.get_configurable(stage))
-    return {name: kind for name, kind in kinds.items() if name != "return"}
+    return {name: without_marks(parameter.annotation) for name, parameter in declarations()[stage].parameters.items()}
 
 
 def words_binding(stage: str, words: Sequence[str]) -> str | None:
-    """The binding of words after the stage's name, `slm-jax analyze report RUN RUN` or `slm-jax experiment RECIPE`;
-    None where the stage takes none, or fewer."""
-    parameters = inspect.signature(gin.get_configurable(stage)).parameters
+    """The binding of words after the stage's name, where one is obvious: `slm-jax analyze report RUN RUN`,
+    `slm-jax prepare FILE FILE`, `slm-jax experiment RECIPE`; None where there is none, or it takes fewer."""
+    parameters = declarations()[stage].parameters
     if "runs" in parameters:
         return f"{stage}.runs={list(words)!r}"
-    return f"{stage}.recipe={words[0]!r}" if "recipe" in parameters and len(words) == 1 else None
-
-
-def _default(parameter: inspect.Parameter) -> str:
-    if parameter.default is inspect.Parameter.empty:
-        return "(required)"
-    return repr(parameter.default)
+    if stage == "prepare":
+        return f"Source.files={list(words)!r}"
+    one = next((name for name in ("recipe", "run", "folder") if name in parameters), None)
+    return f"{stage}.{one}={words[0]!r}" if one and len(words) == 1 else None
 
 
 class _Names(config_parser.ParserDelegate):
@@ -295,6 +331,8 @@ def print_unused() -> None:
 
 def environment(more_packages: Sequence[str] = ()) -> dict[str, Any]:
     """Versions, commit, command and platform: what one needs to repeat a run."""
+    import importlib.metadata  # here: the check of a command's arguments does without it
+
     versions = {}
     for package in (*RECORDED_PACKAGES, *more_packages):
         try:

@@ -6,6 +6,7 @@ the same annotations.
 """
 
 import functools
+import importlib
 import inspect
 import math
 import numbers
@@ -85,10 +86,17 @@ def configurable(target: str, allowlist: Sequence[str] | None = None) -> Callabl
 def configurable(target: Made) -> Made: ...
 def configurable(target: Any, allowlist: Sequence[str] | None = None) -> Any:
     """Decorates a function or dataclass that gin may bind by its name, or by the name given."""
-    if isinstance(target, str):
-        register: Any = gin.configurable(target, allowlist=allowlist)  # whose annotation takes no name
-        return lambda made: register(checked(target)(made))
-    return gin.configurable(checked(target.__name__)(target))
+    if not isinstance(target, str):
+        return configurable(target.__name__)(target)
+
+    def register(made: Any) -> Any:
+        # declarations.py has told gin of it if settings were read before this module was imported.
+        gin.config._REGISTRY._selector_map.pop(f"{made.__module__}.{target}", None)  # pyright: ignore[reportAttributeAccessIssue]
+        with gin.unlock_config():
+            decorate: Any = gin.configurable(target, allowlist=allowlist)  # whose annotation takes no name
+            return decorate(checked(target)(made))
+
+    return register
 
 
 def checked(owner: str) -> Callable[[Made], Made]:
@@ -141,6 +149,7 @@ def fit(value: Any, annotation: Any, name: str) -> Any:
 
 def fit_settings(owner: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What gin binds for a configurable that is not called, checked as if it were."""
+    importlib.import_module(gin.config._REGISTRY.get_match(owner).module)  # pyright: ignore[reportAttributeAccessIssue]
     takes = typing.get_type_hints(gin.get_configurable(owner), include_extras=True)
     return {name: fit(value, takes[name], f"{owner}.{name}") for name, value in settings.items()}
 
@@ -152,6 +161,8 @@ class _Unfit(Exception):
 
 def _fit(value: Any, annotation: Any) -> Any:
     kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is Any:
+        return value
     if kind is Annotated:
         value = _fit(value, arguments[0])
         for mark in arguments[1:]:
@@ -206,3 +217,11 @@ def marks(annotation: Any) -> list[Any]:
     """The ranges and choices that an annotation names, in lists and alternatives too."""
     found = list(getattr(annotation, "__metadata__", ()))
     return found + [mark for argument in typing.get_args(annotation) for mark in marks(argument)]
+
+
+def without_marks(annotation: Any) -> Any:
+    """An annotation without ranges and choices: `int | None` for `Annotated[int, AtLeast(1)] | None`."""
+    kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is Annotated:
+        return without_marks(arguments[0])
+    return functools.reduce(operator.or_, map(without_marks, arguments)) if kind in _UNIONS else annotation

@@ -34,9 +34,7 @@ class MetricsWriter:
         rows = directory.metrics() if first_step else []
         write_json_lines(directory.metrics_jsonl, [row for row in rows if row["step"] <= first_step])
         self._file = ResumableJsonl(directory.metrics_jsonl)
-        import tensorboardX  # here, because it imports PyTorch if that is installed: three seconds
-
-        self._board = tensorboardX.SummaryWriter(str(directory.tensorboard), purge_step=first_step + 1)
+        self._board = _tensorboard().SummaryWriter(str(directory.tensorboard), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes one row; `step` is the number of finished steps. None and values that are not finite become null."""
@@ -51,6 +49,19 @@ class MetricsWriter:
     def close(self) -> None:
         if self._writes:
             self._board.close()
+
+
+def _tensorboard() -> Any:
+    """The module tensorboardX, imported without PyTorch, which takes three seconds and of which nothing is used."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] (Python's way to say: not installed)
+    try:
+        import tensorboardX
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def _plain(value: Any) -> Any:

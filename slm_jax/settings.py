@@ -6,16 +6,14 @@ The sentences are the entries `name: text` of docstrings, under `Args:` or `Attr
 import dataclasses
 import inspect
 import re
-import sys
 import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import gin
-
 from slm_jax.configurable import OneOf, marks
+from slm_jax.declarations import Declaration, declarations, table
 
 WIDTH = 110  # of the help text, in characters
 
@@ -47,41 +45,25 @@ class Setting:
         return f"{self.name}{type_} = {self.default or '(required)'}"
 
 
-def configurables() -> dict[str, Any]:
-    """Name -> function or class, of everything in slm_jax that gin may bind and that has been imported."""
-    registry = gin.config._REGISTRY.items()  # pyright: ignore[reportAttributeAccessIssue]
-    return {name.split(".")[-1]: entry for name, entry in registry if (entry.module or "").startswith("slm_jax")}
-
-
 def settings_of(name: str) -> list[Setting]:
     """The settings of one configurable, in the order of its signature."""
-    entry = configurables()[name]
-    signature = inspect.signature(entry.wrapped)
-    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    defaults = {p.name: None if p.default is p.empty else repr(p.default) for p in parameters}
-    documented = sentences(entry.wrapped)
-    # `model` passes further settings on to the dataclass that it returns.
-    if entry.allowlist:
-        passed_on = inspect.signature(signature.return_annotation).parameters.values()
-        further = [p for p in passed_on if p.name in entry.allowlist and p.name not in defaults]
-        defaults |= {p.name: "(of the size)" for p in further}
-        parameters += further
-        documented |= sentences(signature.return_annotation)
-    takes = typing.get_type_hints(entry.wrapped, include_extras=True)
-    if entry.allowlist:
-        takes |= typing.get_type_hints(signature.return_annotation, include_extras=True)
-    producers = _producers()
+    declaration, producers = declarations()[name], _producers()
+    documented = sentences(declaration.doc)
+    if declaration.takes_fields_of:
+        documented |= sentences(declaration.takes_fields_of.doc)
     found = []
-    for parameter in parameters:
+    for parameter in declaration.parameters.values():
+        annotation, default = parameter.annotation, parameter.default
         sentence = documented.get(parameter.name, "")
         named = [word for word in re.findall(r"\w+", sentence) if word in producers]
-        taken = [made for kind in _kinds(parameter.annotation) for made in producers.get(kind.__name__, ())]
+        taken = [made for kind in kinds(annotation) for made in producers.get(kind.__name__, ())]
+        shown = None if default is inspect.Parameter.empty else "(of the size)" if default is ... else repr(default)
         found.append(
             Setting(
                 parameter.name,
-                _type_text(takes[parameter.name]),
-                defaults[parameter.name],
-                tuple(_values(takes[parameter.name], sentence, entry.wrapped)),
+                _type_text(annotation),
+                shown,
+                tuple(_values(annotation, sentence, declaration)),
                 sentence,
                 tuple(dict.fromkeys([*taken, *(made for word in named for made in producers[word])])),
             )
@@ -98,30 +80,52 @@ def reached_by(stage: str) -> list[str]:
     return found
 
 
-def help_text(stage: str) -> str:
-    """What `slm-jax STAGE --help` prints: the stage's docstring, then its settings and those of all that it reaches."""
-    about = re.split(r"\n\w+:\n", inspect.cleandoc(configurables()[stage].wrapped.__doc__ or ""))[0].strip()
-    lines = [about, "", "Settings, as --gin.NAME=VALUE or in a --gin_file; those of the stage that are text also as"]
-    lines += ["--NAME=VALUE (numbers too), those that are off also as --NAME:"]
-    for name in reached_by(stage):
-        lines += ["", name if name == stage else textwrap.fill(f"{name}: {summary(name)}", WIDTH)]
-        for setting in settings_of(name):
-            text = setting.sentence + (f" Values: {', '.join(setting.values)}." if setting.values else "")
-            lines += [f"  {name}.{setting.declaration}"]
-            lines += [textwrap.fill(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)] if text else []
+# Package of a configurable -> heading of its group in the help of a stage, in this order.
+GROUPS = {
+    "train": "Phases, learning rate and optimizer",
+    "score": "Selection",
+    "data": "Data",
+    "models": "Model",
+    "evaluate": "Evaluation",
+    "experiment": "Recipe",
+}
+OTHERS = "Devices and the like"
+
+
+def help_text(name: str) -> str:
+    """What `slm-jax STAGE --help` and `slm-jax help NAME` print: a docstring and the settings, then, in groups, those
+    of all that they reach."""
+    lines = [re.split(r"\n\w+:\n", declarations()[name].doc)[0].strip()]
+    lines += ["", "Settings, as --gin.NAME=VALUE or in a --gin_file; those of the stage that are text also as"]
+    lines += ["--NAME=VALUE (numbers too), those that are off also as --NAME:", *_settings_text(name)]
+    grouped: dict[str, list[str]] = {heading: [] for heading in (*GROUPS.values(), OTHERS)}
+    for other in reached_by(name)[1:]:
+        grouped[GROUPS.get(declarations()[other].module.split(".")[1], OTHERS)].append(other)
+    for heading, names in grouped.items():
+        lines += ["", f"--- {heading} ---"] if names else []
+        for other in names:
+            lines += ["", textwrap.fill(f"{other}: {summary(other)}", WIDTH), *_settings_text(other)[1:]]
     return "\n".join(lines)
+
+
+def _settings_text(name: str) -> list[str]:
+    """A line for each setting of a configurable, and its sentence with the allowed values below it."""
+    lines = ["", name]
+    for setting in settings_of(name):
+        text = setting.sentence + (f" Values: {', '.join(setting.values)}." if setting.values else "")
+        lines += [f"  {name}.{setting.declaration}"]
+        lines += [textwrap.fill(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)] if text else []
+    return lines
 
 
 def summary(name: str) -> str:
     """The first paragraph of a configurable's docstring on one line."""
-    text = inspect.cleandoc(configurables()[name].wrapped.__doc__ or "")
-    return " ".join(text.split("\n\n")[0].split())
+    return " ".join(declarations()[name].doc.split("\n\n")[0].split())
 
 
-def sentences(documented: Any) -> dict[str, str]:
+def sentences(doc: str) -> dict[str, str]:
     """Name -> text of the entries under `Args:` or `Attributes:` in the docstring of a function or dataclass."""
-    text = inspect.cleandoc(documented.__doc__ or "")
-    section = re.search(r"^(?:Args|Attributes):\n((?:[ ]+.*\n?)+)", text, re.MULTILINE)
+    section = re.search(r"^(?:Args|Attributes):\n((?:[ ]+.*\n?)+)", inspect.cleandoc(doc), re.MULTILINE)
     listed = inspect.cleandoc("\n" + section[1]) if section else ""
     entries = re.split(r"^\*{0,2}(\w+): +", listed, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in zip(entries[1::2], entries[2::2], strict=True)}
@@ -130,30 +134,29 @@ def sentences(documented: Any) -> dict[str, str]:
 def _producers() -> dict[str, list[str]]:
     """Class name -> the configurables that make one: the class, or functions that return it."""
     found: dict[str, list[str]] = {}
-    for name, entry in configurables().items():
-        made = entry.wrapped if inspect.isclass(entry.wrapped) else inspect.signature(entry.wrapped).return_annotation
-        if inspect.isclass(made) and dataclasses.is_dataclass(made):
-            found.setdefault(made.__name__, []).append(name)
+    for name, declaration in declarations().items():
+        found.setdefault(declaration.makes, []).append(name)
+    found.pop("", None)
     return found
 
 
-def _kinds(annotation: Any) -> Iterator[type]:
+def kinds(annotation: Any) -> Iterator[type]:
     """The classes that an annotation names, in lists and alternatives too."""
     if arguments := typing.get_args(annotation):
         for argument in arguments:
-            yield from _kinds(argument)
+            yield from kinds(argument)
     elif inspect.isclass(annotation) and annotation is not types.NoneType:
         yield annotation
 
 
-def _values(annotation: Any, sentence: str, owner: Any) -> Iterator[str]:
+def _values(annotation: Any, sentence: str, owner: Declaration) -> Iterator[str]:
     """The choices and ranges of the annotation, or the keys of tables of the owner's module named in the sentence."""
     found = marks(annotation)
     for mark in found:
         yield from map(repr, mark.choices) if isinstance(mark, OneOf) else [str(mark)]
     if not found:
         for name in re.findall(r"`([A-Z_]{2,})`", sentence):
-            yield from map(repr, getattr(sys.modules[owner.__module__], name, ()))
+            yield from map(repr, table(name, owner.module))
 
 
 def _type_text(annotation: Any) -> str:

@@ -12,10 +12,11 @@ import gin
 import numpy as np
 import pytest
 
-from slm_jax import config, settings
+from slm_jax import config
 from slm_jax.__main__ import STAGES
 from slm_jax.configurable import Above, AtLeast, AtMost, Below, OneOf
 from slm_jax.data.mixture import MixtureComponent
+from slm_jax.declarations import declarations
 from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.score.selection import Selection
@@ -52,7 +53,8 @@ def leaves(annotation):
 
 
 def surface() -> Iterator[tuple[str, Any, str, list[tuple[Any, tuple[Any, ...]]]]]:
-    for name, entry in settings.configurables().items():
+    for name, declaration in declarations().items():
+        entry = gin.config._REGISTRY.get_match(declaration.selector)  # pyright: ignore[reportAttributeAccessIssue]
         owner = ModelConfig if name == "model" else entry.wrapped
         hints = typing.get_type_hints(owner, include_extras=True)
         for setting in inspect.signature(owner).parameters:

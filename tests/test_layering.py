@@ -17,7 +17,9 @@ BOTTOM = {
     "run_directory",
     "config",
     "configurable",
+    "declarations",
     "settings",
+    "startup",
     "chips",
     "mesh",
     "processes",
@@ -38,7 +40,8 @@ MAY_IMPORT = {
     "compile": BOTTOM | {"models", "data", "score", "train"},
     "__main__": BOTTOM
     | {"models", "data", "score", "train", "evaluate", "analyze", "convert", "experiment", "compile"},
-    "__init__": set(),
+    # Names only, for type checkers; it imports nothing at import.
+    "__init__": BOTTOM | {"models", "data", "score", "train", "evaluate", "analyze", "convert", "experiment"},
 }
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
 TENSORFLOW = {"seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text"}

@@ -88,8 +88,9 @@ def test_help_lists_every_setting_of_a_stage(stage, run):
 @pytest.mark.parametrize(
     "arguments, code, messages",
     [
-        (["train", "--sead=1"], 2, ["unknown argument '--sead=1'", "--gin.NAME=VALUE", "--run_dir=TEXT"]),
-        (["train", "--run_dirs=r"], 2, ["unknown argument '--run_dirs=r'", "--run_dir=TEXT"]),
+        (["train", "--xyzzy=1"], 2, ["unknown argument '--xyzzy=1'", "--gin.NAME=VALUE", "--run_dir=TEXT"]),
+        (["train", "--sead=1"], 2, ["unknown argument '--sead=1': did you mean --seed=1?"]),
+        (["train", "--run_dirs=r"], 2, ["unknown argument '--run_dirs=r': did you mean --run_dir=r?"]),
         (["train", "more"], 2, ["unknown argument 'more'"]),
         (["train", "--gin.train.run_dir"], 2, ["unknown argument '--gin.train.run_dir'"]),
         (["train", "--gin_file=nowhere.gin"], 2, ["nowhere.gin", "--gin_file", "[gin-no-file]"]),
@@ -98,8 +99,11 @@ def test_help_lists_every_setting_of_a_stage(stage, run):
         (["train", "--gin.model.layers=1"], 2, ["'model.layers'", "'num_layers'", "[gin-unknown-name]"]),
         (["train", "--gin.train.phases=[@Phas()]"], 2, ["'Phas'", "'Phase'", "[gin-unknown-name]"]),
         (["train", "--gin.train.micro_batches=2"], 2, ["'train.gradient_accumulation_steps'", "[gin-renamed]"]),
-        (["train", "--gin.train.run_dir=runs/mine"], 2, ["quotes", "[gin-syntax]"]),
-        (["train", "--gin.train.run_dir=mine"], 2, ["quotes", "[gin-syntax]"]),
+        (["train", "--gin.train.seed=mine"], 2, ["quotes", "[gin-syntax]"]),
+        (["train", "--run_dir=r", "--gin.train.seed='x'"], 2, ["train.seed is 'x'", "[setting-type]"]),
+        (["train", "--lr=1e-3"], 2, ["'--lr=1e-3'", "did you mean --gin.cosine_schedule.peak=1e-3?"]),
+        (["train", "--batch_size=8"], 2, ["did you mean --gin.Phase.batch_size=8?"]),
+        (["train", "--dryrun"], 2, ["did you mean --dry_run?"]),
         (["train", "--gin.Phase.steps=1", "--gin.MixtureComponent.corpus='c'"], 2, ["train needs 'run_dir'"]),
         (["train", "--gin.train.run_dir='r'"], 1, ["Phase.steps", "[phase-length]"]),
         (
@@ -133,8 +137,28 @@ def test_runs_are_words_and_settings_may_hold_spaces(run):
     assert code == 1 and "no run has" in error and "[run-not-trained]" in error
     code, _, error = run("experiment", "--gin.experiment.overrides=['a = 1']", "one", "--recipe=the other")
     assert code == 1 and "no recipe 'the other'" in error
-    code, _, error = run("prepare", "a run")
+    code, _, error = run("train", "a run")
     assert code == 2 and "unknown argument 'a run'" in error
+
+
+def test_words_are_files_or_the_run_where_one_is_meant(run):
+    code, _, error = run("prepare", "no file.txt", "other.txt", "--corpus=c")
+    assert code == 1 and "source 'text': no such file: no file.txt" in error
+    code, _, error = run("generate", "nowhere", "--prompt=The")
+    assert code == 1 and "nowhere" in error
+    code, _, error = run("prepare", "a.txt", "--corpus=c", "--gin.Source.name=mine")
+    assert code == 1 and "source 'mine'" in error
+
+
+def test_help_on_a_name(run):
+    code, output, _ = run("help", "Selection")
+    assert code == 0 and "Selection.ratio: float = 0.6" in output and "model.size" not in output
+    code, output, _ = run("help", "sizes")
+    assert code == 0 and "tinyllama_1_1b  1,100.0M" in output
+    code, output, _ = run("help", "analyze", "report")
+    assert code == 0 and "analyze_report.output" in output
+    code, _, error = run("help", "Selecton")
+    assert code == 2 and "did you mean 'Selection'?" in error
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import ast
 import html
-import importlib
 import os
 import re
 import sys
@@ -76,11 +75,10 @@ def settings_page() -> str:
     sys.path.insert(0, str(ROOT))
     from slm_jax import settings
     from slm_jax.__main__ import STAGES
+    from slm_jax.declarations import declarations
 
-    for module in STAGES.values():
-        importlib.import_module(module)
     stages = [stage.replace(" ", "_") for stage in STAGES]
-    others = [name for name in settings.configurables() if name not in stages]
+    others = [name for name in declarations() if name not in stages]
     lines = [(ROOT / "docs" / "settings_intro.md").read_text()]
     for title, names in (("Stages", stages), ("What stages take", sorted(others, key=str.lower))):
         lines.append(f"## {title}\n")

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -228,6 +227,9 @@ def splash_attention(query: Queries, key: Keys, value: Keys, segment_ids: Segmen
 
     It skips blocks of keys in the future or before the window, and masks segments within blocks.
     """
+    # Imported here: on other platforms the start of a run does without the compiler of TPU kernels.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     length, heads = query.shape[1:3]
     size = next(size for size in SPLASH_BLOCKS if length % size == 0)
     within = (length, length)

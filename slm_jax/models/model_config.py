@@ -278,3 +278,20 @@ def model_config(size: str = "demo", **changes: Any) -> ModelConfig:
             "model-size-unknown", f"model.size {size!r}: take {', '.join(SIZES)}, or the path of a model directory"
         )
     return dataclasses.replace(ModelConfig.from_json(read_about(size)["model"]), **changes)
+
+
+def sizes_text() -> str:
+    """What `slm-jax help sizes` prints: a line for each named size."""
+    header = ("model.size", "parameters", "layers", "width", "heads", "kv heads", "vocabulary", "longest row")
+    rows: list[tuple[str, ...]] = [header]
+    for name, config in SIZES.items():
+        whole = dataclasses.replace(config, vocab_size=config.vocab_size or 2048)
+        fields = (config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads)
+        vocabulary = config.vocab_size or "the corpus'"
+        rows.append(
+            (name, f"{whole.parameter_count() / 1e6:,.1f}M", *map(str, (*fields, vocabulary, config.max_length)))
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = "Parameters of sizes that take the corpus' vocabulary are those at 2048 ids."
+    return "\n".join([*lines, "", note])

@@ -75,6 +75,8 @@ def compile_ahead(
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     kind = devices[0].device_kind
     print(f"compile: {run.model.parameter_count() / 1e6:.1f}M parameters on {len(devices)} x {kind}, mesh {shape}")
+
+    # ---- Each step, compiled for the topology
     steps = [*(train_steps(run) if "train" in programs else ()), *([score_step(run)] if "score" in programs else ())]
     plans = []
     for step in steps:
@@ -109,6 +111,7 @@ def plan_step(step: StepProgram, chip: Chip) -> dict[str, Any]:
         "length": work.length,
         "gradient_accumulation_steps": work.gradient_accumulation_steps,
     }
+    # A program that the compiler refuses for its memory still says how much it needs.
     held, program = (step.weights, step.moments, step.batch), None
     try:
         compiled = step.compile()

@@ -119,6 +119,8 @@ class Program:
         if known:
             return int(known[1])
         condition, body = (self.computations[loop.called(role)[0]] for role in ("condition", "body"))
+
+        # ---- The condition: counter < limit
         test = _root(condition)
         if test.opcode != "compare" or "direction=LT" not in test.attributes:
             return None
@@ -126,6 +128,8 @@ class Program:
         if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
             return None
         place = counter.index
+
+        # ---- The body: what is added to the counter
         step, grown = 0, _source(body, _root(body).operands[place])
         while grown.opcode == "add":
             terms = [_source(body, name) for name in grown.operands]
@@ -136,6 +140,8 @@ class Program:
             grown = next(term for term in terms if term is not constants[0])
         if step < 1 or grown.opcode != "get-tuple-element" or grown.index != place:
             return None
+
+        # ---- Where the counter starts
         carried = _source(self.computations[home], loop.operands[0])
         start = _source(self.computations[home], carried.operands[place]) if carried.opcode == "tuple" else None
         first = int(start.inside) if start and start.opcode == "constant" else 0

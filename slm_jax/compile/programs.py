@@ -105,6 +105,7 @@ def train_steps(run: Run) -> Iterator[StepProgram]:
         seen.append(program)
         name = f"train, phase {number}"
         mesh_lib.check_batch(run.mesh, phase.batch_size, name, gradient_accumulation_steps)
+        # The step of training, with the phase's settings.
         step = make_step(
             run.model,
             phase.selection,
@@ -119,6 +120,7 @@ def train_steps(run: Run) -> Iterator[StepProgram]:
         work = Work(
             name, run.model, run.mesh, phase.batch_size, run.sequence_length, gradient_accumulation_steps, training=True
         )
+        # Its arguments as shapes: the state, which the program updates in place, and the batch.
         batch = _batch(work, phase.score_columns)
         shapes = state_shapes(run.model, optimizer, run.mesh, ema > 0)
         shapes = shapes._replace(start=shapes.params if phase.l2_to_init else None)

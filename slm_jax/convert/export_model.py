@@ -54,6 +54,8 @@ def export_model(
     where = Path(target)
     if processes.on_first(where.exists):
         raise UserError("export-target-exists", f"{target} exists: choose another export.target, or delete it")
+
+    # ---- What is exported
     devices = mesh_lib.make_mesh(mesh)
     config_lib.print_unused()
     model = load_model(source, devices, step)
@@ -61,6 +63,7 @@ def export_model(
     settings = write_config(model.config, dtype)
     print(f"export: step {model.step} of {source} as {settings['model_type']} in {dtype} -> {target}", flush=True)
 
+    # ---- Into a folder of another name, which gets its own when it is complete
     partial = where.with_name(where.name + ".partial")
     with contextlib.ExitStack() as stack:
         busy = f"another process is exporting to {target}: wait for it, or choose another export.target"

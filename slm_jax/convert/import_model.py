@@ -131,10 +131,13 @@ def _vocabulary(path: str, source: str, model: ModelConfig) -> Vocabulary:
 def _record(source: str, weights: Weights, words: Vocabulary, model: ModelConfig) -> dict[str, Any]:
     """run.json of the model directory, with the keys of a train run: what the model was made from."""
 
-    def file_record(path: Path) -> dict[str, Any]:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"name": path.name, "bytes": path.stat().st_size, "sha256": content}
+    def files() -> list[dict[str, Any]]:
+        found = []
+        for path in weights.files():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            found.append({"name": path.name, "bytes": path.stat().st_size, "sha256": content})
+        return found
 
     identity = {
         "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
@@ -145,7 +148,7 @@ def _record(source: str, weights: Weights, words: Vocabulary, model: ModelConfig
     }
     imported = {
         "source": source,
-        "files": processes.on_first(lambda: [file_record(file) for file in weights.files()]),
+        "files": processes.on_first(files),
         "vocabulary": {"ids": words.size, "embedded": model.vocab_size, "padded": model.padded_vocab_size},
     }
     return to_json({"identity": identity, "imported": imported, "settings": {"model": model}, "starts": []})

@@ -71,6 +71,8 @@ def evaluate(
         raise UserError(
             "settings-exclusive", "evaluate.evaluators and evaluate.tasks exclude each other: run them as two commands"
         )
+
+    # ---- Checks, before the model is loaded: tasks and prefixes, then the devices
     harness = harness or Harness()
     columns = columns_of(tasks, run_model_code)
     after_bos = prefixes(columns, conditions, prefix, harness)
@@ -79,6 +81,8 @@ def evaluate(
     devices = mesh_lib.make_mesh(mesh)
     mesh_lib.check_batch(devices, harness.batch_size, "Harness.batch_size")
     config_lib.print_unused()
+
+    # ---- The model as lm_eval calls it, with the answers that earlier commands kept
     model = load_model(run, devices, step)
     vocabulary = run_vocabulary(run, model.vocabulary_hash)
     where = RunDirectory(run).evaluate

@@ -1,7 +1,7 @@
 """What a run cost in floating-point operations, from its run directory: training, scoring, and its references."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.scores import ScoreName
@@ -9,8 +9,6 @@ from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import competes_across_micro_batches, selection_of
-
-Found = TypeVar("Found")
 
 
 class Flops(NamedTuple):
@@ -29,28 +27,21 @@ class Flops(NamedTuple):
 
 def run_flops(settings: Mapping[str, Any], steps: int | None = None) -> Flops:
     """The cost of a train run with these settings (as in run.json), or of its first `steps`."""
-    training = _unless_gone(lambda: _training(settings, steps))
-    scored = _unless_gone(lambda: _scored(settings, steps))
-    if scored is None:
-        return Flops(training, None, None)
-    rows, references = scored
-    scoring = sum((_forward_flops(about, length) * rows for about, length in references), 0.0)
-    trained = [_trained(about) for about, _ in references]
-    return Flops(training, scoring, None if None in trained else sum(filter(None, trained), 0.0))
-
-
-def _trained(about: Mapping[str, Any]) -> float | None:
-    """The training of the model that made a score column; None for an import, or where its directory is gone."""
-    settings = _settings(about)
-    return _unless_gone(lambda: _training(settings, about.get("step"))) if "phases" in settings else None
-
-
-def _unless_gone(find: Callable[[], Found]) -> Found | None:
-    """None where a corpus is not where it was, or has lost a column."""
+    training = _training(settings, steps)
     try:
-        return find()
-    except UserError:
-        return None
+        rows, references = _scored(settings, steps)
+    except UserError:  # a corpus is not where it was, or has lost a column
+        return Flops(training, None, None)
+    scoring, trained = 0.0, []
+    for about, length in references:
+        # Two operations per parameter and token where the reference's own settings are gone.
+        own = RunDirectory(about["run"]).settings() if about.get("run") else {}
+        a_row = 2.0 * (about.get("parameters") or 0) * length
+        if own:
+            a_row = ModelConfig.from_json(own["model"]).flops_per_token(length) * length / 3
+        scoring += a_row * rows
+        trained.append(_training(own, about.get("step")) if "phases" in own else None)  # None for an import, too
+    return Flops(training, scoring, None if None in trained else sum(filter(None, trained), 0.0))
 
 
 def _first_phases(settings: Mapping[str, Any], steps: int | None) -> list[tuple[dict[str, Any], int]]:
@@ -62,11 +53,15 @@ def _first_phases(settings: Mapping[str, Any], steps: int | None) -> list[tuple[
     return [(phase, done) for phase, done in found if done]
 
 
-def _training(settings: Mapping[str, Any], steps: int | None) -> float:
+def _training(settings: Mapping[str, Any], steps: int | None) -> float | None:
+    """Of all steps, or the first ones; None where a corpus is gone."""
     model, total = ModelConfig.from_json(settings["model"]), 0.0
     for phase, done in _first_phases(settings, steps):
-        length = Corpus.open(phase["mixture"][0]["corpus"]).sequence_length
-        selection = selection_of(phase["selection"])
+        try:
+            length = Corpus.open(phase["mixture"][0]["corpus"]).sequence_length
+            selection = selection_of(phase["selection"])
+        except UserError:
+            return None
         # A forward pass is a third of a step. A filtered backward pass costs the selected share; where tokens compete
         # across micro-batches, one more forward pass selects them.
         backward = selection.ratio if selection and selection.gradient == "filtered" else 1.0
@@ -95,16 +90,3 @@ def _scored(settings: Mapping[str, Any], steps: int | None) -> tuple[int, list[t
                     continue
                 references[str(about.get("fingerprint") or name)] = (about, table.sequence_length)
     return min(read, sum(table.num_rows for table in corpora.values())), list(references.values())
-
-
-def _forward_flops(about: Mapping[str, Any], length: int) -> float:
-    """Of one row of a reference; two operations per parameter and token where its own settings are gone."""
-    settings = _settings(about)
-    if not settings:
-        return 2.0 * (about.get("parameters") or 0) * length
-    return ModelConfig.from_json(settings["model"]).flops_per_token(length) * length / 3
-
-
-def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the run that a reference comes from; {} where its directory is gone."""
-    return RunDirectory(about["run"]).settings() if about.get("run") else {}

@@ -65,6 +65,8 @@ def generate(
             "Sampling.temperature above 0",
         )
     refuse_escaped_newline("generate.prefix", prefix)
+
+    # ---- Prompts, all of them checked before the first is continued
     texts = [text for text in _read_prompts(prompt, prompts) for _ in range(num_samples)]
     devices = mesh_lib.make_mesh(mesh)
     config_lib.print_unused()
@@ -74,6 +76,8 @@ def generate(
     ids = [generator.encode(text, prefix) for text in texts]
     for number, prompt_ids in enumerate(ids):
         generator.check(prompt_ids, sampling, f"prompt {number + 1} of {len(ids)}")
+
+    # ---- What decides the result: a file begun with the same record is continued
     sha256 = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     about = {
         "run": run,

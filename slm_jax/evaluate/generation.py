@@ -76,15 +76,8 @@ def sample_tokens(
     top_k: int | None,
     top_p: Float[Array, ""] | None,
 ) -> Int[Array, "B"]:
-    """One token per row; see Sampling. Of equally likely tokens the one with the lowest id comes first.
-
-    Args:
-      logits: float32.
-      keys: one per row; see `row_keys`.
-      temperature: None takes the most likely token.
-      top_k: None draws from all tokens.
-      top_p: None draws from all tokens.
-    """
+    """One token per row, drawn with its own key; see Sampling. Without a temperature the most likely one. Of equally
+    likely tokens the one with the lowest id comes first."""
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
     logits = logits / temperature
@@ -307,12 +300,9 @@ class Generator:
     Args:
         params: the model's, sharded as by `mesh.tree_shardings`.
         model: its config.
-        vocabulary: its vocabulary; ids outside it are never sampled.
+        vocabulary: ids outside it are never sampled.
         mesh: the devices.
-        batch_size: maximum number of rows that are continued together.
-
-    Raises:
-        UserError: batch_size does not divide over the mesh.
+        batch_size: maximum number of rows that are continued together; divides over the mesh, else a UserError.
     """
 
     def __init__(self, params: Params, model: ModelConfig, vocabulary: Vocabulary, mesh: Mesh, batch_size: int = 8):

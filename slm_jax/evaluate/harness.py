@@ -86,21 +86,32 @@ class TaskLoader:
         self._with_defaults = False
 
     def check(self, names: Sequence[str]) -> None:
-        """Refuses names that are no task, group or tag. lm_eval's own are indexed only when needed: there are many. It
-        skips files that are not YAML, so that their tasks are missing."""
+        """Refuses names that are no task, group or tag. lm_eval's own are indexed only when needed: there are many."""
         if not set(names) <= set(self._manager.all_tasks) and not self._with_defaults:
             self._manager = self._new_manager(include_path=self._folder, include_defaults=True)
             self._with_defaults = True
-        for name in names:
-            if name not in self._manager.all_tasks:
-                _check_yaml(self._folder)
-                nearest = difflib.get_close_matches(name, self._manager.all_tasks, 1)
+        unknown = [name for name in names if name not in self._manager.all_tasks]
+        if not unknown:
+            return
+        # lm_eval skips files that are not YAML, so that their tasks are missing.
+        import yaml  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
+
+        for path in sorted(Path(self._folder).glob("**/*.yaml")) if self._folder else ():
+            try:
+                yaml.compose(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                mark = getattr(error, "problem_mark", None)
+                where = f"{path}:{mark.line + 1}" if mark else str(path)
+                reason = getattr(error, "problem", None) or str(error).splitlines()[0]
                 raise UserError(
-                    "harness-unknown-task",
-                    f"evaluate.tasks: no task {name!r}: "
-                    + (f"did you mean {nearest[0]!r}? " if nearest else "")
-                    + "Put your own tasks into --include_path",
-                )
+                    "harness-invalid-yaml", f"{where} is not YAML ({reason}): fix it, or move it out of --include_path"
+                ) from error
+        nearest = difflib.get_close_matches(unknown[0], self._manager.all_tasks, 1)
+        meant = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise UserError(
+            "harness-unknown-task",
+            f"evaluate.tasks: no task {unknown[0]!r}: {meant}Put your own tasks into --include_path",
+        )
 
     def load(self, form: Form) -> dict[str, Any]:
         """Name -> task of lm_eval, and its groups, with the form's changes.
@@ -142,43 +153,28 @@ class TaskLoader:
         """Refuses JSON lines of the user's own that are damaged or empty: those of the task, or of all tasks in the
         folder where it is a group or tag."""
         index = self._manager.task_index
-        if (index[name].cfg or {}).get("dataset_path") or not self._folder:
-            _check_lines(name, index[name].cfg or {})
-            return
-        for own, entry in index.items():
-            if entry.yaml_path and Path(self._folder).resolve() in entry.yaml_path.resolve().parents:
-                _check_lines(own, entry.cfg or {})
-
-
-def _check_lines(name: str, settings: Mapping[str, Any]) -> None:
-    """`_check_data` of one task, from the settings in its YAML."""
-    files = (settings.get("dataset_kwargs") or {}).get("data_files") or {}
-    named = files.values() if isinstance(files, dict) else [files]
-    for path in [path for each in named for path in ([each] if isinstance(each, str) else each)]:
-        if settings.get("dataset_path") != "json" or not os.path.isfile(path):
-            continue
-        number, remedy = 0, "write one question per line, as a JSON object"
-        for number, record in enumerate(readers.records(path, ()), 1):  # noqa: B007
-            if record.fields is None:
-                raise UserError("record-invalid", f"task {name}: {record.place} is {record.problem}: {remedy}")
-        if not number:
-            raise UserError("no-records", f"task {name}: {path} is empty: {remedy}")
-
-
-def _check_yaml(folder: str | None) -> None:
-    """Refuses a folder of tasks with a file that is not YAML."""
-    import yaml  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
-
-    for path in sorted(Path(folder).glob("**/*.yaml")) if folder else ():
-        try:
-            yaml.compose(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{path}:{mark.line + 1}" if mark else str(path)
-            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise UserError(
-                "harness-invalid-yaml", f"{where} is not YAML ({reason}): fix it, or move it out of --include_path"
-            ) from error
+        settings_of = {name: index[name].cfg or {}}
+        if not settings_of[name].get("dataset_path") and self._folder:
+            folder = Path(self._folder).resolve()
+            own = {
+                n: entry
+                for n, entry in index.items()
+                if entry.yaml_path and folder in entry.yaml_path.resolve().parents
+            }
+            settings_of = {n: entry.cfg or {} for n, entry in own.items()}
+        remedy = "write one question per line, as a JSON object"
+        for task, settings in settings_of.items():
+            files = (settings.get("dataset_kwargs") or {}).get("data_files") or {}
+            named = files.values() if isinstance(files, dict) else [files]
+            for path in [path for each in named for path in ([each] if isinstance(each, str) else each)]:
+                if settings.get("dataset_path") != "json" or not os.path.isfile(path):
+                    continue
+                number = 0
+                for number, record in enumerate(readers.records(path, ()), 1):  # noqa: B007
+                    if record.fields is None:
+                        raise UserError("record-invalid", f"task {task}: {record.place} is {record.problem}: {remedy}")
+                if not number:
+                    raise UserError("no-records", f"task {task}: {path} is empty: {remedy}")
 
 
 def evaluate_task(adapter: LMAdapter, loaded: dict[str, Any], form: Form, harness: Harness) -> dict[str, Any]:

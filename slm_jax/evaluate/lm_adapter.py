@@ -51,15 +51,9 @@ class RequestStats:
 
 
 class LMAdapter:
-    """Answers of one model.
+    """Answers of one model, kept as JSON lines in the file `requests`.
 
-    Args:
-        model: the model.
-        vocabulary: its vocabulary.
-        mesh: the devices.
-        requests: JSON lines file in which answers are kept.
-        batch_tokens: tokens in a batch of log-likelihoods.
-        batch_size: rows that are generated together.
+    batch_tokens: tokens in a batch of log-likelihoods. batch_size: rows that are generated together.
     """
 
     def __init__(

@@ -90,18 +90,18 @@ class HeldOut:
                 lambda rows: make_batch(tokens[rows], segment_ids[rows]),
                 *(len(tokens), self.batch_size, mesh),
             )
+            # Losses of the tokens where the corpus has them, with or without a prefix.
             if repacked:
                 losses = repacked.restore(losses, valid.shape)  # [R, W] -> [N, L]
-            total, count = losses[valid].sum(dtype=np.float64), int(valid.sum())
-            num_bytes = int(token_bytes[batch["tokens"][valid]].sum())
-            yield f"{self.name}/loss", mean(total, count)
-            yield f"{self.name}/bits_per_byte", mean(total / math.log(2), num_bytes)
+            # Of all tokens, and of each source's.
+            parts = {"": valid}
             if len(table.source_names) > 1:
-                for i, source in enumerate(table.source_names):
-                    mine = valid & (batch["source_ids"] == i)
-                    total, num_bytes = losses[mine].sum(dtype=np.float64), token_bytes[batch["tokens"][mine]].sum()
-                    yield f"{self.name}/loss/{source}", mean(total, mine.sum())
-                    yield f"{self.name}/bits_per_byte/{source}", mean(total / math.log(2), num_bytes)
+                names = enumerate(table.source_names)
+                parts |= {f"/{source}": valid & (batch["source_ids"] == number) for number, source in names}
+            for name, mine in parts.items():
+                total, num_bytes = losses[mine].sum(dtype=np.float64), int(token_bytes[batch["tokens"][mine]].sum())
+                yield f"{self.name}/loss{name}", mean(total, int(mine.sum()))
+                yield f"{self.name}/bits_per_byte{name}", mean(total / math.log(2), num_bytes)
             if self.keep_tokens:
                 kept = np.where(valid, losses, np.nan).astype(np.float32)
                 yield f"{self.name}/tokens", KeptLosses(self.corpus, kept)

@@ -40,16 +40,11 @@ def conditioned(
 ) -> tuple[Repacked, dict[str, Any]]:
     """The first rows of a plain corpus, with a prefix before each document; a piece that continues one gets none.
 
-    Args:
-        table: the corpus.
-        num_rows: number of rows.
-        prefix: the same for every document; or
-        metadata: each document's own, or, with `shuffled`, another document's.
-        max_length: tokens that the model reads.
+    The prefix is the same for all, or each document's own metadata, or, with `shuffled`, another document's.
 
     Returns:
-        The new rows; and a record of the prefixes: text and ids of the first document's, the number of different ones,
-        and the length of the longest in tokens.
+        The new rows, which the model can read; and a record of the prefixes: text and ids of the first document's, the
+        number of different ones, and the length of the longest in tokens.
 
     Raises:
         UserError: the corpus contains metadata itself; the model reads too few tokens; see `document_prefixes`.
@@ -59,12 +54,16 @@ def conditioned(
             "prefix-corpus-has-metadata",
             f"corpus {table.path} contains metadata, so HeldOut cannot add a prefix: prepare it without metadata",
         )
+
+    # ---- Which segments begin a document
     columns, vocabulary = table.read(np.arange(num_rows), ("tokens", "segment_ids")), table.vocabulary()
     segments = segments_of(columns["segment_ids"])
     begun = columns["tokens"][segments.row, segments.start] == vocabulary.bos_id
     if vocabulary.bos_id == vocabulary.eos_id:
         begun &= segments.length > 1  # the EOS of a document that the row before could not hold
     begins = np.flatnonzero(begun).tolist()
+
+    # ---- The prefix of each, as ids
     if metadata is None:
         texts = dict.fromkeys(begins, prefix or "")
     else:
@@ -75,6 +74,8 @@ def conditioned(
     ids_of = {text: vocabulary.encode(text) for text in dict.fromkeys(texts.values())}
     ids = [ids_of[texts[s]] if s in texts else [] for s in range(len(segments.row))]
     longest = max(map(len, ids_of.values()), default=0)
+
+    # ---- Rows wide enough for the longest document with its prefix
     needed = max(length + len(prefix) for length, prefix in zip(segments.length.tolist(), ids, strict=True))
     if needed > max_length:
         raise UserError(
@@ -129,10 +130,7 @@ def repack(
 def document_prefixes(documents: pyarrow.Table, metadata: Metadata, shuffled: bool = False) -> list[str]:
     """The prefix of each document of `Corpus.documents`, from its own URL; '' for none.
 
-    Args:
-        documents: of a corpus.
-        metadata: how to make a prefix of a URL.
-        shuffled: give each document the metadata of one with a different value, chosen by a hash.
+    With `shuffled` it is that of a document with a different value, chosen by a hash.
 
     Raises:
         UserError: settings that need more than the URLs; no URLs; nothing to shuffle.
@@ -149,13 +147,12 @@ def document_prefixes(documents: pyarrow.Table, metadata: Metadata, shuffled: bo
             "prefix-no-urls", f"none of the {len(own):,} held-out documents has a URL: set HeldOut.prefix instead"
         )
     shown = [metadata.shown(value) for value in own]
-    return [metadata.prefix(value) for value in (_of_others(shown) if shuffled else shown)]
+    if not shuffled:
+        return [metadata.prefix(value) for value in shown]
 
-
-def _of_others(shown: Sequence[str | None]) -> list[str | None]:
-    """Replaces each value by that of a random document with another value, so that frequent values stay frequent."""
+    # ---- Each value becomes that of a random document with another value, so that frequent values stay frequent.
     showing = [i for i, value in enumerate(shown) if value is not None]
-    order = np.array(sorted(showing, key=lambda i: shown[i] or ""), np.int64)
+    order = np.array(sorted(showing, key=lambda i: shown[i] or ""), np.int64)  # documents by their value
     ordered = np.array([shown[i] for i in order.tolist()], str)
     first, end = (np.searchsorted(ordered, ordered, side) for side in ("left", "right"))
     others = len(order) - (end - first)  # documents before and after those with the same value
@@ -165,10 +162,8 @@ def _of_others(shown: Sequence[str | None]) -> list[str | None]:
         )
     choice = (mix(order.astype(np.uint64)) % others.astype(np.uint64)).astype(np.int64)
     donors = order[np.where(choice < first, choice, choice + (end - first))]
-    result: list[str | None] = [None] * len(shown)
-    for document, donor in zip(order.tolist(), donors.tolist(), strict=True):
-        result[document] = shown[donor]
-    return result
+    given = {document: shown[donor] for document, donor in zip(order.tolist(), donors.tolist(), strict=True)}
+    return [metadata.prefix(given.get(document)) for document in range(len(shown))]
 
 
 def refuse_escaped_newline(setting: str, prefix: str) -> None:

@@ -1,7 +1,10 @@
-"""Evaluator `Samples`: generates continuations while a model trains, and measures how much they repeat themselves."""
+"""Evaluators that generate while a model trains: `Samples` measures repetition, `ExactAnswers` how many are right."""
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -9,7 +12,7 @@ from jax.sharding import Mesh
 from slm_jax.configurable import Count, configurable
 from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
-from slm_jax.evaluate.generation import Generator, Sampling
+from slm_jax.evaluate.generation import Continuation, Generator, Sampling
 from slm_jax.evaluate.perplexity import Measure
 from slm_jax.files import to_json
 from slm_jax.metrics import mean
@@ -18,6 +21,27 @@ from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.trained_model import fitting_vocabulary
 
 NGRAMS = (1, 2, 3, 4)
+NUMBER = re.compile(r"-?\d+")
+
+Complete = Callable[[Params, Sequence[str], Sampling, str], list[Continuation]]  # texts, each after BOS and a prefix
+
+
+def _completer(model: ModelConfig, vocabulary: Vocabulary, mesh: Mesh, batch_size: int) -> Complete:
+    """Continues texts with one parameters after the other; the programs are compiled once, and no parameters are kept
+    between calls."""
+    generator: Generator | None = None
+
+    def complete(params: Params, texts: Sequence[str], sampling: Sampling, prefix: str) -> list[Continuation]:
+        nonlocal generator
+        if generator is None:
+            generator = Generator(params, model, vocabulary, mesh, batch_size)
+        else:
+            generator.load(params)
+        made = generator.complete(texts, sampling, prefix)
+        generator.unload()
+        return made
+
+    return complete
 
 
 @configurable
@@ -50,19 +74,12 @@ class Samples:
     def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
         """Opens the vocabulary; the returned function of parameters yields (name, value)."""
         vocabulary, sampling = self._vocabulary(vocabulary_hash), self.sampling or Sampling()
-        generator: Generator | None = None  # made with the first parameters; later ones use its compiled programs
+        complete = _completer(model, vocabulary, mesh, self.batch_size)
+        prompts = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
 
         def run(params: Params) -> Iterator[tuple[str, Any]]:
-            nonlocal generator
-            if generator is None:
-                generator = Generator(params, model, vocabulary, mesh, self.batch_size)
-            else:
-                generator.load(params)
-            prompts = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
-            continuations = generator.complete(prompts, sampling, self.prefix)
-            generator.unload()
             rows = []
-            for prompt, made in zip(prompts, continuations, strict=True):
+            for prompt, made in zip(prompts, complete(params, prompts, sampling, self.prefix), strict=True):
                 tokens = [token for token in made.tokens if token != vocabulary.eos_id]
                 loop = longest_loop(tokens)
                 row = {"prefix": self.prefix, "prompt": prompt, "text": made.text, "ended": made.ended}
@@ -87,6 +104,62 @@ class Samples:
 
     def _vocabulary(self, vocabulary_hash: str) -> Vocabulary:
         return fitting_vocabulary(self.vocabulary, vocabulary_hash, f"Samples {self.name}")
+
+
+@configurable
+@dataclasses.dataclass(frozen=True)
+class ExactAnswers:
+    """Share of questions whose greedy continuation begins with the right number.
+
+    Attributes:
+      name: of its numbers.
+      vocabulary: a corpus, or another place of the model's vocabulary.
+      file: JSON lines with `prompt` and `answer`.
+      directory: in which it is looked up.
+      questions: how many of them, from the first on.
+      max_new_tokens: in which the answer must come.
+      batch_size: prompts continued together.
+    """
+
+    name: str
+    vocabulary: str
+    file: str
+    directory: str = ""
+    questions: Count = 100
+    max_new_tokens: Count = 8
+    batch_size: Count = 32
+
+    def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Measure:
+        """Reads the questions; the result, called on parameters, yields (name, value)."""
+        vocabulary = fitting_vocabulary(self.vocabulary, vocabulary_hash, f"ExactAnswers {self.name}")
+        complete = _completer(model, vocabulary, mesh, self.batch_size)
+        asked = self._questions()
+        prompts, sampling = [question["prompt"] for question in asked], Sampling(self.max_new_tokens)
+
+        def run(params: Params) -> Iterator[tuple[str, Any]]:
+            found = zip(asked, complete(params, prompts, sampling, ""), strict=True)
+            rows = [question | {"text": made.text} for question, made in found]
+            right = [bool((found := NUMBER.search(row["text"])) and found[0] == row["answer"]) for row in rows]
+            yield f"{self.name}/accuracy", mean(sum(right), len(right))
+            yield f"{self.name}/texts", [row | {"right": ok} for row, ok in zip(rows, right, strict=True)]
+
+        return run
+
+    def about(self, model: ModelConfig, vocabulary_hash: str) -> dict[str, Any]:
+        return to_json(self) | {"questions": len(self._questions())}
+
+    def _questions(self) -> list[dict[str, str]]:
+        path = Path(self.directory) / self.file
+        if not path.is_file():
+            raise UserError(
+                "questions-not-found",
+                f"ExactAnswers {self.name}: {path} does not exist: check ExactAnswers.file and .directory",
+            )
+        lines = path.read_text(encoding="utf-8").splitlines()[: self.questions]
+        return [{"prompt": row["prompt"], "answer": str(row["answer"])} for row in map(json.loads, lines)]
+
+
+# ---- Repetition
 
 
 def distinct_ngrams(tokens: Sequence[Hashable], n: int) -> float | None:

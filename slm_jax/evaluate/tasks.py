@@ -5,7 +5,7 @@ that the questions are said to come from: one made for the task, another task's,
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,15 @@ def prefixes(
         )
     tasks = list(dict.fromkeys(form.task for column in columns for form in column.forms))
     hosts, found = {**HOSTS, **harness.hosts}, {}
+    different = list(dict.fromkeys(hosts.values()))
+    following = dict(zip(different, [*different[1:], *different[:1]], strict=True))  # another host, always the same
+    text_of: dict[str, Callable[[str], str]] = {
+        "none": lambda task: "",
+        "given": lambda task: given or "",
+        "right": lambda task: host_prefix(hosts[task]),
+        "wrong": lambda task: host_prefix(following[hosts[task]]),
+        "unrelated": lambda task: host_prefix(harness.unrelated),
+    }
     for name in names:
         if name in ("right", "wrong") and (missing := [task for task in tasks if task not in hosts]):
             raise UserError(
@@ -89,19 +98,8 @@ def prefixes(
                 f"evaluate.conditions: no host is known for task {missing[0]}: set "
                 f"Harness.hosts = {{{missing[0]!r}: 'www.example.org'}}",
             )
-        found[name] = {task: _prefix(name, task, hosts, given, harness) for task in tasks}
+        found[name] = {task: text_of[name](task) for task in tasks}
     return found
-
-
-def _prefix(condition: str, task: str, hosts: Mapping[str, str], given: str | None, harness: Harness) -> str:
-    if condition in ("none", "given"):
-        return given or "" if condition == "given" else ""
-    if condition == "unrelated":
-        return host_prefix(harness.unrelated)
-    if condition == "right":
-        return host_prefix(hosts[task])
-    different = list(dict.fromkeys(hosts.values()))  # the next one of the table, so that it is the same every time
-    return host_prefix(different[(different.index(hosts[task]) + 1) % len(different)])
 
 
 def run_tasks(
@@ -149,6 +147,8 @@ def _run_form(
         values = {UNCONDITIONAL: unconditional(likelihoods, _likelihoods(again, without))}
     else:
         values = _values(loaded, results)
+
+    # ---- lm_eval's own numbers and samples, as files
     metric = form.metric or next(iter(values))
     name = f"{form.task}_{form.label}".rstrip("_").replace("/", "_")
     files = [folder / f"{name}.json", folder / f"{name}.samples.jsonl"]
@@ -239,6 +239,7 @@ def table(record: Mapping[str, Any]) -> str:
         error = "" if value["stderr"] is None else f" ± {value['stderr']:.4f}"
         return f"{value.get('value', value.get('mean')):.4f}{error}"
 
+    # ---- A row for each column of a suite, or each metric of a task
     columns, best, conditions = record["columns"], record["best"], list(record["best"])
     rows: list[tuple[str, list[str]]] = [("", conditions)]
     for column in columns:
@@ -250,6 +251,8 @@ def table(record: Mapping[str, Any]) -> str:
             for metric in each[0]:
                 name = f"{column.name} {metric.removesuffix(',none')}"
                 rows.append((name, [number(values[metric]) for values in each]))
+
+    # ---- Averages, then the finer measures of multiple choice
     for group, first in record["averages"][conditions[0]].items():
         missing = f" without {first['missing']} of {first['columns'] + first['missing']}" if first["missing"] else ""
         means = [record["averages"][condition][group]["mean"] for condition in conditions]
@@ -259,6 +262,8 @@ def table(record: Mapping[str, Any]) -> str:
         rows.append((f"{words}:", []))
         for name in chosen:
             rows.append((name, [number(best[condition][name]["choices"][measure]) for condition in conditions]))
+
+    # ---- As text, with notes and what was truncated
     width = max(len(name) for name, cells in rows if cells) + 2
     lines = [f"{name:<{width}}" + "".join(f"{cell:>20}" for cell in cells) if cells else name for name, cells in rows]
     lines += [f"{column.name}: {column.note}" for column in columns if column.note]

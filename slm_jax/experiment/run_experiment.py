@@ -13,7 +13,7 @@ from slm_jax import config as config_lib
 from slm_jax.config import print_unused
 from slm_jax.configurable import Natural, NotNegative, configurable
 from slm_jax.errors import UserError
-from slm_jax.evaluate.exact_answers import ExactAnswers  # noqa: F401 (for gin, in the train runs of a recipe)
+from slm_jax.evaluate.samples import ExactAnswers  # noqa: F401 (for gin, in the train runs of a recipe)
 from slm_jax.experiment import results as results_lib
 from slm_jax.experiment.experiment_report import write_report
 from slm_jax.experiment.jobs import OUT_OF_TIME, Job, lanes_here, run_jobs

@@ -192,15 +192,13 @@ def attend(
     mask: Bool[Array, "*B T S"],
 ) -> Float[Array, "*B G R T K"]:
     """T queries of R heads over the S keys and values that these heads share; weight 0 where the mask is False."""
-    logits = jnp.einsum("...qk,...sk->...qs", _flatten(query), key, preferred_element_type=jnp.float32)
-    logits = logits.reshape(*query.shape[:-1], -1)
+    merged = query.reshape(*query.shape[:-3], -1, query.shape[-1])  # [..., R, T, K] -> [..., R T, K]
+    logits = jnp.einsum("...qk,...sk->...qs", merged, key, preferred_element_type=jnp.float32)
+    logits = logits.reshape(*query.shape[:-1], -1)  # [..., R T, S] -> [..., R, T, S]
     weights = _masked_softmax(logits, mask[..., None, None, :, :], 1 / math.sqrt(query.shape[-1])).astype(value.dtype)
-    out = jnp.einsum("...qs,...sk->...qk", _flatten(weights), value, preferred_element_type=jnp.float32)
+    weights = weights.reshape(*merged.shape[:-1], -1)
+    out = jnp.einsum("...qs,...sk->...qk", weights, value, preferred_element_type=jnp.float32)
     return out.reshape(query.shape).astype(query.dtype)
-
-
-def _flatten(x: Float[Array, "*B R T X"]) -> Float[Array, "*B RT X"]:
-    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

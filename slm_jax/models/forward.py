@@ -164,14 +164,9 @@ def hidden_states(
 def prefill(
     params: Params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"], slots: int
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Reads prompts, padded on the right, into a cache of their keys and values.
+    """Reads prompts, padded on the right, into a cache of keys and values with `slots` (at least L) for each row.
 
-    Args:
-        params: parameters.
-        config: of the model.
-        tokens: ids; those after the first `lengths` of a row are ignored.
-        lengths: number of tokens in each row, at least 1.
-        slots: tokens for which a row of the cache has room, prompt and new ones; at least L.
+    `lengths` is the number of tokens in each row, at least 1; those after them are ignored.
 
     Returns:
         The last hidden state of each row's last token, normed, and the cache.

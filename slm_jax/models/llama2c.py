@@ -18,7 +18,7 @@ import numpy as np
 
 from slm_jax.errors import UserError
 from slm_jax.models.huggingface import in_first, layer_shapes
-from slm_jax.models.model_config import ModelConfig
+from slm_jax.models.model_config import decoder
 
 MAGIC = 0x616B3432
 _HEADER = struct.Struct("<7i")
@@ -60,17 +60,12 @@ class Llama2cFile:
         if min(numbers) < 1 or dim % num_heads or num_heads % num_kv_heads or dim // num_heads % 2:
             said = ", ".join(map(str, numbers))
             raise UserError("llama2c-header", f"{path} is no model of llama2.c: the numbers in its header are {said}")
-        self.config = model = ModelConfig(
-            vocab_size,
-            num_layers=num_layers,
-            embed_dim=dim,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=dim // num_heads,
-            mlp_dim=mlp_dim,
-            max_length=max_length,
-            tied_head=shared,
+        heads = (num_heads, num_kv_heads)
+        self.config = model = decoder(
+            num_layers, dim, mlp_dim, heads, vocab_size, max_length=max_length, tied_head=shared
         )
+
+        # ---- Where each kind of matrix begins
         table_size = max_length * model.head_dim if version == 0 else 0
         size, described = os.path.getsize(path), begin + 4 * (model.parameter_count() + table_size)
         if size != described:

@@ -185,9 +185,10 @@ FUNCTION_FIELDS = (
 )
 
 
-def _llama(
+def decoder(
     num_layers: int, embed_dim: int, mlp_dim: int, heads: tuple[int, int], vocab_size: int = 32000, **fields: Any
 ) -> ModelConfig:
+    """A model of these layers, width, hidden width of the MLP, and query and key-value heads; a Llama by default."""
     num_heads, num_kv_heads = heads
     return ModelConfig(
         vocab_size,
@@ -203,20 +204,18 @@ def _llama(
 
 def _llama3(num_layers: int, embed_dim: int, mlp_dim: int, heads: tuple[int, int], **fields: Any) -> ModelConfig:
     fields |= {"vocab_size": 128256, "max_length": 8192, "rope_theta": 500000.0}
-    return _llama(num_layers, embed_dim, mlp_dim, heads, **fields)
+    return decoder(num_layers, embed_dim, mlp_dim, heads, **fields)
 
 
 def _gpt_neox(num_layers: int, embed_dim: int, num_heads: int, vocab_size: int = 50304) -> ModelConfig:
     """Initialized as in arXiv 2403.08763. The vocabulary size includes the padding of the public models, which gets
     probability as it did in their training."""
-    return ModelConfig(
+    return decoder(
+        num_layers,
+        embed_dim,
+        4 * embed_dim,
+        (num_heads, num_heads),
         vocab_size,
-        num_layers=num_layers,
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=embed_dim // num_heads,
-        mlp_dim=4 * embed_dim,
         norm="layer",
         mlp="gelu",
         attention_bias=True,
@@ -234,9 +233,9 @@ SIZES: dict[str, ModelConfig] = {
     "demo": ModelConfig(),  # 1.2M parameters at a vocabulary of 2048
     "small": ModelConfig(num_layers=8, embed_dim=512, num_heads=8, num_kv_heads=2, mlp_dim=1408),
     # Public models: layers, width, MLP, heads and key-value heads.
-    "tinyllama_1_1b": _llama(22, 2048, 5632, (32, 4)),
-    "llama2_7b": _llama(32, 4096, 11008, (32, 32), max_length=4096),
-    "mistral_7b": _llama(32, 4096, 14336, (32, 8), max_length=32768, sliding_window=4096),
+    "tinyllama_1_1b": decoder(22, 2048, 5632, (32, 4)),
+    "llama2_7b": decoder(32, 4096, 11008, (32, 32), max_length=4096),
+    "mistral_7b": decoder(32, 4096, 14336, (32, 8), max_length=32768, sliding_window=4096),
     "llama3_8b": _llama3(32, 4096, 14336, (32, 8)),
     # MeCo (arXiv 2501.01956), with the vocabulary of Llama 3; all matrices start with the same deviation.
     "meco_600m": _llama3(24, 1024, 4096, (16, 16), output_init_std=0.02),

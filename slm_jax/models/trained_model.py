@@ -53,15 +53,10 @@ def run_vocabulary(run: str, vocabulary_hash: str) -> Vocabulary:
 
 
 def fitting_vocabulary(path: str, vocabulary_hash: str, what: str) -> Vocabulary:
-    """The vocabulary at `path`: a corpus, a model directory, or a saved vocabulary.
-
-    Args:
-      path: where it is.
-      vocabulary_hash: the one that the model was trained with.
-      what: the model, as messages name it.
+    """The vocabulary at `path`: a corpus, a model directory, or a saved vocabulary; `what` names the model in messages.
 
     Raises:
-      UserError: it has another hash.
+      UserError: it has another hash than the one that the model was trained with.
     """
     vocabulary = load_vocabulary(path)
     if vocabulary.content_hash != vocabulary_hash:

@@ -117,7 +117,6 @@ def load_params(weights: Weights, model: ModelConfig, mesh: Mesh, done: Callable
     Args:
       weights: where they come from.
       model: their config; its vocab_multiple may differ, and pads the vocabulary with zeros.
-      mesh: the devices.
       done: called with the number of bytes of each tensor.
 
     Raises:

@@ -232,7 +232,15 @@ def _value(text: str) -> str:
     text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
     text = re.sub(r"(?<![\d.])(\d+)\.0+(?![\d.\\])", r"\1", text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    text = _braced(_from_plain(text))
+    # LaTeX for what programs print: pi, sqrt(2), 2*x**3, sin(x), x>=3.
+    for sign, command in ((">=", r"\ge "), ("<=", r"\le "), ("!=", r"\ne ")):
+        text = text.replace(sign, command)
+    text = re.sub(r"(?<![a-zA-Z\\])sqrt *\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\*\* *(?:(\d+)|\(([^()]*)\))", lambda found: f"^{{{found[1] or found[2]}}}", text)
+    text = re.sub(r" *\* *|(?<=\d) ?x ?(?=10 ?\^)", r"\\cdot ", text)
+    text = re.sub(r"(?<![a-zA-Z\\])(pi|sin|cos|tan|cot|sec|csc|log|ln)(?![a-zA-Z])", r"\\\1 ", text)
+    text = re.sub(r"(?<![a-zA-Z\\])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty ", text)
+    text = _braced(text)
     text = re.sub(r"\^ *(\d)\s+(?=\d)", r"^{\1}\\cdot ", text)  # in TeX, 2^3 4 is a product
     text = re.sub(r"(\\log_)(\d)\s+(?=\d)", r"\1{\2}", text)
     # Spaces end a command, and separate digits: "1 2" is not 12.
@@ -259,13 +267,10 @@ def _from_unicode(text: str) -> str:
     text = _RAISED.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text)
     text = _LOWERED.sub(lambda found: f"_{{{unicodedata.normalize('NFKC', found[0])}}}", text)
     text = _UNICODE_ROOT.sub(lambda found: f"{_FORMULA_SIGNS[found[1]].strip()}{{{found[2] or found[3]}}}", text)
-    text = _GREEK.sub(lambda found: f"\\{_greek(found[0])} ", text)
+    for letter in set(_GREEK.findall(text)):
+        name = unicodedata.name(letter).split()[-1].replace("LAMDA", "LAMBDA")
+        text = text.replace(letter, f"\\{name.lower() if letter.islower() else name.capitalize()} ")
     return unicodedata.normalize("NFKC", text.translate(_SIGNS))
-
-
-def _greek(letter: str) -> str:
-    name = unicodedata.name(letter).split()[-1].replace("LAMDA", "LAMBDA")
-    return name.lower() if letter.islower() else name.capitalize()
 
 
 def _without_text(text: str) -> str:
@@ -303,17 +308,6 @@ def _without_unit(text: str) -> str:
     shortest = 3 if text[found.start() - 1] == " " else 4  # 3xy and 3 xy are products
     is_unit = (len(words[0]) >= shortest or words[0] in _SHORT_UNITS) and words[0] != "base"
     return text[: found.start()].rstrip() if is_unit and _NO_UNITS.isdisjoint(words) else text
-
-
-def _from_plain(text: str) -> str:
-    """LaTeX for what programs print: pi, sqrt(2), 2*x**3, sin(x), x>=3."""
-    for sign, command in ((">=", r"\ge "), ("<=", r"\le "), ("!=", r"\ne ")):
-        text = text.replace(sign, command)
-    text = re.sub(r"(?<![a-zA-Z\\])sqrt *\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"\*\* *(?:(\d+)|\(([^()]*)\))", lambda found: f"^{{{found[1] or found[2]}}}", text)
-    text = re.sub(r" *\* *|(?<=\d) ?x ?(?=10 ?\^)", r"\\cdot ", text)
-    text = re.sub(r"(?<![a-zA-Z\\])(pi|sin|cos|tan|cot|sec|csc|log|ln)(?![a-zA-Z])", r"\\\1 ", text)
-    return re.sub(r"(?<![a-zA-Z\\])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty ", text)
 
 
 def _braced(text: str) -> str:

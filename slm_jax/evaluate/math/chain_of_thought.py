@@ -99,20 +99,14 @@ def ask(
     done: int,
     seed: int,
 ) -> Iterator[list[Answered]]:
-    """Asks questions batch by batch.
+    """Asks a whole set batch by batch, each question `samples` times; yields the new questions of a batch, with prompt
+    and attempts.
 
     Args:
-        questions: the whole set.
         prompt_of: a question's prompt; None if it is too long for the model, which is then not asked.
-        attempts: answers prompts.
-        samples: number of attempts at each question.
-        batch: number of questions asked together.
         done: number of questions asked before. A batch that was asked in part is asked again as a whole, since sampling
             depends on the position in the batch, and only its new questions are yielded.
         seed: each batch derives its seed from this one and its position.
-
-    Yields:
-        Of each batch the new questions, with prompt and attempts.
     """
     begin = done // batch * batch if done < len(questions) else done
     for first in range(begin, len(questions), batch):

@@ -107,87 +107,83 @@ class Grader:
             return times[0] == times[1]
         if depth == DEEPEST or not (balanced(one) and balanced(other)):
             return False
-        if any(is_word(text, rules.words) or _NUMERAL.fullmatch(text) for text in (one, other)):
-            return one.lower() == other.lower()
-        kinds = (
-            *(self._conditions, self._assignments, self._unions, self._lists),
-            *(self._equations, self._inequalities, self._brackets, self._matrices),
-        )
-        for kind in kinds:
+        for text in (one, other):  # a word, or a numeral in a base, is no product of variables
+            known = _WORD.fullmatch(text) or _NUMERAL.fullmatch(text) or text.lower() in _SHORT_WORDS
+            if known or (rules.words and text.isalpha()):
+                return one.lower() == other.lower()
+        for kind in (self._variables, self._unordered, self._relations, self._ordered):
             verdict = kind(one, other, rules, depth + 1)
             if verdict is not None:
                 return verdict
         near = any(value and not value.exact for value in numbers)
         return self._same_expressions(one, other, "near" if near else "equal")
 
-    def _conditions(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
-        """x>=6 is [6,oo), and x<2 or x>3 a union of two."""
-        both = [condition(text) for text in (one, other)]
-        if not any(both) or not all(found or text[0] in "([" for found, text in zip(both, (one, other), strict=True)):
-            return None
-        if both[0] and both[1] and both[0][0] != both[1][0]:  # of different variables
-            return False
-        intervals = [found[1] if found else text for found, text in zip(both, (one, other), strict=True)]
-        return self.equal(intervals[0], intervals[1], rules, depth)
-
-    def _assignments(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
-        """x=1,y=-2 is (x,y)=(1,-2), in any order, and (1,-2)."""
-        both = [assignments(text) for text in (one, other)]
-        if both[0] and both[1]:
-            if both[0].keys() != both[1].keys():
+    def _variables(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
+        """Conditions on a variable: x>=6 is [6,oo), and x<2 or x>3 a union of two. Values of variables: x=1,y=-2 is
+        (x,y)=(1,-2), in any order, and (1,-2). None if the answers are neither."""
+        texts = (one, other)
+        limits = [condition(text) for text in texts]
+        if any(limits) and all(found or text[0] in "([" for found, text in zip(limits, texts, strict=True)):
+            if limits[0] and limits[1] and limits[0][0] != limits[1][0]:  # of different variables
                 return False
-            return all(self.equal(value, both[1][name], rules, depth) for name, value in both[0].items())
-        values = [
-            list(found.values()) if found else enclosed(text) for found, text in zip(both, (one, other), strict=True)
-        ]
-        if not any(both) or len(values[0]) != len(values[1]):
-            return None
-        return all(self.equal(a, b, rules, depth) for a, b in zip(*values, strict=True))
+            intervals = [found[1] if found else text for found, text in zip(limits, texts, strict=True)]
+            return self.equal(intervals[0], intervals[1], rules, depth)
+        named = [assignments(text) for text in texts]
+        if named[0] and named[1]:
+            if named[0].keys() != named[1].keys():
+                return False
+            return all(self.equal(value, named[1][name], rules, depth) for name, value in named[0].items())
+        values = [list(found.values()) if found else enclosed(text) for found, text in zip(named, texts, strict=True)]
+        if any(named) and len(values[0]) == len(values[1]):
+            return all(self.equal(a, b, rules, depth) for a, b in zip(*values, strict=True))
+        return None
 
-    def _lists(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
-        """1,2 and {2,1}: in any order."""
-        if not any(len(parts(text, ",")) > 1 or is_set(text) or r"\pm" in text for text in (one, other)):
-            return None
-        return self._unordered([members(text) for text in (one, other)], rules, depth)
-
-    def _unions(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
+    def _unordered(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
+        """Unions, and lists and sets: 1,2 and {2,1}; None if the answers are neither."""
         both = [parts(text, r"\cup") for text in (one, other)]
-        if max(map(len, both)) == 1:
+        if max(map(len, both)) > 1:
+            both = [pieces if len(pieces) > 1 else parts(pieces[0], ",") for pieces in both]  # [1,2] or [3,4]
+        elif any(len(parts(text, ",")) > 1 or is_set(text) or r"\pm" in text for text in (one, other)):
+            both = [members(text) for text in (one, other)]
+        else:
             return None
-        both = [pieces if len(pieces) > 1 else parts(pieces[0], ",") for pieces in both]  # [1,2] or [3,4]
-        return self._unordered(both, rules, depth)
+        ones, left = both
+        if len(ones) != len(left) or len(ones) > MOST_PARTS:
+            return False
+        for part in ones:
+            place = next((place for place, text in enumerate(left) if self.equal(part, text, rules, depth)), None)
+            if place is None:
+                return False
+            del left[place]
+        return True
 
-    def _equations(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
-        """Two equations are equal if their differences lhs - rhs are, up to the sign; of several variables, up to a
+    def _relations(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
+        """Equations and chains of inequalities, which may be turned; None if the answers are neither.
+
+        Two equations are equal if their differences lhs - rhs are, up to the sign; of several variables, up to a
         factor. An equation is equal to a value if it ends with it and says nothing of a variable."""
         both = [parts(text, "=") for text in (one, other)]
         if all(len(sides) == 2 for sides in both):
             first, second = (f"{left}-({right})" for left, right in both)
-            if len(_variables(first)) > 1:
+            if len(_letters(first)) > 1:
                 return self._same_expressions(first, second, "proportional")
             return any(self._same_expressions(text, second) for text in (first, f"-({first})"))
-        if not any(len(sides) > 1 for sides in both):
-            return None
-        values = [len(sides) == 1 or not re.search(r"[a-zA-Z]", sides[0]) or _is_name(sides[0]) for sides in both]
-        return all(values) and self.equal(both[0][-1], both[1][-1], rules, depth)
-
-    def _inequalities(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
-        """Chains of inequalities, which may be turned."""
+        if any(len(sides) > 1 for sides in both):
+            values = [len(sides) == 1 or not re.search(r"[a-zA-Z]", sides[0]) or _is_name(sides[0]) for sides in both]
+            return all(values) and self.equal(both[0][-1], both[1][-1], rules, depth)
         (sides, signs), (others, other_signs) = relations(one), relations(other)
         if not signs and not other_signs:
             return None
         return signs == other_signs and all(self.equal(a, b, rules, depth) for a, b in zip(sides, others, strict=True))
 
-    def _brackets(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
-        """Tuples and intervals: the same brackets, and equal parts in order."""
-        both = [enclosed(text) for text in (one, other)]
-        if not any(len(inner) > 1 for inner in both):
-            return None
-        if one[0] + one[-1] != other[0] + other[-1] or len(both[0]) != len(both[1]):
-            return False
-        return all(self.equal(a, b, rules, depth) for a, b in zip(*both, strict=True))
-
-    def _matrices(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
+    def _ordered(self, one: str, other: str, rules: Rules, depth: int) -> bool | None:
+        """Tuples and intervals: the same brackets, and equal parts in order. Matrices: equal cells. None if the answers
+        are neither."""
+        inner = [enclosed(text) for text in (one, other)]
+        if any(len(found) > 1 for found in inner):
+            if one[0] + one[-1] != other[0] + other[-1] or len(inner[0]) != len(inner[1]):
+                return False
+            return all(self.equal(a, b, rules, depth) for a, b in zip(*inner, strict=True))
         both = [_MATRIX.fullmatch(text) for text in (one, other)]
         if not any(both):
             return None
@@ -199,22 +195,10 @@ class Grader:
         flat = [[normalise(cell) for row in rows for cell in row] for rows in cells]
         return all(self.equal(a, b, rules, depth) for a, b in zip(*flat, strict=True))
 
-    def _unordered(self, both: list[list[str]], rules: Rules, depth: int) -> bool:
-        ones, others = both
-        if len(ones) != len(others) or len(ones) > MOST_PARTS:
-            return False
-        left = list(others)
-        for part in ones:
-            place = next((place for place, text in enumerate(left) if self.equal(part, text, rules, depth)), None)
-            if place is None:
-                return False
-            del left[place]
-        return True
-
     def _same_expressions(self, one: str, other: str, how: How = "equal") -> bool:
         if max(len(one), len(other)) > LONGEST_SYMBOLIC or not all(_readable(text) for text in (one, other)):
             return False
-        if _variables(one) != _variables(other) and not re.search(_CANCELLING, one + other):
+        if _letters(one) != _letters(other) and not re.search(_CANCELLING, one + other):
             return False
         if len(self._lost) >= MOST_LOST:
             return False
@@ -274,11 +258,6 @@ def time_of_day(text: str) -> tuple[int, str] | None:
         return None
     hour = hour % 12 + 12 * (found[4] == "pm") if found[4] else hour
     return 3600 * hour + 60 * minute + second, "day" if found[4] or hour == 0 or 12 < hour < 24 else ""
-
-
-def is_word(text: str, among_words: bool = False) -> bool:
-    """Whether a text is a word rather than a product of variables. among_words: it was written as one, in \\text."""
-    return bool(_WORD.fullmatch(text)) or text.lower() in _SHORT_WORDS or (among_words and text.isalpha())
 
 
 def balanced(text: str) -> bool:
@@ -361,34 +340,32 @@ def condition(text: str) -> tuple[str, str] | None:
     """
     builder = _BUILDER.fullmatch(text)
     pieces = parts(builder[1] if builder else text, ",")
-    found = [allowed for allowed in map(_intervals, pieces) if allowed]
-    if len(found) != len(pieces) or len({name for name, _ in found}) != 1:
+    names, intervals = set[str](), []  # brackets and ends
+    for piece in pieces:
+        sides, signs = relations(piece)
+        if len(signs) == 1 and _is_name(sides[0]) != _is_name(sides[1]):  # x<3 is -oo<x<3
+            if _is_name(sides[0]):
+                sides, signs = [r"-\infty", *sides], ["<", *signs]
+            else:
+                sides, signs = [*sides, r"\infty"], [*signs, "<"]
+        if len(sides) != 3 or not re.search("[a-zA-Z]", sides[1]) or _letters(sides[0] + sides[2]):
+            return None
+        low, name, high = sides
+        names.add(name)
+        if r"\ne" in signs:
+            bound = low if signs[0] == r"\ne" else high
+            intervals += [("(", r"-\infty", bound, ")"), ("(", bound, r"\infty", ")")]
+        else:
+            closed = [sign == r"\le" and "infty" not in end for sign, end in zip(signs, (low, high), strict=True)]
+            intervals.append(("[" if closed[0] else "(", low, high, "]" if closed[1] else ")"))
+    if len(names) != 1:
         return None
-    intervals = [interval for _, allowed in found for interval in allowed]
     if len(intervals) == 2:  # conditions that overlap hold together: x>2 and x<3
         below, above = sorted(intervals, key=lambda interval: "infty" in interval[2])
         end, start = number(below[2]), number(above[1])
         if "infty" in below[1] and "infty" in above[2] and end and start and start.value < end.value:
             intervals = [(*above[:2], *below[2:])]
-    return found[0][0], r"\cup".join(f"{left}{low},{high}{right}" for left, low, high, right in intervals)
-
-
-def _intervals(text: str) -> tuple[str, list[tuple[str, str, str, str]]] | None:
-    """The variable of one inequality and the interval (bracket, ends, bracket) that it allows, or two for x != 3."""
-    sides, signs = relations(text)
-    if len(signs) == 1 and _is_name(sides[0]) != _is_name(sides[1]):  # x<3 is -oo<x<3
-        if _is_name(sides[0]):
-            sides, signs = [r"-\infty", *sides], ["<", *signs]
-        else:
-            sides, signs = [*sides, r"\infty"], [*signs, "<"]
-    if len(sides) != 3 or not re.search("[a-zA-Z]", sides[1]) or _variables(sides[0] + sides[2]):
-        return None
-    low, name, high = sides
-    if r"\ne" in signs:
-        bound = low if signs[0] == r"\ne" else high
-        return name, [("(", r"-\infty", bound, ")"), ("(", bound, r"\infty", ")")]
-    closed = [sign == r"\le" and "infty" not in bound for sign, bound in zip(signs, (low, high), strict=True)]
-    return name, [("[" if closed[0] else "(", low, high, "]" if closed[1] else ")")]
+    return names.pop(), r"\cup".join(f"{left}{low},{high}{right}" for left, low, high, right in intervals)
 
 
 def assignments(text: str) -> dict[str, str] | None:
@@ -441,7 +418,7 @@ def _readable(text: str) -> bool:
     return bool(formula) and balanced(text) and not _HAS_WORD.search(text)
 
 
-def _variables(text: str) -> frozenset[str]:
+def _letters(text: str) -> frozenset[str]:
     """The letters outside of commands, without i and e."""
     return _LETTERS & set(re.sub(r"\\[a-zA-Z]+", "", text))
 

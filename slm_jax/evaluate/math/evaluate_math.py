@@ -91,25 +91,7 @@ def evaluate_math(
     """
     # ---- Checks, before anything is loaded
     examples = examples or {}
-    if not sets or len(set(sets)) < len(sets):
-        raise UserError("math-invalid-sets", f"evaluate_math.sets {sets!r}: name each set once, of {', '.join(SETS)}")
-    if samples > 1 and temperature == 0:
-        raise UserError(
-            "sampling-greedy",
-            f"evaluate_math.samples = {samples} answers are all the same at temperature 0: set "
-            "evaluate_math.temperature above 0",
-        )
-    if unknown := sorted(set(examples) - set(sets)):
-        raise UserError(
-            "math-examples-of-other-set",
-            f"evaluate_math.examples names {unknown[0]!r}: remove it, or add it to evaluate_math.sets {sets}",
-        )
-    for package in GRADERS:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                "math-grader-not-installed",
-                f"evaluate math compares answers with {package}: pip install latex2sympy2_extended[antlr4_13_2]",
-            )
+    _check(sets, samples, temperature, examples)
     files = {name: find_file(name, data) for name in sets}
     asked = {name: read_questions(name, file, questions) for name, file in files.items()}
     sandbox = sandbox or Sandbox()
@@ -171,22 +153,33 @@ def evaluate_math(
             answer = functools.partial(ask, asked[name], prompt_of, attempts, samples, batch, seed=seed)
             results[name] = {"first_ids": ids, **_answered(name, file, {**about, **of_set}, len(asked[name]), answer)}
 
-    # ---- The summary, with the sets that other commands asked the same model with the same settings
     record = {**about, "files": files, "results": results}
-
-    def write_summary() -> None:
-        path, all_sets = where / "summary.json", record
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if {**before, **to_json(about)} == before:
-                all_sets = {**record, **{part: {**before[part], **record[part]} for part in ("files", "results")}}
-            else:
-                move_aside(str(path).removesuffix(".json"), ".json")
-        write_json(path, all_sets)
-
-    processes.on_first(write_summary)
+    processes.on_first(lambda: _write_summary(where / "summary.json", about, record))
     print(f"evaluate math: done, {where}/summary.json")
     return record
+
+
+def _check(sets: Sequence[str], samples: int, temperature: float, examples: Mapping[str, str]) -> None:
+    """Refuses settings that contradict each other, and a missing package."""
+    if not sets or len(set(sets)) < len(sets):
+        raise UserError("math-invalid-sets", f"evaluate_math.sets {sets!r}: name each set once, of {', '.join(SETS)}")
+    if samples > 1 and temperature == 0:
+        raise UserError(
+            "sampling-greedy",
+            f"evaluate_math.samples = {samples} answers are all the same at temperature 0: set "
+            "evaluate_math.temperature above 0",
+        )
+    if unknown := sorted(set(examples) - set(sets)):
+        raise UserError(
+            "math-examples-of-other-set",
+            f"evaluate_math.examples names {unknown[0]!r}: remove it, or add it to evaluate_math.sets {sets}",
+        )
+    for package in GRADERS:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                "math-grader-not-installed",
+                f"evaluate math compares answers with {package}: pip install latex2sympy2_extended[antlr4_13_2]",
+            )
 
 
 def _answered(
@@ -206,6 +199,17 @@ def _answered(
     print(f"  {name}: {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}) of {summary['questions']}", end="")
     print(f", majority {summary['majority']['accuracy']:.3f}" if "majority" in summary else "")
     return summary
+
+
+def _write_summary(path: Path, about: dict[str, Any], record: dict[str, Any]) -> None:
+    """Adds the sets that other commands asked the same model with the same settings."""
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if {**before, **to_json(about)} == before:
+            record = {**record, **{part: {**before[part], **record[part]} for part in ("files", "results")}}
+        else:
+            move_aside(str(path).removesuffix(".json"), ".json")
+    write_json(path, record)
 
 
 def _hash(texts: Sequence[Question] | Sequence[Example]) -> str:

@@ -168,12 +168,7 @@ def find_file(name: str, folder: str) -> str:
 
 
 def read_questions(name: str, path: str, limit: int | None = None) -> list[Question]:
-    """The questions of a set, in the order of its file.
-
-    Args:
-        name: a key of `SETS`.
-        path: its file, JSON lines or Parquet, compressed or not.
-        limit: maximum number of questions.
+    """The first `limit` questions of a set, or all, in the order of its file of JSON lines or Parquet.
 
     Raises:
         UserError: a record cannot be read or lacks a field, or there is no question.

@@ -49,11 +49,23 @@ class Symbolic:
         """Whether the two are equal; False if the parser cannot read one of them, None if the comparison ended the
         process."""
         question = (first, second, how)
-        if question not in self._known:
-            answer = self._ask(json.dumps(question).encode() + b"\n")
-            self.lost += answer == ""
-            self.refused += answer == "null"
-            self._known[question] = answer == "true" if answer else None
+        if question in self._known:
+            return self._known[question]
+        process = self._process = self._process or self._start()
+        assert process.stdin and process.stdout
+        answer = ""  # stays empty where the process ends instead of answering
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(question).encode() + b"\n")
+                process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], PATIENCE * (self.seconds + 1))
+            answer = process.stdout.readline().decode().strip() if ready else ""
+        finally:  # also when interrupted: an answer that is left in the pipe would be taken for the next one's
+            if not answer:
+                self.close()
+        self.lost += answer == ""
+        self.refused += answer == "null"
+        self._known[question] = answer == "true" if answer else None
         return self._known[question]
 
     def close(self) -> None:
@@ -61,22 +73,6 @@ class Symbolic:
             self._process.kill()
             self._process.communicate()
             self._process = None
-
-    def _ask(self, line: bytes) -> str:
-        """The process' answer; '' where it ended instead, twice if it had died before it was asked."""
-        process = self._process = self._process or self._start()
-        assert process.stdin and process.stdout
-        answer = ""
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(line)
-                process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], PATIENCE * (self.seconds + 1))
-            answer = process.stdout.readline().decode().strip() if ready else ""
-        finally:  # also when interrupted: an answer that is left in the pipe would be taken for the next one's
-            if not answer:
-                self.close()
-        return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-B", os.path.abspath(__file__), str(self.seconds)]

@@ -64,6 +64,8 @@ def attempts_with_tools(
         if not active:
             break
         how = dataclasses.replace(sampling, stop=STOP, seed=(sampling.seed + number) % 2**32)
+
+        # ---- All that are still active write on, up to the end of a program or of their answer
         found = complete([prompts[place] + written[place] for place in active], how)
         to_run: list[tuple[int, str]] = []
         for place, continuation in zip(active, found, strict=True):
@@ -72,6 +74,8 @@ def attempts_with_tools(
             code = program(continuation.text) if continuation.ended == "stop" and number < rounds else None
             if code is not None:
                 to_run.append((place, code))
+
+        # ---- Their programs run; the model reads the output and writes on, if it has room
         ran = run_all([code for _, code in to_run]) if to_run else []
         active = []
         for (place, _), result in zip(to_run, ran, strict=True):

@@ -149,6 +149,10 @@ def test_flops_of_what_is_known(runs, tmp_path):
     long = settings | {"phases": [phase | {"steps": 600}]}
     rows = Corpus.open(phase["mixture"][0]["corpus"]).num_rows
     assert run_flops(long).scoring == pytest.approx(rows / 8 * STEP_FLOPS / 3)  # a row is scored once
+    assert run_flops(settings).reference == pytest.approx(3 * STEP_FLOPS)
+    about = Corpus.open(phase["mixture"][0]["corpus"]).score(phase["selection"]["reference"]).reference
+    own = run_flops(settings, start=(about["run"], about["step"]))  # its start, which causal training needs as well
+    assert own.reference == 0 and own.scoring == run_flops(settings).scoring
     gone = run_flops(with_(reference="gone"))
     assert gone.training == run_flops(settings).training and gone.scoring is None and gone.reference is None
     nowhere = settings | {"phases": [phase | {"mixture": [phase["mixture"][0] | {"corpus": str(tmp_path)}]}]}

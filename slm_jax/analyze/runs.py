@@ -110,7 +110,8 @@ class Run:
             return counters
 
     def flops(self) -> Flops:
-        return run_flops(self.settings, self.done)
+        start = (self.identity.get("init_from"), self.identity.get("init_step"))
+        return run_flops(self.settings, self.done, start)
 
     def selective_phase(self) -> Json | None:
         """The last phase that selects; None for a run that trained on every token."""

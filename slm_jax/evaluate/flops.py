@@ -17,7 +17,7 @@ class Flops(NamedTuple):
     Attributes:
       training: of the run, including the steps that it inherited from another.
       scoring: forward passes of its references over the rows it selected from, each row counted once.
-      reference: the training of its references.
+      reference: the training of its references, but for one that the run started from, which is there anyway.
     """
 
     training: float | None
@@ -25,8 +25,16 @@ class Flops(NamedTuple):
     reference: float | None
 
 
-def run_flops(settings: Mapping[str, Any], steps: int | None = None) -> Flops:
-    """The cost of a train run with these settings (as in run.json), or of its first `steps`."""
+def run_flops(
+    settings: Mapping[str, Any], steps: int | None = None, start: tuple[str | None, int | None] = (None, None)
+) -> Flops:
+    """The cost of a train run with these settings (as in run.json), or of its first `steps`.
+
+    Args:
+      settings: of run.json.
+      steps: None counts all of them.
+      start: run directory and step of the checkpoint that the run started from.
+    """
     training = _training(settings, steps)
     try:
         rows, references = _scored(settings, steps)
@@ -40,7 +48,8 @@ def run_flops(settings: Mapping[str, Any], steps: int | None = None) -> Flops:
         if own:
             a_row = ModelConfig.from_json(own["model"]).flops_per_token(length) * length / 3
         scoring += a_row * rows
-        trained.append(_training(own, about.get("step")) if "phases" in own else None)  # None for an import, too
+        if (about.get("run"), about.get("step")) != start:
+            trained.append(_training(own, about.get("step")) if "phases" in own else None)  # None for an import, too
     return Flops(training, scoring, None if None in trained else sum(filter(None, trained), 0.0))
 
 

@@ -108,6 +108,65 @@ def test_verdicts_say_met_only_with_all_seeds(by):
     assert findings.verdict(RECIPE, fewer, CLAIMS[2]).met is None
 
 
+def test_the_best_of_a_group_is_compared():
+    """Two rates and two mixtures: each side is the arm or variant with the lowest mean over the seeds they share."""
+    losses = {
+        ("slow", "causal"): (3.0, 3.1),
+        ("fast", "causal"): (2.8, 2.9),
+        ("slow", "mixed_2"): (2.7, 2.9),
+        ("slow", "mixed_10"): (2.9, 2.6),
+        ("fast", "mixed_2"): (3.0, 3.0),
+        ("fast", "mixed_10"): (3.0, 3.0),
+    }
+    claims = [
+        Threshold("each", "mixtures", "target/loss", at_most=-0.2, name="each", seeds="every"),
+        Threshold("best", "mixtures", "target/loss", at_most=-0.09, name="best", best_variant=True),
+        Threshold("better than the mixture", "causal", "target/loss", against="mixtures", at_least=0.2, name="third"),
+    ]
+    recipe = Recipe(
+        "toy",
+        "?",
+        [Arm(name=name) for name in ("causal", "mixed_2", "mixed_10")],
+        variants={"slow": "", "fast": ""},
+        groups={"mixtures": ["mixed_2", "mixed_10"]},
+        seeds=[0, 1],
+        thresholds=claims,
+    )
+    results = [
+        result(arm, seed, loss) | {"variant": variant}
+        for (variant, arm), pair in losses.items()
+        for seed, loss in enumerate(pair)
+    ]
+    by = findings.grouped(recipe, results)
+    each, best, third = (findings.verdict(recipe, by, claim) for claim in claims)
+    assert each.met is False and best.met is True and third.met is False
+    [(sides, found)] = best.values.items()
+    assert sides == "slow mixed_10 against fast causal" and found.each == pytest.approx((0.1, -0.3))
+    assert {"slow mixed_10 against slow causal", "fast mixed_2 against fast causal"} == {*each.values}
+    one_missing = findings.grouped(recipe, results[:-1])  # the best is not known yet
+    assert findings.verdict(recipe, one_missing, claims[1]).met is None
+
+
+def test_tokens_by_schedules_of_their_own(tmp_path):
+    """Runs of 250 and 500 tokens end at 3.4 and 2.6, so causal's 3.0 of 1000 tokens takes 375; 2.2 is never reached."""
+    arms = [Arm(name=name) for name in ("causal", "short", "half")]
+    claim = Threshold("takes 40 %", "lengths", "target/loss", "tokens", at_most=0.4, name="t")
+    recipe = Recipe("toy", "?", arms, groups={"lengths": ["short", "half"]}, seeds=[0, 1], thresholds=[claim])
+    results = [
+        *(result("short", seed, 3.4) | {"tokens_seen": 250} for seed in (0, 1)),
+        *(result("half", seed, 2.6) | {"tokens_seen": 500} for seed in (0, 1)),
+        result("causal", 0, 3.0),
+    ]
+    first = findings.verdict(recipe, findings.grouped(recipe, results), claim)
+    assert first.met is None and first.values["lengths against causal"].each == pytest.approx((0.375,))
+    every = [*results, result("causal", 1, 3.0)]
+    assert findings.verdict(recipe, findings.grouped(recipe, every), claim).met is True
+    never = [*results, result("causal", 1, 2.2)]
+    assert findings.verdict(recipe, findings.grouped(recipe, never), claim).met is False
+    write_report(tmp_path, recipe, {str(n): each for n, each in enumerate(never)}, total=6)
+    assert "38%, never" in (tmp_path / "results.md").read_text()
+
+
 def test_quality_of_a_selection():
     found = selection_quality(RESULTS[2]["selected"], ["crawl/stories/noise"])
     assert found == pytest.approx({"precision": 0.6 / 0.65, "recall": 0.8, "planted": 0.2})

@@ -70,16 +70,22 @@ def test_the_settings_of_a_task_are_one_gin_file(tasks):
         "score = 'score-seed0'",
         "selective = 'work/noise/seed0/selective'",
         "seed = 0",
+        "Source.directory = 'data'",
         "MixtureComponent.corpus = %crawl",
         "experiment_world.share = 0.5",
         "Selection.reference = %score",
         "train.run_dir = 'work/noise/seed0/selective'",
         "train.seed = %seed",
         "train.log_every = 2",
-        "Source.directory = 'data'",
     ]
     assert "seed = 101" in tasks["seed1/reference"].text  # not the seed of an arm
     assert "score.name = 'score-seed1'" in tasks["noise/seed1/score"].text
+
+
+def test_an_arm_may_run_in_some_variants_only():
+    arms = [ARMS[0], dataclasses.replace(ARMS[1], variants=["noise"])]
+    names = expand(dataclasses.replace(RECIPE, arms=arms), Path("work"))
+    assert [name for name in names if name.endswith("selective")] == ["noise/seed0/selective"]
 
 
 def test_statements_override_earlier_ones():
@@ -102,7 +108,7 @@ def test_a_result_belongs_to_settings_and_not_to_places(tasks):
     assert before["none/seed0/causal"] != before["noise/seed0/causal"]
 
 
-def _check(name: str, folder: str) -> list[str]:
+def _check(name: str, folder: str) -> None:
     """Loads a recipe, builds the phases of its train tasks, and has gin read the settings of every task."""
     for module in STAGES.values():
         importlib.import_module(module)
@@ -111,15 +117,16 @@ def _check(name: str, folder: str) -> list[str]:
     write_gin_files(tasks, Path(folder))
     costs = train_costs(tasks, Path(folder))
     assert {task.name for task in tasks if task.stage == "train"} == set(costs)
+    assert any(task.item.name == recipe.baseline for task in tasks)
     for task in {task.item.name: task for task in tasks}.values():
         config.load([str(gin_file(Path(folder), task))])
-    return [task.item.name for task in tasks]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.gin")), ids=lambda path: path.stem)
 def test_the_recipes_of_the_project_can_be_planned(path, shell, tmp_path):
-    assert path.read_text().startswith(f"# slm-jax experiment {path.stem}\n# ")
-    assert "causal" in shell.call(_check, path.stem, str(tmp_path))
+    first, second, *_ = path.read_text().splitlines()
+    assert first.removesuffix(" --data=FOLDER") == f"# slm-jax experiment {path.stem}" and second.startswith("# ")
+    shell.call(_check, path.stem, str(tmp_path))
 
 
 def test_recipes_that_make_no_sense_are_refused():
@@ -129,9 +136,16 @@ def test_recipes_that_make_no_sense_are_refused():
     assert "crowl" in refused("experiment-unknown-stage", Recipe, "r", "q", [Arm(after=["crowl"], name="causal")])
     refused("experiment-bad-name", Arm, name="a b")
     refused("experiment-bad-threshold", Threshold, "better", "selective", "target/loss", name="t")
+    refused("experiment-bad-threshold", Threshold, "cheaper", "a", "m", "tokens", at_least=0.5, name="t")
+    assert "lost" in refused("experiment-unknown-arm", Recipe, "r", "q", ARMS, groups={"both": ["causal", "lost"]})
     refused("setting-unknown-value", Threshold, "better", "a", "m", at_most=0, comparison="much", name="t")
     claim = Threshold("better", "selective", "target/loss", at_most=0.0, variants=["foreign"], name="t")
     assert "foreign" in refused("experiment-unknown-variant", dataclasses.replace, RECIPE, thresholds=[claim])
+    assert "foreign" in refused(
+        "experiment-unknown-variant", Recipe, "r", "q", [Arm(variants=["foreign"], name="a")], baseline="a"
+    )
+    half = Threshold("half", "selective", "target/loss", "recovered", at_least=0.5, name="t")
+    assert "oracle" in refused("experiment-bad-threshold", dataclasses.replace, RECIPE, thresholds=[half])
     ring = [SharedStage("prepare", f"Source.directory = %{b}", name=a) for a, b in ("ab", "ba")]
     refused("experiment-circular", expand, dataclasses.replace(RECIPE, shared=ring, settings={}, arms=ARMS[:1]), Path())
     odd = dataclasses.replace(RECIPE, shared=[*SHARED, SharedStage("generate", name="odd")])

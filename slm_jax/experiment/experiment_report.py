@@ -1,5 +1,6 @@
 """The report of an experiment: report.html, results.md and summary.json."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,6 +231,8 @@ def _tables(recipe: Recipe, by: By) -> Iterator[Table]:
     )
     yield Table(f"{first} at equal cost", columns, [(row.label, costs(row)) for row in compared], note, "costs")
 
+    yield from _groups(recipe, by)
+
     gains = {r.label: findings.recovered(r.runs, r.base, r.oracle, first) for r in compared if r.arm != recipe.oracle}
     cells = [(label, [Cell(_estimate(gain, share=True), value=gain.mean)]) for label, gain in gains.items() if gain]
     note = "Mean gain over the oracle's mean gain; brackets: Fieller's interval, then bootstrap."
@@ -239,6 +242,31 @@ def _tables(recipe: Recipe, by: By) -> Iterator[Table]:
     cells = [(label, [Cell(_percent(x), value=x.mean) for x in values if x]) for label, values in kept if all(values)]
     columns = ["arm", "kept of planted tokens", "of all others (recall)", "not planted, of the kept (precision)"]
     yield Table("What selection keeps", columns, cells, "Over the second half of the run.", "selection")
+
+
+def _groups(recipe: Recipe, by: By) -> Iterator[Table]:
+    """The best of each group in each variant; of a group whose arms differ in length, the tokens that it needs."""
+    bests, lengths = [], []
+    for variant, name in itertools.product(by, recipe.groups):
+        side, base = findings.best(recipe, by, name, [variant]), by[variant][recipe.baseline]
+        if not side.runs:
+            continue
+        label = f"{variant}: {name}" if variant else name
+        cells = [_cell(side.runs, base, measure) for measure in recipe.measures]
+        bests.append((label, [Cell(side.arm), *cells]))
+        members = [by[variant][arm.name] for arm in recipe.members(name)]
+        if len({result["tokens_seen"] for runs in members for result in runs.values()}) > 1:
+            shares = findings.own_schedules(members, base, recipe.measures[0]).values()
+            lengths.append((label, [Cell(", ".join("never" if x is None else f"{x:.0%}" for x in shares))]))
+    headings = [heading(measure) for measure in recipe.measures]
+    note = f"The arm with the lowest mean {recipe.measures[0]}; small: difference to {recipe.baseline}."
+    yield Table("Best of several", ["of", "best", *headings], bests, note, "groups")
+    title = f"Tokens to the end of {recipe.baseline}, by schedules of their own"
+    note = (
+        f"Share of the tokens of {recipe.baseline}, for each seed, at which runs with full schedules of different lengths "
+        "end where it ends; between two lengths on a straight line, and not below the shortest length."
+    )
+    yield Table(title, ["arms", "share"], lengths, note, "lengths")
 
 
 def _writings(recipe: Recipe, by: By) -> list[Writing]:

@@ -12,7 +12,7 @@ By = dict[str, dict[str, dict[int, Result]]]  # variant -> arm -> seed -> result
 
 
 class Verdict(NamedTuple):
-    """met: None where runs are missing. values: variant -> what was found."""
+    """met: None where runs are missing. values: variant, or what was compared with what -> what was found."""
 
     threshold: Threshold
     met: bool | None
@@ -124,24 +124,90 @@ def recovered(
     return ratio_of_means(gains, best) if gains else None
 
 
+class Side(NamedTuple):
+    """One side of a comparison. seeds: those it is planned for. complete: what it was the best of has all its runs."""
+
+    variant: str
+    arm: str
+    runs: Mapping[int, Result]
+    seeds: set[int]
+    complete: bool
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.arm}".strip()
+
+
+def best(recipe: Recipe, by: By, name: str, variants: Sequence[str]) -> Side:
+    """An arm or, of a group or of several variants, the one with the lowest mean of the first measure over the seeds
+    that all of them have; the first one where there is no such seed."""
+    planned = [
+        (variant, arm.name, recipe.seeds_of(arm))
+        for variant in variants
+        for arm in recipe.members(name)
+        if variant in recipe.variants_of(arm.name)
+    ]
+    complete = len(planned) == 1 or all(seeds <= {*by[variant][arm]} for variant, arm, seeds in planned)
+    sides = [Side(variant, arm, by[variant][arm], seeds, complete) for variant, arm, seeds in planned]
+    if not sides:
+        return Side(variants[0], name, {}, set(), False)
+    shared = set[int].intersection(*({*side.runs} for side in sides))
+
+    def mean(side: Side) -> float:
+        found = mean_of({seed: side.runs[seed] for seed in shared}, recipe.measures[0])
+        return found.mean if found else float("inf")
+
+    return min(sides, key=mean)
+
+
+def own_schedules(
+    lengths: Sequence[Mapping[int, Result]], others: Mapping[int, Result], measure: str
+) -> dict[int, float | None]:
+    """Of each seed: the share of the others' tokens at which runs with full schedules of their own, of different
+    lengths, end where the others end, on the straight line between two lengths. None for never; where the shortest
+    suffices, its share."""
+    found = {}
+    for seed in others:
+        ends = [(runs[seed]["tokens_seen"], measure_of(runs[seed], measure)) for runs in lengths if seed in runs]
+        if ends and (goal := measure_of(others[seed], measure)) is not None:
+            tokens, values = zip(*sorted(ends), strict=True)
+            reached = crossing(tokens, values, goal)
+            found[seed] = None if reached is None else reached / others[seed]["tokens_seen"]
+    return found
+
+
 def verdict(recipe: Recipe, by: By, threshold: Threshold) -> Verdict:
-    """Whether a claim holds: in every variant it names, for the mean, every seed or the interval as it says."""
+    """Whether a claim holds: in every variant it names, or between the best variants of the two sides; for the mean,
+    every seed or the interval as it says."""
     values, held = {}, []
+    variants, measure = list(threshold.variants or recipe.variants_of(threshold.arm)), threshold.measure
     against = threshold.against or recipe.baseline
-    wanted = next(arm for arm in recipe.arms if arm.name == threshold.arm).seeds or recipe.seeds
-    for variant in threshold.variants or recipe.variants:
-        runs, others = by[variant][threshold.arm], by[variant][against]
+    plain = not threshold.best_variant and not {threshold.arm, against} & {*recipe.groups}
+    for chosen in [variants] if threshold.best_variant else [[variant] for variant in variants]:
+        side, other = best(recipe, by, threshold.arm, chosen), best(recipe, by, against, chosen)
+        never, wanted = False, side.seeds & other.seeds
         if threshold.comparison == "value":
-            found = mean_of(runs, threshold.measure)
+            found, wanted = mean_of(side.runs, measure), side.seeds
         elif threshold.comparison == "difference":
-            found = difference(runs, others, threshold.measure)
+            found = difference(side.runs, other.runs, measure)
+        elif threshold.comparison == "tokens":
+            arms = recipe.members(threshold.arm)
+            lengths = [by[side.variant][arm.name] for arm in arms]
+            shares = own_schedules(lengths, other.runs, measure)
+            reached = [share for share in shares.values() if share is not None]
+            found, never = estimate(reached) if reached else None, len(reached) < len(shares)
+            wanted = other.seeds & set.union(*map(recipe.seeds_of, arms))
         else:
-            assert recipe.oracle is not None
-            found = recovered(runs, others, by[variant][recipe.oracle], threshold.measure)
+            top = threshold.gain_of or recipe.oracle
+            assert top is not None
+            found = recovered(side.runs, other.runs, best(recipe, by, top, chosen).runs, measure)
         if found is not None:
-            values[variant] = found
-        complete = found is not None and len(found.each) == len(wanted)
-        held.append(_holds(threshold, found) if found is not None and complete else None)
+            mine = side._replace(arm=threshold.arm) if threshold.comparison == "tokens" else side
+            values[side.variant if plain else f"{mine} against {other}"] = found
+        complete = side.complete and (other.complete or threshold.comparison == "value")
+        if never:
+            held.append(False if complete else None)
+        else:
+            held.append(_holds(threshold, found) if found and complete and len(found.each) == len(wanted) else None)
     met = False if False in held else None if None in held else True
     return Verdict(threshold, met, values)
 

@@ -25,7 +25,7 @@ PRODUCTS = {
     "prepare": "prepare.corpus",
     "train": "train.run_dir",
     "score": "score.name",
-    "import": "import.output",
+    "import": "import.target",
     "experiment world": "experiment_world.output",
     "experiment label": "experiment_label.name",
     "experiment filter": "experiment_filter.output",
@@ -63,7 +63,7 @@ def expand(recipe: Recipe, work: Path, overrides: Sequence[str] = (), data: str 
       recipe: the recipe.
       work: folder of what it makes.
       overrides: gin bindings for every task.
-      data: Source.directory of every task; results do not depend on it.
+      data: Source.directory of every task that sets none of its own; results do not depend on it.
 
     Raises:
       UserError: shared stages that read each other, or a stage that is unknown.
@@ -76,7 +76,6 @@ def expand(recipe: Recipe, work: Path, overrides: Sequence[str] = (), data: str 
             "experiment-circular", f"recipe {recipe.name}: shared stages read each other: {' -> '.join(error.args[1])}"
         ) from None
     tasks: dict[str, Task] = {}
-    common = [*overrides, *([f"Source.directory = {str(data)!r}"] if data else [])]
 
     def add(item: SharedStage | Arm, variant: str, seed: int | None) -> None:
         reads = {name: tasks[_name(recipe, recipe.stage(name), variant, seed)] for name in recipe.reads(item)}
@@ -95,7 +94,8 @@ def expand(recipe: Recipe, work: Path, overrides: Sequence[str] = (), data: str 
         digest = [settings, own_seed if stage == "train" else None, *(task.digest for task in reads.values())]
         macros = {name: task.product for name, task in reads.items()} | {item.name: product, "seed": own_seed}
         about = [f"# slm-jax {stage}", *(f"{name} = {value!r}" for name, value in macros.items())]
-        ends = [f"{PRODUCTS[stage]} = {product!r}", *(["train.seed = %seed"] if stage == "train" else []), *common]
+        about += [f"Source.directory = {str(data)!r}"] if data else []
+        ends = [f"{PRODUCTS[stage]} = {product!r}", *(["train.seed = %seed"] if stage == "train" else []), *overrides]
         tasks[task_name] = Task(
             name=task_name,
             item=item,
@@ -107,14 +107,14 @@ def expand(recipe: Recipe, work: Path, overrides: Sequence[str] = (), data: str 
             digest=hashlib.sha256(json.dumps(digest).encode()).hexdigest()[:16],
         )
 
-    all_seeds = sorted({*recipe.seeds, *(seed for arm in recipe.arms for seed in arm.seeds or ())})
+    all_seeds = sorted(set[int]().union(recipe.seeds, *map(recipe.seeds_of, recipe.arms)))
     for item in map(recipe.stage, names):
         repeated = recipe.dimensions(item)
         variants = recipe.variants if "variant" in repeated else [next(iter(recipe.variants))]
         for variant, seed in itertools.product(variants, all_seeds if "seed" in repeated else [None]):
             add(item, variant, seed)
     for seed, variant, arm in itertools.product(all_seeds, recipe.variants, recipe.arms):
-        if seed in (recipe.seeds if arm.seeds is None else arm.seeds):
+        if seed in recipe.seeds_of(arm) and variant in recipe.variants_of(arm.name):
             add(arm, variant, seed)
     return tasks
 

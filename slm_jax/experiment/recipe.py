@@ -15,7 +15,7 @@ from slm_jax.configurable import OneOf, Seed, configurable
 from slm_jax.errors import UserError
 
 DIMENSIONS = ("variant", "seed")
-COMPARISONS = ("value", "difference", "recovered")
+COMPARISONS = ("value", "difference", "recovered", "tokens")
 SEEDS = ("mean", "every", "interval")
 
 
@@ -67,6 +67,7 @@ class Arm(_Named):
     Attributes:
       settings: gin text, besides the recipe's for `train`.
       seeds: None takes the recipe's.
+      variants: in which it runs; all by default.
       after: shared stages to wait for that the settings do not name.
       label: in reports; the name by default.
       name: by default its gin scope.
@@ -74,6 +75,7 @@ class Arm(_Named):
 
     settings: str = ""
     seeds: Sequence[Seed] | None = None
+    variants: Sequence[str] = ()
     after: Sequence[str] = ()
     label: str = ""
     name: str = ""
@@ -86,15 +88,19 @@ class Threshold(_Named):
 
     Attributes:
       claim: in words.
-      arm: of which arm.
+      arm: of which arm, or of the best of which group of arms.
       comparison: `value` of the measure at the end; `difference` to `against`, paired by seed; `recovered`, the
-        share of the gain from `against` to the recipe's oracle.
+        share of the gain from `against` to another arm (`gain_of`); `tokens`, the share of the tokens of `against`
+        that a group of arms with schedules of different lengths needs to reach its final value.
       measure: a number of the evaluators such as 'target/loss', or 'selected/SOURCE', the share of a source's tokens
         selected over the second half of the run.
       at_most: the bound.
       at_least: the bound, in place of `at_most`.
-      against: None takes the recipe's baseline.
-      variants: in which variants it must hold; all by default.
+      against: an arm, or the best of a group of arms; None takes the recipe's baseline.
+      gain_of: arm whose gain is shared; None takes the recipe's oracle.
+      variants: in which variants it must hold; by default all in which the arm runs.
+      best_variant: the best variant of either side is compared, such as the better of two learning rates, in place of
+        each variant.
       seeds: the bound holds for the `mean`, for `every` seed, or for the whole 95 % `interval` (t).
       name: by default its gin scope.
     """
@@ -106,7 +112,9 @@ class Threshold(_Named):
     at_most: float | None = None
     at_least: float | None = None
     against: str | None = None
+    gain_of: str | None = None
     variants: Sequence[str] = ()
+    best_variant: bool = False
     seeds: Annotated[str, OneOf(SEEDS)] = "mean"
     name: str = ""
 
@@ -115,6 +123,11 @@ class Threshold(_Named):
         if (self.at_most is None) == (self.at_least is None):
             raise UserError(
                 "experiment-bad-threshold", f"Threshold {self.name}: give it at_most or at_least, one of the two"
+            )
+        if self.comparison == "tokens" and self.at_most is None:
+            raise UserError(
+                "experiment-bad-threshold",
+                f"Threshold {self.name}: comparison = 'tokens' needs at_most, since an arm may never get there",
             )
 
 
@@ -132,6 +145,7 @@ class Recipe:
       changes: the same for a recipe that includes another: settings that override the other's.
       shared: stages before the arms.
       arms: what is compared.
+      groups: name -> names of arms. The best of a group is the arm with the lowest mean of the first measure.
       variants: name -> gin text; every arm runs once in each. One without a name by default.
       seeds: of the arms.
       measures: numbers of the evaluators to report; the first is the target's loss, the second that of general text.
@@ -149,6 +163,7 @@ class Recipe:
     settings: Mapping[str, str] = field(default_factory=dict)
     changes: Mapping[str, str] = field(default_factory=dict)
     shared: Sequence[SharedStage] = ()
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     variants: Mapping[str, str] = field(default_factory=lambda: {"": ""})
     seeds: Sequence[Seed] = (0,)
     measures: Sequence[str] = ("target/loss", "general/loss")
@@ -172,18 +187,38 @@ class Recipe:
                     "experiment-unknown-stage",
                     f"{item.name} runs after {min(wrong)!r}: the shared stages are {', '.join(stages)}",
                 )
-        for arm in (self.baseline, self.oracle, *(name for t in self.thresholds for name in (t.arm, t.against))):
+        claims = self.thresholds
+        compared = [name for t in claims for name in (t.arm, t.against, t.gain_of) if name not in self.groups]
+        for arm in (self.baseline, self.oracle, *compared, *(name for group in self.groups.values() for name in group)):
             if arm is not None and arm not in arms:
                 raise UserError(
                     "experiment-unknown-arm",
                     f"recipe {self.name} has no arm {arm!r}: it has {', '.join(a.name for a in self.arms)}",
                 )
-        for threshold in self.thresholds:
-            if wrong := {*threshold.variants} - {*self.variants}:
+        for item in (*self.arms, *claims):
+            if wrong := {*item.variants} - {*self.variants}:
                 raise UserError(
                     "experiment-unknown-variant",
-                    f"Threshold {threshold.name}: {min(wrong)!r} is no variant of recipe {self.name}",
+                    f"{type(item).__name__} {item.name}: {min(wrong)!r} is no variant of recipe {self.name}",
                 )
+        for threshold in claims:
+            if threshold.comparison == "recovered" and threshold.gain_of is None and self.oracle is None:
+                raise UserError(
+                    "experiment-bad-threshold",
+                    f"Threshold {threshold.name}: recipe {self.name} has no oracle: set Threshold.gain_of",
+                )
+
+    def members(self, name: str) -> list[Arm]:
+        """The arms of a group, or the arm of that name."""
+        names = self.groups.get(name, [name])
+        return [arm for arm in self.arms if arm.name in names]
+
+    def seeds_of(self, arm: Arm) -> set[int]:
+        return {*(self.seeds if arm.seeds is None else arm.seeds)}
+
+    def variants_of(self, name: str) -> list[str]:
+        """Those in which an arm, or any of a group, runs."""
+        return [each for each in self.variants if any(each in (arm.variants or [each]) for arm in self.members(name))]
 
     def stage(self, name: str) -> SharedStage:
         return next(stage for stage in self.shared if stage.name == name)

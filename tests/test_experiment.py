@@ -1,9 +1,12 @@
 """The stage `experiment`, its jobs run in one process: from a recipe to results and a report."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
+import random
+import re
 import time
 from pathlib import Path
 
@@ -153,3 +156,51 @@ def test_mistakes_are_one_line(run):
 def test_corpora_keep_the_labels(run, tmp_path: Path):
     run("toy.gin", failing="seed")
     assert Corpus.open(tmp_path / "crawl").score_names() == ["labels"]
+
+
+REAL_TEXT = """\
+include 'configs/experiments/ladder_3.gin'
+Recipe.name = 'toy_text'
+Recipe.seeds = [0]
+Recipe.variants = {'': ""}
+Recipe.shared = [
+    @crawl/SharedStage(), @clean/SharedStage(), @base_text/SharedStage(), @target/SharedStage(), @general/SharedStage(),
+    @base/SharedStage(), @reference/SharedStage(), @score/SharedStage(), @base_score/SharedStage(),
+    @score_clean/SharedStage(), @base_score_clean/SharedStage(), @best_documents/SharedStage(), @filtered/SharedStage()]
+Recipe.arms = [@causal/Arm(), @both_min_mixed/Arm(), @document_filter/Arm()]
+Recipe.groups = {'others': ['both_min_mixed', 'document_filter']}
+Recipe.thresholds = [@on_mixture/Threshold()]
+on_mixture/Threshold.against = 'others'
+"""
+SMALL = (
+    *(setting.removeprefix("--gin.") for setting in toy.MODEL_SETTINGS if "vocab_size" not in setting),
+    *("VocabularyConfig.size = 320", "prepare.sequence_length = 32", "Phase.steps = 2", "Phase.batch_size = 8"),
+    *("train.evaluate_every = 2", "HeldOut.rows = 8", "target/HeldOut.rows = 8", "general/HeldOut.rows = 8"),
+)
+
+
+@pytest.mark.slow
+def test_a_recipe_on_real_text(shell, tmp_path: Path):
+    """From a base model, by two references, one of which is that model, on a mixture; and a document filter. The files
+    that the recipe names hold nonsense."""
+    draw, data = random.Random(0), tmp_path / "data"
+    data.mkdir()
+    words = ["".join(draw.choices("abdeilmnorstu", k=draw.randint(2, 7))) for _ in range(300)]
+    parts = Path(__file__).parents[1] / "configs/experiments/parts/real_text.gin"
+    for name in {*re.findall(r"'(\w+\.jsonl\.gz)'", parts.read_text())}:
+        texts = [" ".join(draw.choices(words, k=60)) for _ in range(60)]
+        lines = [json.dumps({"text": text, "url": None}) + "\n" for text in texts]
+        (data / name).write_bytes(gzip.compress("".join(lines).encode()))
+    (tmp_path / "toy_text.gin").write_text(REAL_TEXT)
+    arguments = [str(tmp_path / "toy_text.gin"), f"--data={data}", f"--work={tmp_path}/work", f"--results={tmp_path}/r"]
+    arguments += [f"--gin.experiment.overrides={list(SMALL)}"]
+    code, output, ran = shell.call(_in_folder, str(parts.parents[3]), tuple(arguments), {})
+    assert code == 0 and "3 of 3 runs" in output, output
+    assert {*ran} >= {"crawl", "base_text", "seed0/base", "seed0/base_score_clean", "seed0/filtered"}
+    summary = json.loads((tmp_path / "r/toy_text/summary.json").read_text())
+    assert "both_min_mixed against " in str(summary["verdicts"])
+    result = json.loads((tmp_path / "r/toy_text/both_min_mixed-seed0.json").read_text())
+    training = json.loads((tmp_path / "r/toy_text/causal-seed0.json").read_text())["flops"]["training"]
+    # Scored by two references; only one of them had to be trained, for as many steps as an arm.
+    assert result["flops"]["reference"] == pytest.approx(training) and result["flops"]["scoring"] > 0
+    assert {*result["selected"]} >= {"gsm8k", "math", "noisy_en"}

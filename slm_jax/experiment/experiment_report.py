@@ -263,8 +263,8 @@ def _groups(recipe: Recipe, by: By) -> Iterator[Table]:
     yield Table("Best of several", ["of", "best", *headings], bests, note, "groups")
     title = f"Tokens to the end of {recipe.baseline}, by schedules of their own"
     note = (
-        f"Share of the tokens of {recipe.baseline}, for each seed, at which runs with full schedules of different lengths "
-        "end where it ends; between two lengths on a straight line, and not below the shortest length."
+        f"Share of the tokens of {recipe.baseline}, for each seed, at which runs with full schedules of different "
+        "lengths end where it ends; between two lengths on a straight line, and not below the shortest length."
     )
     yield Table(title, ["arms", "share"], lengths, note, "lengths")
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,7 @@ def test_a_result_belongs_to_settings_and_not_to_places(tasks):
 
 def _check(name: str, folder: str) -> None:
     """Loads a recipe, builds the phases of its train tasks, and has gin read the settings of every task."""
+    os.chdir(RECIPES.parents[1])  # includes are looked up from here
     for module in STAGES.values():
         importlib.import_module(module)
     recipe = load_recipe(name)
@@ -127,6 +130,12 @@ def test_the_recipes_of_the_project_can_be_planned(path, shell, tmp_path):
     first, second, *_ = path.read_text().splitlines()
     assert first.removesuffix(" --data=FOLDER") == f"# slm-jax experiment {path.stem}" and second.startswith("# ")
     shell.call(_check, path.stem, str(tmp_path))
+
+
+def test_the_example_of_the_documentation_can_be_planned(shell, tmp_path):
+    page = (RECIPES.parents[1] / "docs" / "experiments.md").read_text()
+    (tmp_path / "mine.gin").write_text(re.findall(r"```gin\n(.*?)```", page, re.DOTALL)[0])
+    shell.call(_check, str(tmp_path / "mine.gin"), str(tmp_path))
 
 
 def test_recipes_that_make_no_sense_are_refused():

@@ -15,6 +15,7 @@ from slm_jax.analyze.tables import NOTHING, Cell, Table, kind_of, number
 from slm_jax.configurable import configurable
 from slm_jax.errors import UserError
 from slm_jax.score.selection import in_words, selection_of
+from slm_jax.score.weighting import weighting_in_words
 
 OTHER_STEPS = " †"  # marks differences between runs of different numbers of steps
 MOST_TURNS = 8  # of a learning rate that are listed
@@ -231,6 +232,7 @@ def objective_in_words(phase: Mapping[str, Any]) -> str:
     """What a phase trains on: `60% by excess, per batch, ...`."""
     selection = selection_of(phase["selection"])
     parts = [in_words(selection) if selection else "all tokens"]
+    parts += weighting_in_words(phase)
     if phase.get("keep_ratio") and phase["selection"].get("threshold") is None:
         parts.append(f"ratio {schedule_in_words(phase['keep_ratio'])}")
     if phase.get("reset_optimizer"):

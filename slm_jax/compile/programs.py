@@ -99,7 +99,7 @@ def train_steps(run: Run) -> Iterator[StepProgram]:
     rate = learning_rate(run.phases, run.train.get("schedule"))
     seen = []
     for number, phase in enumerate(run.phases):
-        program = (phase.selection, phase.batch_size, phase.l2_to_init > 0, phase.keep_ratio)
+        program = (phase.selection, phase.batch_size, phase.l2_to_init > 0, phase.keep_ratio, phase.weights)
         if program in seen:
             continue
         seen.append(program)
@@ -116,6 +116,7 @@ def train_steps(run: Run) -> Iterator[StepProgram]:
             keep_ratio=keep_ratio(run.phases, number),
             l2_to_init=phase.l2_to_init,
             ema=ema,
+            weighting=phase.weights,
         )
         work = Work(
             name, run.model, run.mesh, phase.batch_size, run.sequence_length, gradient_accumulation_steps, training=True

@@ -87,7 +87,9 @@ def _scored(settings: Mapping[str, Any], steps: int | None) -> tuple[int, list[t
     read, corpora, references = 0, {}, {}
     for phase, done in _first_phases(settings, steps):
         selection = selection_of(phase["selection"])
-        names = {ScoreName.parse(column).name for column in selection.columns()} if selection else ()
+        columns = selection.columns() if selection else ()
+        columns += tuple((phase.get("weighting") or {}).get("columns", ()))
+        names = {ScoreName.parse(column).name for column in columns}
         if not names:
             continue
         read += phase["batch_size"] * done

@@ -36,9 +36,21 @@ def batch_loss(
     params: Params, model: ModelConfig, batch: Batch, dropout_key: PRNGKeyArray | None = None
 ) -> Float[Array, "B L"]:
     """The model's loss on each token of a batch; 0 where a token has no predecessor. With a key, dropout is on."""
+    return batch_loss_and_entropies(params, model, batch, (), dropout_key)[0]
+
+
+def batch_loss_and_entropies(
+    params: Params,
+    model: ModelConfig,
+    batch: Batch,
+    top_ks: Sequence[int],
+    dropout_key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, "B L"], dict[int, Float[Array, "B L"]]]:
+    """`batch_loss`, and the entropy of each prediction for each k of `top_ks`, see `token_loss_and_entropies`."""
     # [B, L] -> [B, L, D]
     hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids, dropout_key)
-    return token_loss(hidden, forward.head_matrix(params, model), batch.tokens, batch.segment_ids, model.vocab_size)
+    head = forward.head_matrix(params, model)
+    return token_loss_and_entropies(hidden, head, batch.tokens, batch.segment_ids, model.vocab_size, top_ks)
 
 
 def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
@@ -85,10 +97,27 @@ def token_loss(
     Differentiable in `hidden` and `head` under any cotangent per token; the backward pass costs nothing for a token
     whose cotangent is 0. Columns of the head from `vocab_size` on are padding and take no probability.
     """
+    return token_loss_and_entropies(hidden, head, tokens, segment_ids, vocab_size, ())[0]
+
+
+def token_loss_and_entropies(
+    hidden: Float[Array, "B L D"],
+    head: Float[Array, "D V"],
+    tokens: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"],
+    vocab_size: int | None,
+    top_ks: Sequence[int],
+) -> tuple[Float[Array, "B L"], dict[int, Float[Array, "B L"]]]:
+    """`token_loss`, and from the same pass over the head the entropy in nats of the distribution that predicts each
+    token, for each k of `top_ks`: over the k likeliest tokens with their probabilities scaled to sum to 1, or over the
+    whole vocabulary where k is 0. The entropies are not differentiable.
+    """
     # [B, L] -> [S, N]: the tokens of each device as one row, each target at the position that predicts it
     targets, wanted = (mesh.by_shard(predictors(x)) for x in (tokens, predicted(segment_ids)))
-    losses: jax.Array = _losses(mesh.by_shard(hidden), head, targets, wanted, vocab_size or head.shape[1])
-    return at_tokens(losses, tokens.shape[1])
+    size = vocab_size or head.shape[1]
+    found: list[jax.Array] = _losses(mesh.by_shard(hidden), head, targets, wanted, size, tuple(top_ks))
+    losses, *entropies = (at_tokens(x, tokens.shape[1]) for x in found)
+    return losses, dict(zip(top_ks, entropies, strict=True))
 
 
 def weighted_loss(
@@ -97,16 +126,20 @@ def weighted_loss(
     tokens: Int[Array, "B L"],
     weights: Float[Array, "B L"],
     vocab_size: int | None = None,
+    wanted: Bool[Array, "B L"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
-    """sum(weights * token_loss), and the losses where the weight is not 0. Weights must be 0 where not `predicted`.
+    """sum(weights * token_loss), and the losses where `wanted`, by default where the weight is not 0. Weights must be 0
+    where not `predicted`, and may be 0 where wanted.
 
     For weights that are known before the losses: one pass over the head computes the sum and its gradient, with one
     matrix product fewer than `token_loss` and its backward pass. The losses are not differentiable.
     """
+    wanted = weights != 0 if wanted is None else wanted
     # [B, L] -> [S, N]
-    targets, at_predictors = (mesh.by_shard(predictors(x)) for x in (tokens, weights))
-    total, losses = row_loss(mesh.by_shard(hidden), head, targets, at_predictors, vocab_size)
-    return total, at_tokens(losses, tokens.shape[1])
+    targets, at_predictors, measured = (mesh.by_shard(predictors(x)) for x in (tokens, weights, wanted))
+    size = vocab_size or head.shape[1]
+    both: tuple[jax.Array, jax.Array] = _weighted(mesh.by_shard(hidden), head, targets, at_predictors, measured, size)
+    return both[0], at_tokens(both[1], tokens.shape[1])
 
 
 def row_loss(
@@ -117,7 +150,8 @@ def row_loss(
     vocab_size: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "S N"]]:
     """`weighted_loss` of N hidden states on each of S devices; targets and weights are at the predicting positions."""
-    both: tuple[jax.Array, jax.Array] = _weighted(hidden, head, targets, weights, vocab_size or head.shape[1])
+    size = vocab_size or head.shape[1]
+    both: tuple[jax.Array, jax.Array] = _weighted(hidden, head, targets, weights, weights != 0, size)
     return both
 
 
@@ -128,19 +162,9 @@ def token_loss_and_entropy(
     segment_ids: Int[Array, "B L"],
     vocab_size: int | None = None,
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """`token_loss`, and the entropy in nats of the distribution that predicts it (Rho-1 Eq 8). Not differentiable."""
-    size = vocab_size or head.shape[1]
-    targets, wanted = (mesh.by_shard(predictors(x)) for x in (tokens, predicted(segment_ids)))
-
-    def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        largest, unnormed, z = _softmax(logits)
-        # Entropy = log z - sum(p * (logit - largest)). Padding columns have p = 0 and a logit of -inf; 0 * inf is NaN.
-        below = jnp.where(jnp.isinf(logits), 0.0, logits - largest)
-        entropy = jnp.log(z) - jnp.sum(unnormed * below, axis=-1, keepdims=True) / z
-        return _loss(logits, y, largest, z), entropy[..., 0]
-
-    loss, entropy = _statistics(mesh.by_shard(hidden), head, targets, wanted, size, statistics, 2)
-    return at_tokens(loss, tokens.shape[1]), at_tokens(entropy, tokens.shape[1])
+    """`token_loss`, and the entropy in nats of the distribution that predicts it (Rho-1 Eq 8)."""
+    loss, entropies = token_loss_and_entropies(hidden, head, tokens, segment_ids, vocab_size, (0,))
+    return loss, entropies[0]
 
 
 def target_loss_and_greedy(
@@ -173,23 +197,39 @@ def target_loss_and_greedy(
 # In what follows h is hidden states [S, N, D] and y their targets [S, N].
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _losses(h: jax.Array, head: jax.Array, y: jax.Array, wanted: jax.Array, vocab_size: int) -> jax.Array:
-    def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array]:
-        largest, _, z = _softmax(logits)
-        return (_loss(logits, y, largest, z),)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _losses(
+    h: jax.Array, head: jax.Array, y: jax.Array, wanted: jax.Array, vocab_size: int, top_ks: tuple[int, ...]
+) -> list[jax.Array]:
+    """Losses, then one array of entropies for each of `top_ks`; all [S, N]."""
 
-    return _statistics(h, head, y, wanted, vocab_size, statistics, 1)[0]
+    def statistics(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+        largest, unnormed, z = _softmax(logits)
+        entropies = []
+        for k in top_ks:
+            at_k, exp_k, z_k = logits, unnormed, z  # [S, C, V], or [S, C, k] of the largest
+            if k:
+                at_k = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0]
+                exp_k = jnp.exp(at_k - largest)
+                z_k = jnp.sum(exp_k, axis=-1, keepdims=True)
+            # log z - sum(p * (logit - largest)). Padding columns have p = 0 and a logit of -inf; 0 * inf is NaN.
+            below = jnp.where(jnp.isinf(at_k), 0.0, at_k - largest)
+            entropies.append((jnp.log(z_k) - jnp.sum(exp_k * below, axis=-1, keepdims=True) / z_k)[..., 0])
+        return _loss(logits, y, largest, z), *entropies
+
+    return _statistics(h, head, y, wanted, vocab_size, statistics, 1 + len(top_ks))
 
 
-def _losses_forward(h, head, y, wanted, vocab_size):
-    return _losses(h, head, y, wanted, vocab_size), (h, head, y, wanted)
+def _losses_forward(h, head, y, wanted, vocab_size, top_ks):
+    return _losses(h, head, y, wanted, vocab_size, top_ks), (h, head, y, wanted)
 
 
-def _losses_backward(vocab_size, residuals, cotangent):
+def _losses_backward(vocab_size, top_ks, residuals, cotangents):
     h, head, y, wanted = residuals
-    # Logits are computed again, for tokens with a cotangent only: keeping them would take [B, L, V].
-    _, d_h, d_head = _gradients(h, head, y, jnp.where(wanted, cotangent, 0.0), vocab_size)
+    # Logits are computed again, for tokens with a cotangent only: keeping them would take [B, L, V]. Entropies (the
+    # other cotangents) only decide which tokens train and how much: no gradient flows through them.
+    weights = jnp.where(wanted, cotangents[0], 0.0)
+    _, d_h, d_head = _gradients(h, head, y, weights, weights != 0, vocab_size)
     return d_h, d_head, None, None
 
 
@@ -199,21 +239,22 @@ _losses.defvjp(_losses_forward, _losses_backward)
 # ---- Losses whose weights are known before: the forward pass computes the gradients, the backward pass scales them.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _weighted(
-    h: jax.Array, head: jax.Array, y: jax.Array, weights: jax.Array, vocab_size: int
+    h: jax.Array, head: jax.Array, y: jax.Array, weights: jax.Array, wanted: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    losses: jax.Array = _losses(h, head, y, weights != 0, vocab_size)
+    found: list[jax.Array] = _losses(h, head, y, wanted, vocab_size, ())
+    losses = found[0]
     return jnp.sum(weights * losses), losses
 
 
-def _weighted_forward(h, head, y, weights, vocab_size):
-    losses, d_h, d_head = _gradients(h, head, y, weights, vocab_size)
+def _weighted_forward(h, head, y, weights, wanted, vocab_size):
+    losses, d_h, d_head = _gradients(h, head, y, weights, wanted, vocab_size)
     return (jnp.sum(weights * losses), losses), (d_h, d_head)
 
 
 def _weighted_backward(_, residuals, cotangents):
-    return *((cotangents[0] * x).astype(x.dtype) for x in residuals), None, None
+    return *((cotangents[0] * x).astype(x.dtype) for x in residuals), None, None, None
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward)
@@ -244,13 +285,13 @@ def _statistics(
 
 
 def _gradients(
-    h: jax.Array, head: jax.Array, y: jax.Array, weights: jax.Array, vocab_size: int
+    h: jax.Array, head: jax.Array, y: jax.Array, weights: jax.Array, wanted: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses [S, N] where weighted, and the gradients of sum(weights * losses) in h [S, N, D] and head [D, V].
+    """Losses [S, N] where wanted, and the gradients of sum(weights * losses) in h [S, N, D] and head [D, V].
 
     d loss / d logits = softmax - one-hot. Each device sums its own part of d_head; they are added once, at the end.
     """
-    chunks, matrix = _TokenChunks.of(weights != 0, head), _gathered(head, h.dtype)
+    chunks, matrix = _TokenChunks.of(wanted, head), _gathered(head, h.dtype)
     columns = jnp.arange(head.shape[1])
 
     def chunk(results: tuple[jax.Array, ...], start: jax.Array, size: int) -> tuple[jax.Array, ...]:

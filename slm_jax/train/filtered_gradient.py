@@ -6,7 +6,7 @@ every token trains, this is the exact gradient; otherwise the part that flows th
 positions is missing. The idea is Collider's (arXiv 2502.00340).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +18,28 @@ from slm_jax.models import forward
 from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.models.position_subset import PositionSubset, take
-from slm_jax.score.token_loss import predictors, row_loss, token_loss
+from slm_jax.score.token_loss import predictors, row_loss, token_loss_and_entropies
 
 
 def filtered_vjp(
-    params: Params, model: ModelConfig, batch: Batch, capacity: int
-) -> tuple[Float[Array, "B L"], Callable[[Float[Array, "B L"]], tuple[Params]]]:
-    """Like `jax.vjp` of the batch's token losses in the parameters: losses, and a pullback of weights.
+    params: Params, model: ModelConfig, batch: Batch, capacity: int, top_ks: Sequence[int] = ()
+) -> tuple[Float[Array, "B L"], Callable[[Float[Array, "B L"]], tuple[Params]], dict[int, Float[Array, "B L"]]]:
+    """Like `jax.vjp` of the batch's token losses in the parameters: losses, a pullback of weights, and entropies.
 
     Args:
       params: parameters.
       model: the architecture; without dropout, because each layer is computed twice.
       batch: [B, L] tokens; S devices hold N = B * L / S of them each.
       capacity: how many positions per device, C, the pullback has room for. No more than that may have a weight.
+      top_ks: which entropies to compute beside the losses, see `token_loss_and_entropies`.
     """
     where = (batch.positions, batch.segment_ids)
     # top: output of the last layer, [B, L, D]. inputs: input of every layer, [layer, B, L, D].
     top, inputs = forward.layer_inputs(params, model, forward.embed(params, model, batch.tokens), *where)
     hidden, head = forward.final_norm(params, model, top), forward.head_matrix(params, model)
-    losses = token_loss(hidden, head, batch.tokens, batch.segment_ids, model.vocab_size)
+    losses, entropies = token_loss_and_entropies(
+        hidden, head, batch.tokens, batch.segment_ids, model.vocab_size, top_ks
+    )
 
     def pullback(weights: Float[Array, "B L"]) -> tuple[Params]:
         # A token's loss is computed one position before it: [B, L] at tokens -> [S, C] at their predictors.
@@ -77,4 +80,4 @@ def filtered_vjp(
         d_ends = jax.tree.map(jnp.add, d_ends, embed_pullback(d_z)[0])
         return ({name: d_layers if name == "layers" else d_ends[name] for name in params},)
 
-    return losses, pullback
+    return losses, pullback, entropies

@@ -135,7 +135,7 @@ def train(
         busy = f"another process is training in {run}: wait for it to finish, or stop it"
         stack.enter_context(processes.lock(run.lock, busy))
         settings = {
-            "phases": plan.phases,
+            "phases": [phase.record() for phase in plan.phases],
             "schedule": schedule,
             "optimizer": optimizer,
             "mesh": mesh,
@@ -172,6 +172,7 @@ def train(
                 keep_ratio=keep_ratio(plan.phases, number),
                 l2_to_init=phase.l2_to_init,
                 ema=optimizer.ema,
+                weighting=phase.weights,
             )
             shapes_of_phase = shapes._replace(start=shapes.params if phase.l2_to_init else None)
             steps.append(compile_step(step_of_phase, devices, shapes_of_phase))

@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import optax
 
-from slm_jax.configurable import Count, NotNegative, Positive, configurable
+from slm_jax.configurable import Count, NotNegative, OneOf, Positive, configurable
 from slm_jax.data.mixture import MixtureComponent
 from slm_jax.errors import UserError
+from slm_jax.files import to_json
 from slm_jax.score.selection import CombinedSelection, Selection
+from slm_jax.score.weighting import NORMALISERS, Weighting, check_rule, columns_of, record_of
 from slm_jax.train.schedules import Schedule, cosine_schedule, in_turn, over
 
 
@@ -25,6 +28,12 @@ class Phase:
       mixture: the corpora to draw rows from; by default one MixtureComponent.
       batch_size: rows of the global batch.
       selection: a Selection or CombinedSelection; None trains on every token (causal).
+      weighting: how much each of these tokens counts, in place of 1: DFT, EAFT, Focal, ExcessSigmoid, PositionTanh,
+        ColumnWeight, or a function of your own, see slm_jax/score/weighting.py. No gradient flows through the weights.
+      normalise: what the sum of weight * loss over the global batch is divided by: the sum of the `weights`, or the
+        number of `tokens` that have one. The two differ by a factor of the learning rate that AdamW takes out again,
+        as long as gradients are not clipped.
+      unselected_weight: weight of the tokens that the selection leaves out; 0 leaves them out entirely.
       keep_ratio: a Schedule over the phase in place of Selection.ratio.
       schedule: learning rate from this phase on, until a later phase sets its own; None continues the previous
         schedule.
@@ -39,6 +48,9 @@ class Phase:
     mixture: Sequence[MixtureComponent] = ()
     batch_size: Count = 16
     selection: Selection | CombinedSelection | None = None
+    weighting: Callable[..., Any] | None = None
+    normalise: Annotated[str, OneOf(NORMALISERS)] = "weights"
+    unselected_weight: NotNegative = 0.0
     keep_ratio: Schedule | None = None
     schedule: Schedule | None = None
     reset_optimizer: bool = False
@@ -52,6 +64,20 @@ class Phase:
         if self.keep_ratio and (not isinstance(self.selection, Selection) or self.selection.threshold is not None):
             raise UserError(
                 "phase-keep-ratio", "Phase.keep_ratio replaces the ratio of a Selection: set one without a threshold"
+            )
+        if self.weighting is not None:
+            check_rule(self.weighting)
+        if self.unselected_weight and self.selection is None:
+            raise UserError(
+                "phase-unselected-weight",
+                f"Phase.unselected_weight is {self.unselected_weight:g} without a selection: set Phase.selection, "
+                "which says which tokens it is for",
+            )
+        if self.unselected_weight and self.selection and self.selection.gradient == "filtered":
+            raise UserError(
+                "phase-unselected-weight",
+                f"Phase.unselected_weight is {self.unselected_weight:g}, and a filtered gradient has no room for "
+                "tokens that are not selected: set Selection.gradient to 'exact'",
             )
         mixture = self.mixture or [MixtureComponent()]  # pyright: ignore[reportCallIssue] (gin's)
         object.__setattr__(self, "mixture", tuple(mixture))
@@ -90,7 +116,23 @@ class Phase:
 
     @property
     def score_columns(self) -> tuple[str, ...]:
-        return self.selection.columns() if self.selection else ()
+        """The score columns that the selection and the weighting read."""
+        selected = self.selection.columns() if self.selection else ()
+        return tuple(dict.fromkeys([*selected, *columns_of(self.weighting)]))
+
+    @property
+    def weights(self) -> Weighting:
+        return Weighting(self.weighting, self.normalise, self.unselected_weight)
+
+    def record(self) -> dict[str, Any]:
+        """The phase as run.json keeps it."""
+        weights = {
+            "weighting": record_of(self.weighting),
+            "normalise": self.normalise,
+            "unselected_weight": self.unselected_weight,
+        }
+        # Where they are off they are left out, as in runs of earlier versions, which can then be continued.
+        return {k: v for k, v in to_json(self).items() if k not in weights} | (weights if self.weights.on else {})
 
 
 def values(scalar: optax.Schedule, steps: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from slm_jax.files import replacing
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import in_words, share_bounds
+from slm_jax.score.weighting import weighting_in_words
 from slm_jax.train.phases import Phase
 from slm_jax.train.plan import Plan
 
@@ -54,6 +55,7 @@ def _objective(phase: Phase) -> str:
     ratios = phase.ratios() if phase.keep_ratio else None
     ratio = None if ratios is None else _range(float(ratios[0]), float(ratios[-1]), ".0%")
     parts = [in_words(phase.selection, ratio) if phase.selection else "all tokens"]
+    parts += weighting_in_words(phase.record())
     if phase.reset_optimizer:
         parts.append("optimizer state reset")
     if phase.l2_to_init:

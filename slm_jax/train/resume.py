@@ -195,7 +195,7 @@ def check_same_rows(
 
     Raises:
       UserError: `resume-other-rows`: a phase with other corpora, batch size or length, so that rows would be repeated
-        or skipped.
+        or skipped. `resume-other-weighting`: another weighting.
     """
     first = 0
     for number, before in enumerate(was):
@@ -219,6 +219,13 @@ def check_same_rows(
                     "resume-other-rows",
                     f"{run} was started with {field} {before[field]} in phase {number}, now {after[field]}: rows would "
                     f"be repeated or skipped after its {done} steps; change it in a new phase, or {remedy}",
+                )
+        for field in ("weighting", "normalise", "unselected_weight"):
+            if before.get(field) != after.get(field):
+                raise UserError(
+                    "resume-other-weighting",
+                    f"{run} was started with {field} {before.get(field)} in phase {number}, now {after.get(field)}: "
+                    f"change it in a new phase, or {remedy}",
                 )
         first += before["steps"]
 
@@ -307,7 +314,7 @@ def _branched_state(run_dir: str, start: Start, spec: StateSpec, plan: Plan) -> 
             "'params'",
         )
     check_same_identity(record["identity"], to_json(run_identity(spec.model, plan, start.seed)), run, remedy)
-    check_same_rows(record["settings"]["phases"], to_json(plan.phases), step, run, remedy)
+    check_same_rows(record["settings"]["phases"], [phase.record() for phase in plan.phases], step, run, remedy)
     if difference := learning_rate_change(run, step, plan):
         raise UserError(
             "branch-other-learning-rate",

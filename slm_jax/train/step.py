@@ -1,16 +1,17 @@
 """The train step: losses -> scores -> selection -> weights -> gradient -> update, as one pure function, and its jit.
 
 The loss of a step is sum(weights * losses) / sum(weights), over the global batch: Rho-1 Eq 4 with weights of 0 and 1.
+A weighting (`Phase.weighting`) gives the tokens that train other weights.
 Devices and micro-batches exchange sums, never means, so that the result does not depend on how a batch is split.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh as mesh_lib
 from slm_jax.data.batches import Batch
@@ -25,7 +26,8 @@ from slm_jax.score.selection import (
     select_tokens,
     within_capacity,
 )
-from slm_jax.score.token_loss import batch_loss, valid_tokens, weighted_loss
+from slm_jax.score.token_loss import batch_loss_and_entropies, valid_tokens, weighted_loss
+from slm_jax.score.weighting import ALIKE, Weighting, depends_on_model, entropies_of, rule_weights
 from slm_jax.train.filtered_gradient import filtered_vjp
 from slm_jax.train.state import TrainState
 
@@ -45,6 +47,7 @@ def make_step(
     keep_ratio: optax.Schedule | None = None,
     l2_to_init: float = 0.0,
     ema: float = 0.0,
+    weighting: Weighting = ALIKE,
 ) -> Step:
     """Makes the step of one phase: (state, global batch) -> (state, metric sums).
 
@@ -58,6 +61,7 @@ def make_step(
       keep_ratio: fraction of tokens kept at step t, in place of selection.ratio.
       l2_to_init: see Phase; state.start then holds the parameters at the beginning of the phase.
       ema: see OptimizerConfig; state.average then holds the moving average.
+      weighting: how much each token that trains counts.
     """
     num_micro_batches = gradient_accumulation_steps
     # Where tokens of different micro-batches compete, a first pass without gradient (and without dropout) computes
@@ -74,18 +78,23 @@ def make_step(
         # ---- Weights, where they must be known before the gradient: [B, L], or None.
         weights, metric_sums = None, {}
         if look_ahead:
-            micro_batches = _split_rows(batch, num_micro_batches)
-            losses = _join_rows(jax.lax.map(lambda part: batch_loss(params, model, part), micro_batches))
-            weights, metric_sums = token_weights(selection, losses, batch, key, num_micro_batches, ratio)
+            micro_batches, top_ks = _split_rows(batch, num_micro_batches), entropies_of(weighting.rule)
+            own = jax.lax.map(lambda part: batch_loss_and_entropies(params, model, part, top_ks), micro_batches)
+            losses, entropies = jax.tree.map(_join_rows, own)
+            weights, metric_sums = token_weights(
+                selection, losses, batch, key, num_micro_batches, ratio, weighting, entropies, t
+            )
 
         # ---- Gradient of sum(weights * losses). The capacity is an int: it sizes arrays, so the compiler must know it.
         capacity = filtered_capacity(selection, batch.tokens.shape, num_micro_batches) if selection else 0
         if num_micro_batches == 1:
-            gradient, metric_sums = micro_batch_gradient(params, model, selection, capacity, batch, None, key, ratio)
+            gradient, metric_sums = micro_batch_gradient(
+                params, model, selection, capacity, batch, None, key, ratio, weighting, t
+            )
         else:
 
             def accumulate(total: Params, part: tuple[Batch, jax.Array | None, jax.Array]) -> tuple[Params, MetricSums]:
-                gradient, sums = micro_batch_gradient(params, model, selection, capacity, *part, ratio)
+                gradient, sums = micro_batch_gradient(params, model, selection, capacity, *part, ratio, weighting, t)
                 return jax.tree.map(jnp.add, total, gradient), sums
 
             zeros = jax.tree.map(jnp.zeros_like, params)
@@ -94,9 +103,9 @@ def make_step(
             gradient, sums = jax.lax.scan(accumulate, zeros, parts)
             metric_sums |= jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
-        # ---- Update. The only division is by the number of tokens trained in the global batch, which is the sum of the
-        # weights as long as they are 0 or 1. If no token trained, the gradient is 0 rather than NaN.
-        gradient = jax.tree.map(lambda g: g / jnp.maximum(metric_sums["trained_tokens"], 1.0), gradient)
+        # ---- Update. The only division, by a sum over the global batch.
+        divisor = normaliser(weighting, metric_sums)
+        gradient = jax.tree.map(lambda g: g / divisor, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         if l2_to_init:
             # Added to the updates, not to the gradient: like weight decay, it is not scaled by AdamW's moments.
@@ -120,11 +129,13 @@ def micro_batch_gradient(
     weights: Float[Array, "B L"] | None,
     key: PRNGKeyArray,
     ratio: Float[Array, ""] | None = None,
+    weighting: Weighting = ALIKE,
+    step: Int[Array, ""] | int = 0,
 ) -> tuple[Params, MetricSums]:
     """The gradient of sum(weights * losses) over a micro-batch, with its metric sums, in one of three ways.
 
-    causal: every valid token has weight 1. Because weights are known before the losses, one pass over the head computes
-      both losses and gradient.
+    causal: every valid token has weight 1, or one that depends on positions or columns. Because weights are known
+      before the losses, one pass over the head computes both losses and gradient.
     exact: weights follow from the losses. The head's backward pass visits the selected tokens only; all positions go
       through the layers below it, because later tokens attend to them.
     filtered: the whole backward pass runs at the positions that predict a selected token, up to `capacity` of them on
@@ -135,27 +146,32 @@ def micro_batch_gradient(
     """
     dropout_key = jax.random.fold_in(key, 1) if model.dropout else None
 
-    if selection is None:
+    if selection is None and not depends_on_model(weighting.rule):
+        valid = valid_tokens(batch)
+        known = weigh(weighting, valid, valid, None, {}, batch, step)
 
         def loss_sum(params: Params) -> tuple[jax.Array, jax.Array]:
             hidden = forward.hidden_states(
                 params, model, batch.tokens, batch.positions, batch.segment_ids, dropout_key
             )  # [B, L] -> [B, L, D]
             head = forward.head_matrix(params, model)
-            ones = valid_tokens(batch).astype(jnp.float32)
-            return weighted_loss(hidden, head, batch.tokens, ones, model.vocab_size)
+            return weighted_loss(hidden, head, batch.tokens, known, model.vocab_size, valid)
 
         gradient, losses = jax.grad(loss_sum, has_aux=True)(params)
-        return gradient, token_weights(None, losses, batch, key)[1]  # the weights were `ones`; the sums need the losses
+        # The weights were `known`; the sums need the losses.
+        return gradient, token_weights(None, losses, batch, key, weighting=weighting, step=step)[1]
 
-    if selection.gradient == "exact":
-        losses, pullback = jax.vjp(lambda params: batch_loss(params, model, batch, dropout_key), params)
+    top_ks = entropies_of(weighting.rule) if weights is None else ()
+    if selection and selection.gradient == "filtered":
+        losses, pullback, entropies = filtered_vjp(params, model, batch, capacity, top_ks)
     else:
-        losses, pullback = filtered_vjp(params, model, batch, capacity)
+        losses, pullback, entropies = jax.vjp(
+            lambda params: batch_loss_and_entropies(params, model, batch, top_ks, dropout_key), params, has_aux=True
+        )
 
     metric_sums: MetricSums = {}
     if weights is None:
-        weights, metric_sums = token_weights(selection, losses, batch, key, ratio=ratio)
+        weights, metric_sums = token_weights(selection, losses, batch, key, 1, ratio, weighting, entropies, step)
     # weights [B, L] are the cotangent of the losses; no gradient flows through the weights themselves.
     (gradient,) = pullback(weights)
     return gradient, metric_sums
@@ -168,24 +184,62 @@ def token_weights(
     key: PRNGKeyArray,
     num_micro_batches: int = 1,
     ratio: Float[Array, ""] | None = None,
+    weighting: Weighting = ALIKE,
+    entropies: Mapping[int, Float[Array, "B L"]] | None = None,
+    step: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "B L"], MetricSums]:
     """Losses -> scores -> selection -> the weight of each token's loss, and the metric sums that follow from it.
 
     A token without a finite score is never selected. A non-finite loss of the model itself is not hidden: its sum stops
-    the run (`StepMetrics`). `num_micro_batches`: the number of parts in which the gradient of this batch is computed;
-    `ratio` replaces selection.ratio.
+    the run (`StepMetrics`), and so does a weight that is negative or not finite. `num_micro_batches`: the number of
+    parts in which the gradient of this batch is computed; `ratio` replaces selection.ratio; `entropies` are those that
+    the weighting reads, `step` is the number of the step.
     """
+    # ---- Which tokens train.
     valid = valid_tokens(batch)
-    if selection is None:
-        return valid.astype(jnp.float32), metric_sums_of(losses, valid, valid, batch.source_ids)
-    mask = select_tokens(selection, losses, batch.scores, valid, key, ratio)
-    trained = mask.selected
-    if selection.gradient == "filtered":
-        trained = within_capacity(selection, mask.scores, trained, num_micro_batches)
-    metric_sums = metric_sums_of(losses, valid, trained, batch.source_ids)
-    metric_sums["nonfinite_scores"] = _count(valid & ~mask.usable)
-    metric_sums["dropped_tokens"] = _count(mask.selected & ~trained)
-    return trained.astype(jnp.float32), metric_sums
+    trained, counts = valid, {}
+    if selection is not None:
+        mask = select_tokens(selection, losses, batch.scores, valid, key, ratio)
+        trained = mask.selected
+        if selection.gradient == "filtered":
+            trained = within_capacity(selection, mask.scores, trained, num_micro_batches)
+        counts["nonfinite_scores"] = _count(valid & ~mask.usable)
+        counts["dropped_tokens"] = _count(mask.selected & ~trained)
+    metric_sums = metric_sums_of(losses, valid, trained, batch.source_ids) | counts
+
+    # ---- How much each of them counts.
+    weights = weigh(weighting, valid, trained, losses, entropies or {}, batch, step)
+    if weighting.on:
+        metric_sums["weight_sum"] = jnp.sum(weights)
+        metric_sums["weighted_loss_sum"] = jnp.sum(jnp.where(weights != 0, weights * losses, 0.0))
+        metric_sums["bad_weights"] = _count(valid & ~(jnp.isfinite(weights) & (weights >= 0)))
+        metric_sums["source_weight"] = _by_source(weights, batch.source_ids)
+    return weights, metric_sums
+
+
+def weigh(
+    weighting: Weighting,
+    valid: Bool[Array, "B L"],
+    trained: Bool[Array, "B L"],
+    losses: Float[Array, "B L"] | None,
+    entropies: Mapping[int, Float[Array, "B L"]],
+    batch: Batch,
+    step: Int[Array, ""] | int,
+) -> Float[Array, "B L"]:
+    """The weight of each token: the rule's, or 1, where it trains; `weighting.unselected` at other valid tokens."""
+    if not weighting.on:
+        return trained.astype(jnp.float32)
+    weights: Array | float = 1.0
+    if weighting.rule is not None:
+        weights = rule_weights(weighting.rule, losses, entropies, batch, jnp.asarray(step))
+    return jnp.where(trained, weights, jnp.where(valid, weighting.unselected, 0.0)).astype(jnp.float32)
+
+
+def normaliser(weighting: Weighting, metric_sums: MetricSums) -> Float[Array, ""]:
+    """What the summed gradient of the global batch is divided by. If no token trained, the gradient is 0, not NaN."""
+    if weighting.on and weighting.normalise == "weights":
+        return jnp.where(metric_sums["weight_sum"] == 0, 1.0, metric_sums["weight_sum"])
+    return jnp.maximum(metric_sums["valid_tokens" if weighting.unselected else "trained_tokens"], 1.0)
 
 
 def metric_sums_of(
@@ -195,13 +249,6 @@ def metric_sums_of(
     source_ids: Array,
 ) -> MetricSums:
     """The sums and counts from which `StepMetrics` computes a row of metrics; scalars, or [NUM_SOURCES] by source."""
-
-    def by_source(x: jax.Array) -> jax.Array:
-        # [B, L] -> [B, NUM_SOURCES] -> [NUM_SOURCES]. Rows are added first: a float32 sum of millions of tokens, one by
-        # one, is wrong by thousandths, and a count that grows by 1 stops at 2^24.
-        per_row = jax.vmap(lambda row, ids: jnp.zeros(NUM_SOURCES, jnp.float32).at[ids].add(row))
-        return jnp.sum(per_row(x.astype(jnp.float32), source_ids), axis=0)
-
     return {
         "positions": jnp.asarray(losses.size, jnp.float32),
         "valid_tokens": _count(valid),
@@ -211,10 +258,10 @@ def metric_sums_of(
         "untrained_loss_sum": jnp.sum(jnp.where(valid & ~trained, losses, 0.0)),
         "nonfinite_scores": jnp.zeros(()),
         "dropped_tokens": jnp.zeros(()),
-        "source_valid": by_source(valid),
-        "source_trained": by_source(trained),
-        "source_loss": by_source(jnp.where(valid, losses, 0.0)),
-        "source_not_finite": by_source(valid & ~jnp.isfinite(losses)),
+        "source_valid": _by_source(valid, source_ids),
+        "source_trained": _by_source(trained, source_ids),
+        "source_loss": _by_source(jnp.where(valid, losses, 0.0), source_ids),
+        "source_not_finite": _by_source(valid & ~jnp.isfinite(losses), source_ids),
     }
 
 
@@ -227,6 +274,14 @@ def compile_step(step: Step, mesh: Mesh, state_shapes: TrainState) -> Step:
         out_shardings=(state_shardings, jax.sharding.NamedSharding(mesh, mesh_lib.P())),
         donate_argnums=0,
     )
+
+
+def _by_source(x: Array, source_ids: Array) -> Float[Array, " S"]:
+    """The sum of x [B, L] over the tokens of each source, S = NUM_SOURCES."""
+    # [B, L] -> [B, S] -> [S]. Rows are added first: a float32 sum of millions of tokens, one by one, is wrong by
+    # thousandths, and a count that grows by 1 stops at 2^24.
+    per_row = jax.vmap(lambda row, ids: jnp.zeros(NUM_SOURCES, jnp.float32).at[ids].add(row))
+    return jnp.sum(per_row(x.astype(jnp.float32), source_ids), axis=0)
 
 
 def _count(x: Bool[Array, "B L"]) -> Float[Array, ""]:

@@ -73,7 +73,8 @@ class StepMetrics:
 
         Raises:
           FloatingPointError: the loss or the gradient is not finite; names the step and the sources.
-          UserError: `scores-not-finite`: more than `max_nonfinite_scores` of the tokens have no usable score.
+          UserError: `weights-unusable`: a weight is negative or not finite, although all losses are finite.
+            `scores-not-finite`: more than `max_nonfinite_scores` of the tokens have no usable score.
         """
         sums = {name: np.asarray(value) for name, value in metric_sums.items()}
         self._stop_if_not_finite(step, sums)
@@ -99,6 +100,11 @@ class StepMetrics:
                 "nonfinite_scores": int(sums["nonfinite_scores"]),
                 "dropped_tokens": int(sums["dropped_tokens"]),
             }
+        if "weight_sum" in sums:
+            row |= {
+                "weighted_loss": mean(sums["weighted_loss_sum"], sums["weight_sum"]),
+                "weight_sum": float(sums["weight_sum"]),
+            }
         row |= {
             "learning_rate": float(sums["learning_rate"]),
             "grad_norm": float(sums["grad_norm"]),
@@ -115,9 +121,19 @@ class StepMetrics:
                 row[f"loss/{name}"] = mean(sums["source_loss"][i], sums["source_valid"][i])
                 if selection:
                     row[f"selected_share/{name}"] = mean(sums["source_trained"][i], sums["source_valid"][i])
+                if "weight_sum" in sums:
+                    row[f"mean_weight/{name}"] = mean(sums["source_weight"][i], sums["source_valid"][i])
         return row
 
     def _stop_if_not_finite(self, step: int, sums: dict[str, np.ndarray]) -> None:
+        bad_weights = int(sums.get("bad_weights", 0))
+        if bad_weights and np.isfinite(sums["loss_sum"]):  # otherwise the loss is to blame, from which weights follow
+            raise UserError(
+                "weights-unusable",
+                f"step {step}: {bad_weights} of {int(sums['valid_tokens'])} tokens have a weight that is negative or "
+                "not finite: correct Phase.weighting, or the column that it reads; the last checkpoint is from before "
+                "this step",
+            )
         if not all(np.isfinite(sums[name]) for name in ("trained_loss_sum", "loss_sum", "grad_norm")):
             counts = sums["source_not_finite"]
             sources = [f"{name} ({int(counts[i])} tokens)" for i, name in enumerate(self.source_names) if counts[i]]

@@ -322,17 +322,17 @@ def test_a_source_that_cannot_have_the_metadata(source, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from slm_jax.data import prepare
+from slm_jax.data import prepare, prepare_steps
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.sources import Source
 from slm_jax.data.vocabularies import VocabularyConfig
 where, file = sys.argv[1:]
-write = prepare.write_rows
-def write_or_die(store, *rest):
+create = prepare_steps.create_columns
+def create_or_die(store, *rest):
     if store.path.endswith("plain"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return write(store, *rest)
-prepare.write_rows = write_or_die
+    return create(store, *rest)
+prepare_steps.create_columns = create_or_die
 prepare.prepare(where + "/url", [Source("web", [file])], VocabularyConfig(kind="bytes"), 256, "complete", processes=1,
                 metadata=Metadata(), plain=where + "/plain", plain_share=0.25)
 """
@@ -347,7 +347,7 @@ def test_killed_within_the_second_it_continues_there(pair, source, tmp_path, cap
     settings = {"vocabulary": BYTES, "sequence_length": 256, "packing": "complete", "processes": 1}
     where = {"plain": tmp_path / "plain", "plain_share": 0.25}
     prepare(tmp_path / "url", [source], metadata=Metadata(), **where, **settings)
-    assert "is there already" in (printed := capsys.readouterr().out) and "1 shards were tokenized before" in printed
+    assert "is there already" in (printed := capsys.readouterr().out) and "1 parts were tokenized before" in printed
     for name, corpus in zip(("url", "plain"), pair, strict=True):
         finished = Corpus.open(tmp_path / name)
         assert (finished.fingerprint, finished.manifest) == (corpus.fingerprint, corpus.manifest)

@@ -149,8 +149,8 @@ def test_killed_at_any_moment_and_started_again(corpus, files, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
 
-    kill_when(lambda: any(path.glob("work/shard-???????")))
-    shards = {shard: shard.stat().st_mtime_ns for shard in path.glob("work/shard-???????")}
+    kill_when(lambda: any(path.glob("work/done/tokenize-*")))
+    shards = {shard: shard.stat().st_mtime_ns for shard in path.glob("work/done/tokenize-*.json")}
     assert shards and str(path) in toy.refusal(Corpus.open, path)
     arguments = (path, sources(files), VocabularyConfig(size=400))
     message = refused("prepare-other-settings", prepare, *arguments, sequence_length=32)

@@ -1,16 +1,16 @@
 """Small corpora, a small model, and two ways to run a stage: in this process, or as a command in one of its own."""
 
 import contextlib
-import dataclasses
 import functools
 import io
+import json
 import multiprocessing
 import os
 import random
 import sys
+import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,13 +24,14 @@ import pytest
 from slm_jax import mesh as mesh_lib
 from slm_jax.__main__ import main
 from slm_jax.data.corpus import Corpus, CorpusWriter
-from slm_jax.data.metadata import Metadata, with_metadata
+from slm_jax.data.metadata import Metadata
 from slm_jax.data.mixture import MixtureComponent
 from slm_jax.data.packing import pack_split
+from slm_jax.data.prepare import prepare
+from slm_jax.data.sources import Source
 from slm_jax.data.store import SHARD_ROWS, Store
-from slm_jax.data.tokenized_shards import Documents, write_shard
+from slm_jax.data.vocabularies import VocabularyConfig
 from slm_jax.data.vocabulary import ByteVocabulary, Vocabulary
-from slm_jax.data.write_corpus import write_rows
 from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.run_directory import RunDirectory
@@ -108,22 +109,22 @@ def write_documents(
     metadata: Metadata | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Corpus:
-    """The corpus that `prepare` makes of records with text and url, without what reads files; in bytes by default."""
-    vocabulary = vocabulary or ByteVocabulary()
-    about = {"field": "", "source": "web", "spans": [], "loss_spans": None}
-    rows = [{**about, **record, "index": i} for i, record in enumerate(records)]
-    (path / "work").mkdir(parents=True)
-    write_shard(path / "work", 0, list(with_metadata(rows, metadata, None, Counter())), vocabulary)
-    names = dict.fromkeys(row["source"] for row in rows)
-    settings = {
-        "sources": [{"name": name} for name in names],
-        "seed": 0,
-        "sequence_length": sequence_length,
-        "packing": packing,
-    }
-    settings |= {"metadata": dataclasses.asdict(metadata)} if metadata else {}
-    counts = {"skipped": {}, "without": Counter()}
-    return write_rows(Store(path), Documents(path / "work", 1), vocabulary, settings, counts)
+    """The corpus that `prepare` makes of records with text, url and maybe a source; in bytes by default."""
+    # One file per source, in a folder that goes when they are read.
+    by_source: dict[str, list[str]] = {}
+    for record in records:
+        name, _, kind = record.get("source", "web").partition("/")
+        by_source.setdefault(name, []).append(json.dumps({**record, "kind": kind}))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        sources = []
+        for name, lines in by_source.items():
+            Path(folder, f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+            sources.append(Source(name, [f"{folder}/{name}.jsonl"], source_field="kind"))
+        config = VocabularyConfig(kind="bytes")
+        if vocabulary is not None:
+            vocabulary.save(f"{folder}/vocabulary")
+            config = VocabularyConfig(path=f"{folder}/vocabulary")
+        return prepare(path, sources, config, sequence_length, packing, processes=1, metadata=metadata)
 
 
 def phase(*corpora: Corpus, steps: int = 6, batch_size: int = 8, **settings: Any) -> Phase:

@@ -27,10 +27,11 @@ from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.renamed import with_new_keys
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_FORMATS = (1, 2)  # 1 has another fingerprint
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.parquet"
-# The fingerprint covers these columns: another one here would change the fingerprint of every corpus.
+# The fingerprint covers these columns in this order: another one here would change the fingerprint of every corpus.
 COLUMNS = ("tokens", "segment_ids", "loss_mask", "source_ids")
 COLUMN_DTYPES = {"segment_ids": "uint16", "loss_mask": "bool", "source_ids": "uint8"}  # tokens: uint16 or uint32
 
@@ -88,11 +89,11 @@ class Corpus:
                     f"corpus {store.path} is only half prepared: run the same `prepare` again to continue",
                 )
             raise UserError("corpus-not-one", f"{store.path} is not a corpus (it has no {MANIFEST}): check the path")
-        if manifest.get("format_version") != FORMAT_VERSION:
+        if manifest.get("format_version") not in READABLE_FORMATS:
             raise UserError(
                 "corpus-format",
                 f"corpus {store.path} has format version {manifest.get('format_version')}, this version of slm_jax "
-                f"reads {FORMAT_VERSION}: prepare it again",
+                f"reads {READABLE_FORMATS}: prepare it again",
             )
         try:
             return cls(store, manifest)
@@ -211,7 +212,7 @@ class Corpus:
     def verify(self) -> None:
         """Reads every row and raises UserError if the content does not match the fingerprint."""
         fresh = Corpus.open(self.path)  # this one may answer from its cache, see `_open_column`
-        fingerprint = Fingerprint()
+        fingerprint = Fingerprint(self.manifest["format_version"])
         for begin in range(0, self.num_rows, SHARD_ROWS):
             fingerprint.update(fresh.read(np.arange(begin, min(begin + SHARD_ROWS, self.num_rows))))
         found = fingerprint.hexdigest(fresh.sequence_length, fresh.vocabulary().content_hash, fresh.source_names)
@@ -250,19 +251,40 @@ class Corpus:
         return column
 
 
-class Fingerprint:
-    """SHA-256 over the columns in row order, computed while rows are written or read."""
+def block_digest(block: Mapping[str, np.ndarray]) -> bytes:
+    """SHA-256 of `SHARD_ROWS` rows (fewer at the end of a corpus): of their columns, one after the other."""
+    digest = hashlib.sha256()
+    for name in COLUMNS:
+        digest.update(np.ascontiguousarray(block[name]).data)
+    return digest.digest()
 
-    def __init__(self):
-        # One hash per column: the result does not depend on how the rows are cut into blocks.
-        self._columns = {name: hashlib.sha256() for name in COLUMNS}
+
+class Fingerprint:
+    """Hash of the content: of the digests of its blocks, which can be computed in parallel.
+
+    Args:
+        format_version: the fingerprint of format 1 is made of one hash per column, over all rows.
+    """
+
+    def __init__(self, format_version: int = FORMAT_VERSION):
+        self._version = format_version
+        names = COLUMNS if format_version == 1 else ("blocks",)
+        self._hashes = {name: hashlib.sha256() for name in names}
 
     def update(self, block: Mapping[str, np.ndarray]) -> None:
-        for name, digest in self._columns.items():
-            digest.update(np.ascontiguousarray(block[name]).data)
+        """Adds a block of rows; see `block_digest`."""
+        if self._version > 1:
+            self.add(block_digest(block))
+        else:
+            for name, digest in self._hashes.items():
+                digest.update(np.ascontiguousarray(block[name]).data)
+
+    def add(self, digests: bytes) -> None:
+        """Adds blocks by their digests, one after the other."""
+        self._hashes["blocks"].update(digests)
 
     def hexdigest(self, sequence_length: int, vocabulary_hash: str, source_names: Iterable[str]) -> str:
-        content = {name: digest.hexdigest() for name, digest in self._columns.items()}
+        content = {name: digest.hexdigest() for name, digest in self._hashes.items()}
         content |= {
             "row_length": sequence_length,  # its first name: another key would change every fingerprint
             "vocabulary": vocabulary_hash,
@@ -271,47 +293,68 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
+def create_columns(store: Store, num_rows: int, sequence_length: int, vocabulary: Vocabulary) -> None:
+    """Empty columns, in place of what is there."""
+    dtypes = {"tokens": token_dtype(vocabulary).name, **COLUMN_DTYPES}
+    for name in COLUMNS:
+        store.create_array(f"columns/{name}", dtypes[name], (num_rows, sequence_length))
+
+
+def write_block(store: Store, begin: int, block: Mapping[str, np.ndarray]) -> None:
+    """Writes rows from `begin` on, [B, L] per column. Processes that write at the same time write whole files: `begin`
+    and B are multiples of `SHARD_ROWS`, except at the end of the corpus."""
+    writing = []
+    for name in COLUMNS:
+        array = store.open_array(f"columns/{name}")
+        assert array is not None
+        writing.append(array[begin : begin + len(block[name])].write(block[name]))
+    for future in writing:
+        future.result()
+
+
+def complete(
+    store: Store,
+    fingerprint: Fingerprint,
+    shape: tuple[int, int],
+    vocabulary: Vocabulary,
+    source_names: Sequence[str],
+    more: Mapping[str, Any],
+) -> Corpus:
+    """Writes vocabulary and manifest, which make a corpus of columns and documents; `more` is for the manifest."""
+    for name, file in vocabulary.files().items():
+        store.write(f"vocabulary/{name}", file)
+    about = {"kind": vocabulary.kind, "size": vocabulary.size, "content_hash": vocabulary.content_hash}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint.hexdigest(shape[1], vocabulary.content_hash, source_names),
+        "num_rows": shape[0],
+        "sequence_length": shape[1],
+        "source_names": list(source_names),
+        "vocabulary": about,
+    }
+    # Last: a corpus that was cut short has no manifest, and `open` refuses it.
+    store.write_json(MANIFEST, {**more, **manifest})
+    return Corpus.open(store.path)
+
+
 class CorpusWriter:
-    """Writes a corpus: rows in order, then documents and vocabulary, then the manifest, which makes it complete."""
+    """Writes a corpus from arrays in one process: rows in order, then `finish`."""
 
     def __init__(self, store: Store, num_rows: int, sequence_length: int, vocabulary: Vocabulary):
-        self._store, self._vocabulary = store, vocabulary
-        self._shape = (num_rows, sequence_length)
-        dtypes = {"tokens": token_dtype(vocabulary).name, **COLUMN_DTYPES}
-        self._arrays = {name: store.create_array(f"columns/{name}", dtypes[name], self._shape) for name in COLUMNS}
-        self._fingerprint, self._rows, self._writing = Fingerprint(), 0, []
+        self._store, self._vocabulary, self._shape = store, vocabulary, (num_rows, sequence_length)
+        self._fingerprint, self._rows = Fingerprint(), 0
+        create_columns(store, num_rows, sequence_length, vocabulary)
 
     def write(self, block: Mapping[str, np.ndarray]) -> None:
         """Appends a block, [B, L] per column; B is `SHARD_ROWS`, a whole file, for every block but the last."""
+        write_block(self._store, self._rows, block)
         self._fingerprint.update(block)
-        self._wait()  # for the previous block, which was written while the caller made this one
-        begin, self._rows = self._rows, self._rows + len(block["tokens"])
-        self._writing = [self._arrays[name][begin : self._rows].write(block[name]) for name in COLUMNS]
+        self._rows += len(block["tokens"])
 
     def finish(self, documents: pyarrow.Table, source_names: Sequence[str], more: Mapping[str, Any]) -> Corpus:
         """Writes documents, vocabulary and manifest; `more` are counts and settings for the manifest."""
-        self._wait()
         assert self._rows == self._shape[0], f"{self._rows} rows written, {self._shape[0]} announced"
         content = io.BytesIO()
         pyarrow.parquet.write_table(documents, content)
         self._store.write(DOCUMENTS, content.getvalue())
-        vocabulary = self._vocabulary
-        for name, file in vocabulary.files().items():
-            self._store.write(f"vocabulary/{name}", file)
-        about = {"kind": vocabulary.kind, "size": vocabulary.size, "content_hash": vocabulary.content_hash}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": self._fingerprint.hexdigest(self._shape[1], vocabulary.content_hash, source_names),
-            "num_rows": self._shape[0],
-            "sequence_length": self._shape[1],
-            "source_names": list(source_names),
-            "vocabulary": about,
-        }
-        # Last: a corpus that was cut short has no manifest, and `open` refuses it.
-        self._store.write_json(MANIFEST, {**more, **manifest})
-        return Corpus.open(self._store.path)
-
-    def _wait(self) -> None:
-        for future in self._writing:
-            future.result()
-        self._writing = []
+        return complete(self._store, self._fingerprint, self._shape, self._vocabulary, source_names, more)

@@ -68,6 +68,28 @@ def pack_whole(lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Piece
 PACKINGS = {"split": pack_split, "complete": pack_complete, "whole": pack_whole}
 
 
+def pack_from(place: int, packing: str, lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Pieces:
+    """Packs documents that follow others, so that a corpus is packed in parts.
+
+    Args:
+        place: where they begin, in tokens of the rows one after the other: the end of the last piece before.
+        packing: one of `PACKINGS`.
+        lengths: as there.
+        sequence_length: as there.
+
+    Returns:
+        Their pieces; rows count from the beginning of the corpus. Segments of the row in which they begin are counted
+        from there, not from the beginning of that row.
+    """
+    row, filled = divmod(place, sequence_length)
+    # What fills the row already packs like a document of its length.
+    before = [filled] if filled else []
+    pieces = PACKINGS[packing](np.concatenate([before, lengths]).astype(np.int64), sequence_length)
+    own = slice(len(before), None)
+    document, start, length, rows, offset, segment = (column[own] for column in pieces[:6])
+    return Pieces(document - len(before), start, length, rows + row, offset, segment, row + pieces.num_rows)
+
+
 def _row_by_row(lengths: np.ndarray, sequence_length: int, following: np.ndarray) -> Pieces:
     """Rows of documents, where a row that starts with document d is followed by one with document `following[d]`.
 

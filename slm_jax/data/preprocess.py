@@ -1,7 +1,7 @@
 """A document -> its token ids, and which of them carry loss or are noise."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Integer
@@ -68,6 +68,28 @@ def tokenize_document(
         tokens = np.insert(tokens, at, vocabulary.eos_id)
         loss_mask, noise = np.insert(loss_mask, at, True), np.insert(noise, at, False)
     return DocumentTokens(tokens, loss_mask, noise)
+
+
+def tokenize_batch(rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary) -> list[DocumentTokens]:
+    """`tokenize_document` of rows with text, spans, loss_spans and prefix, faster."""
+    simple = [row for row in rows if not row["spans"] and row["loss_spans"] is None]
+    encoded = iter(vocabulary.encode_batch([row["text"] for row in simple]))
+    prefixes = {"": np.empty(0, np.int32)}  # many documents have the same
+    dtype, found = token_dtype(vocabulary), []
+    for row in rows:
+        prefix = row["prefix"]
+        if row["spans"] or row["loss_spans"] is not None:
+            found.append(tokenize_document(row["text"], row["spans"], vocabulary, prefix, row["loss_spans"]))
+            continue
+        if prefix not in prefixes:
+            prefixes[prefix] = np.array(vocabulary.encode(prefix), np.int32)
+        given = 1 + len(prefixes[prefix])
+        parts = ([vocabulary.bos_id], prefixes[prefix], next(encoded), [vocabulary.eos_id])
+        tokens = np.concatenate(parts, dtype=dtype, casting="unsafe")
+        loss_mask = np.ones(len(tokens), bool)
+        loss_mask[:given] = False
+        found.append(DocumentTokens(tokens, loss_mask, np.zeros(len(tokens), bool)))
+    return found
 
 
 def encode_within(text: str, borders: set[int], vocabulary: Vocabulary) -> tuple[list[int], list[tuple[int, int]]]:

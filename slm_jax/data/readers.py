@@ -1,8 +1,10 @@
 """Records from files: JSON lines, Parquet and text, compressed or not, one at a time."""
 
 import codecs
+import contextlib
 import glob
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -19,6 +21,7 @@ from slm_jax.errors import UserError
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".txt")
 MAX_LINE_BYTES = 64 << 20
+MAX_COMPRESSED_PARTS = 8  # of a file: each part decompresses what comes before it
 
 # First bytes of content that is not UTF-8 text -> its kind, and the remedy. UTF-32 begins like UTF-16: it comes first.
 _OTHER_FORMATS = {
@@ -52,6 +55,26 @@ class Record(NamedTuple):
     fields: dict[str, Any] | None
     problem: str
     bytes_read: int
+
+
+class Part(NamedTuple):
+    """A range of one file: decompressed bytes [begin, end) of lines, row groups [begin, end) of Parquet, or a text.
+
+    Attributes:
+        begin: where it begins.
+        end: where it ends.
+        lines: lines or rows of the file before it.
+        first: number of its first record, counted over the file.
+        records: how many records it has.
+        size: bytes of the file, compressed, that hold it.
+    """
+
+    begin: int
+    end: int
+    lines: int
+    first: int
+    records: int
+    size: int
 
 
 def resolve(files: Sequence[str], owner: str) -> list[str]:
@@ -93,28 +116,82 @@ def resolve(files: Sequence[str], owner: str) -> list[str]:
     return paths
 
 
-def records(path: str, columns: Sequence[str], max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record]:
-    """All records of one file.
+def records(
+    path: str, columns: Sequence[str], max_line_bytes: int = MAX_LINE_BYTES, part: Part | None = None
+) -> Iterator[Record]:
+    """The records of one file, or of a part of it.
 
     Args:
         path: its ending determines the format.
         columns: the top-level fields that are needed; Parquet reads no others.
         max_line_bytes: maximum decompressed size of a line of JSON, or of a text file.
+        part: one of `split_file`; None for all.
 
     Raises:
         UserError: the file as a whole cannot be read: cut off, not what its ending says, not UTF-8, a line too long.
     """
     name = _plain_name(path)
+    with _damage_is_an_answer(path):
+        if name.endswith(".parquet"):
+            yield from _parquet(path, columns, part)
+        elif name.endswith(".txt"):
+            yield _text(path, max_line_bytes)
+        else:
+            yield from _json_lines(path, max_line_bytes, part)
+
+
+def split_file(path: str, part_bytes: int, max_line_bytes: int = MAX_LINE_BYTES) -> list[Part]:
+    """Cuts a file into parts of about `part_bytes` bytes as they are on disk, and counts their records.
+
+    Arguments and errors as in `records`. A compressed file has at most `MAX_COMPRESSED_PARTS`.
+    """
+    name, size = _plain_name(path), os.path.getsize(path)
+    if name.endswith(".txt"):
+        return [Part(0, size, 0, 0, 1, size)]
+    if name != path:
+        part_bytes = max(part_bytes, -(-size // MAX_COMPRESSED_PARTS))
+    place = number = found = consumed = 0
+    borders = [(place, number, found, consumed)]  # of the parts: counts of what comes before
+    with _damage_is_an_answer(path):
+        if name.endswith(".parquet"):
+            with pyarrow.parquet.ParquetFile(path) as table:
+                for place in range(1, table.num_row_groups + 1):
+                    group = table.metadata.row_group(place - 1)
+                    found += group.num_rows
+                    consumed += sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+                    if consumed - borders[-1][-1] >= part_bytes:
+                        borders.append((place, found, found, consumed))
+                number = found
+        else:
+            stream, file = _open(path)
+            with file, stream:
+                while line := _limited(f"{path}:{number + 1}", stream.readline(max_line_bytes + 1), max_line_bytes):
+                    place, number, found = place + len(line), number + 1, found + (not line.isspace())
+                    consumed = place if stream is file else file.tell()
+                    if consumed - borders[-1][-1] >= part_bytes:
+                        borders.append((place, number, found, consumed))
+    if place > borders[-1][0] or len(borders) == 1:
+        borders.append((place, number, found, size))
+    return [
+        Part(begin, end, lines, first, records - first, after - before)
+        for (begin, lines, first, before), (end, _, records, after) in itertools.pairwise(borders)
+    ]
+
+
+def identity(path: str) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": os.path.basename(path), "bytes": os.path.getsize(path), "sha256": digest}
+
+
+@contextlib.contextmanager
+def _damage_is_an_answer(path: str) -> Iterator[None]:
     with open(path, "rb") as file:
         if (first := file.read(32)).startswith(b"version https://git-lfs"):
             _refuse_other_formats(path, first)
     try:
-        if name.endswith(".parquet"):
-            yield from _parquet(path, columns)
-        elif name.endswith(".txt"):
-            yield _text(path, max_line_bytes)
-        else:
-            yield from _json_lines(path, max_line_bytes)
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise UserError("file-damaged", f"{path} is cut off or damaged ({error}): copy or download it again") from error
     except pyarrow.ArrowException as error:
@@ -182,13 +259,21 @@ def _limited(place: str, content: bytes, max_line_bytes: int) -> bytes:
     return content
 
 
-def _json_lines(path: str, max_line_bytes: int) -> Iterator[Record]:
+def _json_lines(path: str, max_line_bytes: int, part: Part | None) -> Iterator[Record]:
     stream, file = _open(path)
+    place, number = (part.begin, part.lines) if part else (0, 0)
     with file, stream:
-        for number in itertools.count(1):
+        if stream is file:
+            file.seek(place)
+        else:  # nothing but decompressing what comes before leads there
+            for skipped in range(0, place, 1 << 20):
+                stream.read(min(1 << 20, place - skipped))
+        while part is None or place < part.end:
+            number += 1
             # Never reads much more than the limit: a small file may hold a line of many gigabytes, compressed.
             if not (line := _limited(f"{path}:{number}", stream.readline(max_line_bytes + 1), max_line_bytes)):
                 return
+            place += len(line)
             fields, problem = None, ""
             try:
                 value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -205,15 +290,16 @@ def _json_lines(path: str, max_line_bytes: int) -> Iterator[Record]:
                 problem = f"not JSON ({error})"
                 if b"\r" in line.rstrip():
                     problem = r"not JSON (its lines end with CR alone: convert it with `tr '\r' '\n'`)"
-            yield Record(f"{path}:{number}", fields, problem, file.tell())
+            yield Record(f"{path}:{number}", fields, problem, place if stream is file else file.tell())
 
 
-def _parquet(path: str, columns: Sequence[str]) -> Iterator[Record]:
+def _parquet(path: str, columns: Sequence[str], part: Part | None) -> Iterator[Record]:
     size = os.path.getsize(path)
     with pyarrow.parquet.ParquetFile(path) as file:
         wanted = [name for name in file.schema_arrow.names if name in columns]
-        number, rows = 0, max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(batch_size=1000, columns=wanted or None):
+        number, rows = part.lines if part else 0, max(file.metadata.num_rows, 1)
+        groups = list(range(*(part[:2] if part else (0, file.num_row_groups))))
+        for batch in file.iter_batches(batch_size=1000, columns=wanted or None, row_groups=groups):
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(f"{path}:row {number}", fields, "", size * number // rows)

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
 import numpy as np
@@ -58,6 +58,13 @@ class SentencePieceVocabulary(Vocabulary):
             return self._processor.encode(text)
         first, *rest = [self._processor.encode(part) for part in text.split(SPACE)]
         return first + [i for part in rest for i in (*self._space_ids, *part)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        found = self._processor.encode(list(texts), out_type="numpy", num_threads=1)
+        for number, text in enumerate(texts):
+            if self._space_ids and SPACE in text:
+                found[number] = np.array(self.encode(text), np.int32)
+        return found
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         ids, offsets, begin = [], [], 0

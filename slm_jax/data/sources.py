@@ -1,11 +1,12 @@
 """Where documents come from: sources, the row schemas of public corpora, and reading them."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -120,6 +121,15 @@ class Source:
         found = _TFDS.fullmatch(self.files[0]) if len(self.files) == 1 else None
         return (found["name"], found["split"]) if found else None
 
+    @property
+    def has_files(self) -> bool:
+        return not (self.tfds or self.seqio)
+
+    @property
+    def origin(self) -> str:
+        """Where documents come from that are in no file."""
+        return f"seqio {self.seqio}" if self.seqio else self.files[0]
+
     def fields(self) -> Schema:
         schema = SCHEMAS[self.schema]
         text = "targets" if self.seqio and self.schema == "plain" else schema.text
@@ -133,7 +143,7 @@ class Source:
 
     def paths(self) -> list[str]:
         """The files; none for TFDS and seqio."""
-        if self.tfds or self.seqio:
+        if not self.has_files:
             return []
         return readers.resolve([os.path.join(self.directory, file) for file in self.files], f"source {self.name!r}")
 
@@ -182,24 +192,71 @@ class Source:
 
 def has_field(source: Source, path: str) -> bool:
     """Whether any of the first `FIRST_RECORDS` of a source has the field, even if empty."""
-    found = (record for *_, records in _inputs(source, [path.split(".")[0]]) for record in records)
+    found = (record for _, records in _inputs(source, [path.split(".")[0]]) for record in records)
     first = itertools.islice(found, FIRST_RECORDS)
     return any(record.fields is not None and _field(record.fields, path) is not _MISSING for record in first)
 
 
-def _inputs(source: Source, columns: Sequence[str]) -> Iterator[tuple[str, int, Iterator[readers.Record]]]:
-    """(name, bytes, records) of each file, Task or data set."""
-    if source.seqio:
-        from slm_jax.data.seqio_records import registered, task_records
-
-        task = registered(source.seqio, source.seqio_module, source.seqio_split, f"source {source.name!r}")
-        yield f"seqio {source.seqio}", 0, task_records(task, source.seqio_split, columns)
-    elif source.tfds:
-        from slm_jax.data.seqio_records import tfds_records
-
-        yield source.files[0], 0, tfds_records(*source.tfds, columns)
+def _inputs(source: Source, columns: Sequence[str]) -> Iterator[tuple[str, Iterator[readers.Record]]]:
+    """(name, records) of each file, Task or data set."""
+    if not source.has_files:
+        yield source.origin, task_or_tfds_records(source, columns)
     for path in source.paths():
-        yield path, os.path.getsize(path), readers.records(path, columns, source.max_line_bytes)
+        yield path, readers.records(path, columns, source.max_line_bytes)
+
+
+def task_or_tfds_records(source: Source, columns: Sequence[str]) -> Iterator[readers.Record]:
+    """The records of a source without files. Imports TensorFlow."""
+    from slm_jax.data.seqio_records import registered, task_records, tfds_records
+
+    if source.seqio:
+        task = registered(source.seqio, source.seqio_module, source.seqio_split, f"source {source.name!r}")
+        return task_records(task, source.seqio_split, columns)
+    assert source.tfds is not None
+    return tfds_records(*source.tfds, columns)
+
+
+def columns_of(source: Source, field: str | None) -> list[str]:
+    """The top-level fields of the records that a source needs; `field` as in `read_records`."""
+    fields = source.fields()
+    paths = (fields.text, fields.url, fields.source, fields.response, source.spans_field, field)
+    return [path.split(".")[0] for path in paths if path]
+
+
+@dataclass
+class Tally:
+    """What became of the records of one file, or of a part of it.
+
+    Attributes:
+        file: its name.
+        taken: documents so far for `Source.max_documents`, those of earlier files included.
+        characters: likewise for `Source.max_characters`.
+        records: number of records.
+        documents: how many of them gave a document, in `Source.part` or not.
+        bad: place and reason of each record that cannot be read.
+        skipped: reason -> [number of records that gave no document, place and reason of the first].
+    """
+
+    file: str
+    taken: int = 0
+    characters: int = 0
+    records: int = 0
+    documents: int = 0
+    bad: list[str] = dataclasses.field(default_factory=list)
+    skipped: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+
+    def reached(self, source: Source) -> bool:
+        """Whether the source takes no more documents."""
+        limit = source.max_characters
+        return self.taken == source.max_documents or (limit is not None and self.characters >= limit)
+
+    def join(self, later: "Tally") -> None:
+        """Adds the tally of a later part of the file."""
+        self.taken, self.characters = later.taken, later.characters
+        self.records, self.documents = self.records + later.records, self.documents + later.documents
+        self.bad += later.bad
+        for reason, (count, first) in later.skipped.items():
+            self.skipped.setdefault(reason, [0, first])[0] += count
 
 
 def read_documents(source: Source, field: str | None = None) -> Iterator[dict[str, Any]]:
@@ -207,67 +264,95 @@ def read_documents(source: Source, field: str | None = None) -> Iterator[dict[st
 
     Args:
         source: what to read.
+        field: as in `read_records`.
+
+    Yields:
+        The rows of `read_records`.
+
+    Raises:
+        UserError: as `read_records` and `check_tally`.
+    """
+    index, tally = 0, Tally("")
+    for file, records in _inputs(source, columns_of(source, field)):
+        tally = Tally(file, tally.taken, tally.characters, bad=tally.bad)
+        yield from read_records(source, records, tally, index, field)
+        if tally.reached(source):
+            return
+        check_tally(source, tally)
+        index += tally.records
+
+
+def read_records(
+    source: Source, records: Iterable[readers.Record], tally: Tally, index: int, field: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Makes documents of records, until the source takes no more.
+
+    Args:
+        source: says how.
+        records: of one file, or of a part of it.
+        tally: counts what becomes of them.
+        index: number of the first record in the source.
         field: dotted path of one more field of the records, a text, a number or a list of them.
 
     Yields:
         text; url ('' for none); field (as text, '' for none); source (NAME or NAME/VALUE); spans (list of [begin,
         end]); loss_spans (list of LossSpan; None where all of the text carries loss); index (number of the record in
         the source); skipped (the kind of reason why this record gives no document, '' for documents); problem (place
-        and reason of a skipped record); file; bytes_read (of all files so far).
+        and reason of a skipped record); file.
 
     Raises:
-        UserError: a file cannot be read or yields no document, a document is too long, or more than `bad_lines` records
-            are unreadable.
+        UserError: a document is too long, or more than `bad_lines` records are unreadable.
     """
-    fields = source.fields()
-    paths = (fields.text, fields.url, fields.source, fields.response, source.spans_field, field)
-    columns = [path.split(".")[0] for path in paths if path]
-    first, last, parts = _part(source)
-    index, bad, taken, characters, bytes_before = -1, 0, 0, 0, 0
-    for file, size, records in _inputs(source, columns):
-        has_documents, first_problem = False, ""
-        for record in records:
-            index += 1
-            row = {"text": "", "url": "", "field": "", "source": source.name, "spans": [], "loss_spans": None}
-            row |= {"index": index, "file": file, "bytes_read": bytes_before + record.bytes_read}
-            row |= {"skipped": "", "problem": ""}
-            try:
-                row |= _document(record, source, fields, field)
-            except BadRecord as error:
-                bad += 1
-                row |= _skipped(record.place, str(error))
-                if bad > source.bad_lines:
-                    raise UserError(
-                        "source-bad-lines",
-                        f"{row['problem']}; source {source.name!r} allows bad_lines = {source.bad_lines}: repair the "
-                        "file, name the right fields, or allow more",
-                    ) from None
-            if row["skipped"]:
-                first_problem = first_problem or row["problem"]
-                yield row
-                continue
-            has_documents = True
-            if len(row["text"]) > source.max_document_characters:
-                raise UserError(
-                    "source-document-too-long",
-                    f"{record.place}: a document of {len(row['text']):,} characters is longer than "
-                    f"max_document_characters = {source.max_document_characters:,}: split it, or raise the limit",
-                )
-            if parts > 1 and not first <= _text_hash(row["text"]) % parts <= last:
-                continue
+    fields, (first, last, parts) = source.fields(), _part(source)
+    empty = {"text": "", "url": "", "field": "", "source": source.name, "spans": [], "loss_spans": None}
+    for record in records:
+        row = empty | {"index": index + tally.records, "skipped": "", "problem": "", "file": tally.file}
+        tally.records += 1
+        try:
+            row |= _document(record, source, fields, field)
+        except BadRecord as error:
+            row |= _skipped(record.place, str(error))
+            tally.bad.append(row["problem"])
+            check_bad_lines(source, tally.bad)
+        if row["skipped"]:
+            tally.skipped.setdefault(row["skipped"], [0, row["problem"]])[0] += 1
             yield row
-            taken += 1
-            characters += len(row["text"])
-            if taken == source.max_documents or (source.max_characters and characters >= source.max_characters):
-                return
-        # The tolerance is for lines. A file without a single document is no accident.
-        if not has_documents:
+            continue
+        tally.documents += 1
+        if len(row["text"]) > source.max_document_characters:
             raise UserError(
-                "source-file-without-document",
-                f"source {source.name!r}: {file} yields no document ({first_problem or 'no records'}): repair it, or "
-                "remove it from the source",
+                "source-document-too-long",
+                f"{record.place}: a document of {len(row['text']):,} characters is longer than "
+                f"max_document_characters = {source.max_document_characters:,}: split it, or raise the limit",
             )
-        bytes_before += size
+        if parts > 1 and not first <= text_hash(row["text"]) % parts <= last:
+            continue
+        tally.taken += 1
+        tally.characters += len(row["text"])
+        yield row
+        if tally.reached(source):
+            return
+
+
+def check_bad_lines(source: Source, bad: Sequence[str]) -> None:
+    """Refuses more unreadable records than the source allows."""
+    if len(bad) > source.bad_lines:
+        raise UserError(
+            "source-bad-lines",
+            f"{bad[source.bad_lines]}; source {source.name!r} allows bad_lines = {source.bad_lines}: repair the file, "
+            "name the right fields, or allow more",
+        )
+
+
+def check_tally(source: Source, tally: Tally) -> None:
+    """Refuses a file without a single document: that is no accident, as a few unreadable lines are."""
+    if not tally.documents:
+        problem = next((first for _, first in tally.skipped.values()), "no records")
+        raise UserError(
+            "source-file-without-document",
+            f"source {source.name!r}: {tally.file} yields no document ({problem}): repair it, or remove it from the "
+            "source",
+        )
 
 
 def _skipped(place: str, problem: str) -> dict[str, str]:
@@ -383,8 +468,9 @@ def _part(source: Source) -> tuple[int, int, int]:
 
 def text_fraction(text: str) -> float:
     """A number in [0, 1) that a text hashes to, independent of the `part` that the text falls into."""
-    return int(mix(np.array([_text_hash(text)], np.uint64) ^ salt("fraction"))[0] >> np.uint64(11)) / (1 << 53)
+    return int(mix(np.array([text_hash(text)], np.uint64) ^ salt("fraction"))[0] >> np.uint64(11)) / (1 << 53)
 
 
-def _text_hash(text: str) -> int:
+def text_hash(text: str) -> int:
+    """64 bits that a text hashes to on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")

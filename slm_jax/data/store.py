@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -46,6 +47,13 @@ class Store:
 
     def write(self, key: str, content: bytes) -> None:
         self._files().write(key, content).result()
+
+    def move_in(self, key: str, path: pathlib.Path) -> None:
+        """Makes a local file one of these."""
+        if (local := self.local()) is None:
+            self.write(key, path.read_bytes())
+        else:
+            shutil.move(path, local / key)
 
     def read_json(self, key: str) -> dict | None:
         """One JSON object; UserError where the file is damaged."""

@@ -9,7 +9,7 @@ import abc
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -45,6 +45,10 @@ class Vocabulary(abc.ABC):
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without BOS and EOS."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        """`encode` of several texts, as arrays; faster where a library takes them at once."""
+        return [np.array(self.encode(text), np.int32) for text in texts]
 
     @abc.abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -93,6 +97,9 @@ class ByteVocabulary(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         return [self._first + byte for byte in text.encode("utf-8")]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + self._first for text in texts]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         offsets = [(i, i + 1) for i, character in enumerate(text) for _ in character.encode("utf-8")]

@@ -1,0 +1,298 @@
+"""Who runs the tasks of `prepare`: this process, worker processes on this machine, or a Dask cluster.
+
+A task is a function of files to files that may run anywhere, any number of times. It publishes a marker last, by
+rename: it is done or not done, whoever was killed meanwhile.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from slm_jax.errors import UserError
+
+DEATHS = 2  # of workers at one task, after which it is not tried again
+
+
+class Task(NamedTuple):
+    """One call of a task function, `function(work, key, *arguments)`.
+
+    Attributes:
+        key: names its marker and its files; the same for the same work.
+        what: what it reads or writes, for messages.
+        arguments: of the function.
+        size: its share of the progress bar.
+    """
+
+    key: str
+    what: str
+    arguments: tuple[Any, ...]
+    size: int = 1
+
+
+Function = Callable[..., dict[str, Any]]
+
+
+class Workers:
+    """Runs tasks through an executor of `concurrent.futures`.
+
+    Attributes:
+        reused: number of tasks that an earlier call had done.
+    """
+
+    def __init__(self, executor: Executor, slots: Callable[[], int]):
+        """slots: how many tasks may be submitted at a time."""
+        self._executor, self._slots = executor, slots
+        self.reused: Counter[str] = Counter()
+
+    def run(
+        self, work: pathlib.Path, function: Function, tasks: Iterable[Task], say: str, total: int, unit: str
+    ) -> list[dict[str, Any]]:
+        """Runs the tasks that are not done.
+
+        Args:
+            work: directory for markers and files, the same for all workers.
+            function: see `Task`; its result is a small JSON object.
+            tasks: taken one by one as workers become free, so that a generator may wait for results.
+            say: what the tasks do, for the progress bar; its `total` and `unit` likewise.
+
+        Returns:
+            The result of each task, in order.
+
+        Raises:
+            UserError: from a task, or workers died repeatedly at a task, which is named. Other exceptions of a task end
+                the call as they are: a mistake in the program does not go away by trying again.
+        """
+        results: list[dict[str, Any]] = []
+        running: dict[Future, tuple[int, Task]] = {}
+        deaths, waiting = Counter[str](), iter(tasks)
+
+        def submit(number: int, task: Task) -> None:
+            running[self._executor.submit(run_task, function, work, task.key, *task.arguments)] = number, task
+
+        # A bar for what takes no time is noise.
+        with tqdm(desc=say, total=total, unit=unit, unit_scale=True, delay=0.5) as bar:
+            while True:
+                while len(running) < self._slots() and (task := next(waiting, None)) is not None:
+                    results.append(read_marker(work, task.key) or {})
+                    if results[-1]:
+                        self.reused[function.__name__] += 1
+                        bar.update(task.size)
+                    else:
+                        submit(len(results) - 1, task)
+                if not running:
+                    return results
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    number, task = running.pop(future)
+                    try:
+                        results[number] = future.result()
+                        bar.update(task.size)
+                    except CancelledError as error:
+                        raise UserError(
+                            "prepare-cluster-lost",
+                            "the cluster no longer answers: start it again, then the same command; finished tasks are "
+                            "kept",
+                        ) from error
+                    except Exception as error:
+                        if not _worker_died(error):
+                            raise
+                        deaths[task.key] += (
+                            1 if isinstance(error, BrokenExecutor) else DEATHS
+                        )  # Dask itself tries again
+                        if deaths[task.key] >= DEATHS:
+                            raise UserError(
+                                "prepare-worker-killed",
+                                f"worker processes were killed each time they tried {task.what}, most likely for lack "
+                                "of memory: look for a huge document there, or run the same command again with fewer "
+                                "processes; finished tasks are kept",
+                            ) from error
+                        print(f"prepare: a worker process was killed at {task.what}; it is tried once more")
+                        submit(number, task)
+
+
+def _worker_died(error: Exception) -> bool:
+    return isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker"
+
+
+def run_task(function: Function, work: pathlib.Path, key: str, *arguments: Any) -> dict[str, Any]:
+    """Runs one task unless it is done, and publishes its marker, which holds the result and what it cost."""
+    if not (work / "lock").exists():
+        raise UserError(
+            "prepare-folder-not-shared",
+            f"the worker on {socket.gethostname()} does not see {work}: put the corpus into a folder that all workers "
+            "share, or name one with prepare.work",
+        )
+    if (done := read_marker(work, key)) is not None:
+        return done
+    begin = time.process_time()
+    result = function(work, key, *arguments)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    result |= {"cpu_seconds": round(time.process_time() - begin, 3), "memory_mb": memory}
+    publish(work / "done" / f"{key}.json", json.dumps(result).encode("utf-8"))
+    return result
+
+
+def read_marker(work: pathlib.Path, key: str) -> dict[str, Any] | None:
+    """The result of a task; None while it is not done."""
+    try:
+        return json.loads((work / "done" / f"{key}.json").read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def publishing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a path of this process alone, which becomes `path` when the block succeeds. Two workers may write the same
+    file at once: what they write is the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
+    yield own
+    os.replace(own, path)
+
+
+def publish(path: pathlib.Path, content: bytes | memoryview) -> None:
+    with publishing(path) as own:
+        own.write_bytes(content)
+
+
+@contextlib.contextmanager
+def start_workers(processes: int, cluster: str | None) -> Iterator[Workers]:
+    """Starts processes, or connects to the Dask scheduler at the address `cluster`.
+
+    Raises:
+        UserError: Dask is not installed, or no scheduler answers.
+    """
+    if cluster is not None:
+        with _dask(cluster) as workers:
+            yield workers
+    elif processes == 1:
+        yield this_process()
+    else:
+        with _Processes(processes) as executor:
+            yield Workers(executor, lambda: processes)
+
+
+def this_process() -> Workers:
+    """Runs tasks one after the other, here."""
+    return Workers(_ThisProcess(), lambda: 1)
+
+
+class _ThisProcess(Executor):
+    def submit(self, fn, /, *args, **kwargs):
+        future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class _Processes(Executor):
+    """Worker processes, each a pool of one: where one dies, only its task is lost, and it is known which."""
+
+    def __init__(self, processes: int):
+        # A fork would copy the threads of libraries in an undefined state.
+        self._context = multiprocessing.get_context("spawn")
+        # Workers end when the other end of this pipe is closed: when the parent fails, or is killed.
+        self._end, self._alive = self._context.Pipe(duplex=False)
+        self._idle: queue.SimpleQueue[ProcessPoolExecutor] = queue.SimpleQueue()
+        for _ in range(processes):
+            self._idle.put(self._pool())
+        self._number = processes
+
+    def _pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, self._context, initializer=_start_worker, initargs=(self._end,))
+
+    def submit(self, fn, /, *args, **kwargs):
+        pool = self._idle.get()
+        with _workers_import_no_main():
+            future = pool.submit(fn, *args, **kwargs)
+
+        def free(future: Future) -> None:
+            died = isinstance(future.exception(), BrokenExecutor)
+            self._idle.put(self._pool() if died else pool)
+
+        future.add_done_callback(free)
+        return future
+
+    def __exit__(self, kind, value, traceback):
+        if kind is not None:
+            self._alive.close()
+        for _ in range(self._number):
+            self._idle.get().shutdown()
+        self._alive.close()
+        self._end.close()
+
+
+def _start_worker(end: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a process is one core's work
+
+    def end_with_parent() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            end.recv_bytes()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _workers_import_no_main() -> Iterator[None]:
+    """Spawned workers would import the caller's main module again: slow (jax) and, in a script without a main guard,
+    endless. Ours need nothing from it."""
+    main = sys.modules["__main__"]
+    hidden = {name: main.__dict__[name] for name in ("__spec__", "__file__") if name in main.__dict__}
+    main.__spec__ = None
+    main.__dict__.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.__dict__.update(hidden)
+
+
+@contextlib.contextmanager
+def _dask(address: str) -> Iterator[Workers]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UserError(
+            "prepare-no-dask", "prepare.cluster needs Dask: install it with `pip install slm_jax[cluster]`"
+        ) from error
+    try:
+        client = Client(address, timeout="20s")
+    except (OSError, TimeoutError, ValueError) as error:
+        raise UserError(
+            "prepare-no-cluster",
+            f"no Dask scheduler answers at {address!r}: start one with `dask scheduler`, and pass its address",
+        ) from error
+
+    def threads() -> int:
+        found: Any = client.nthreads()
+        return sum(found.values())
+
+    with client, client.get_executor(pure=False) as executor:
+        print(f"prepare: Dask at {address}, {threads()} workers, watch {client.dashboard_link}")
+        # Some more than there are workers, so that none waits; workers may join at any time.
+        yield Workers(executor, lambda: 2 + 2 * threads())

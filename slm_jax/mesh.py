@@ -36,6 +36,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(attention/out|mlp/down)/bias$", P()),
     (r"norm/(scale|bias)$", P()),
 )
+# Of optimizers, arrays without the shape of a parameter: Adafactor's factored moments, Muon's coefficients.
+REPLICATED = re.compile(r"(^|/)(v|v_row|v_col)/|/ns_coeffs$")
 
 
 @configurable
@@ -123,12 +125,12 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def partition_spec(path: str, ndim: int) -> PartitionSpec:
-    """How the table shards an array. Scalars (step, optimizer counts) are replicated.
+    """How the table shards an array. Scalars (step, optimizer counts) and `REPLICATED` are not split.
 
     Raises:
       KeyError: no pattern matches; a new parameter needs a line in RULES.
     """
-    if ndim == 0:
+    if ndim == 0 or REPLICATED.search(path):
         return P()
     for pattern, spec in RULES:
         if re.search(pattern, path):

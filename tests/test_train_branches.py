@@ -2,6 +2,7 @@
 phase and a run keep beside the parameters; and averages of them."""
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from slm_jax.mesh import make_mesh
 from slm_jax.models.trained_model import run_vocabulary
 from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import Selection
-from slm_jax.train.average import average
+from slm_jax.train.average import DECAYS, average, decay_weights
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.plan import Plan
 from slm_jax.train.schedules import Schedule, SchedulePart, anneal_schedule, infinite_schedule
@@ -173,11 +174,32 @@ def test_the_moving_average_of_a_run_and_the_mean_of_its_checkpoints(corpus, tmp
     assert run_vocabulary(str(tmp_path / "mean"), corpus.vocabulary_hash).size == corpus.vocab_size
 
     with toy.one_device():
+        toy.refused("average-moving-decay", average, str(run), str(tmp_path / "x"), moving=True, decay="cosine")
         message = toy.refused("average-output-exists", average, str(run), str(tmp_path / "mean"))
         assert str(tmp_path / "mean") in message
         assert "step 7" in toy.refused("checkpoint-not-found", average, str(run), str(tmp_path / "x"), [7])
     message = toy.refused("resume-other-average", toy.train_here, run, [toy.phase(corpus, steps=5)])
     assert "OptimizerConfig.ema = 0.5, now 0" in message
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("steps", [[2, 4, 6, 8], [3, 4, 9], [5, 6]], ids=str)
+def test_weights_of_checkpoints_are_a_decay_of_the_rate(decay, steps):
+    """Plain gradient descent at a constant rate, its checkpoints averaged, is one at decaying rates: gradients do not
+    depend on the parameters here, so the two can be compared."""
+    gradients = np.random.default_rng(0).normal(size=steps[-1] + 1)  # of steps 1 to the last; [0] is not used
+    weights = decay_weights(steps, decay)
+    assert weights.sum() == pytest.approx(1) and (weights >= 0).all()
+    checkpoints = np.array([-gradients[1 : step + 1].sum() for step in steps])
+    length = (steps[-1] - steps[0]) * len(steps) / (len(steps) - 1)
+    rates = [1.0] * steps[0]  # of steps 1 to the first checkpoint; then of each interval the rate where it ends
+    for begin, end in itertools.pairwise(steps):
+        rates += [float(DECAYS[decay](np.float64((end - steps[0]) / length)))] * (end - begin)
+    assert weights @ checkpoints == pytest.approx(-np.dot(rates, gradients[1:]))
+
+
+def test_equal_weights_of_evenly_spaced_checkpoints_are_a_linear_decay():
+    np.testing.assert_allclose(decay_weights([10, 20, 30, 40, 50], "linear"), 0.2)
 
 
 def test_a_run_without_an_average_says_so(parent, tmp_path):

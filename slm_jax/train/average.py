@@ -1,14 +1,20 @@
-"""Stage `average`: makes a model from the mean of several checkpoints, or from the moving average of a run."""
+"""Stage `average`: makes a model from a mean of several checkpoints, or from the moving average of a run.
 
-from collections.abc import Sequence
+Averaged checkpoints of a run at a constant learning rate imitate a decay that was never run: a gradient taken
+before checkpoint i counts with the sum of the weights of the checkpoints from i on, and the weights can be chosen so
+that this sum falls as a learning rate would (WSM, arXiv 2507.17634).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints, read_about, restore_items, restore_params, saved_steps
-from slm_jax.configurable import Natural, configurable
+from slm_jax.configurable import Natural, OneOf, configurable
 from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.errors import UserError
 from slm_jax.files import to_json
@@ -17,17 +23,31 @@ from slm_jax.models.forward import Params, param_shapes
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.run_directory import RunDirectory
 
+# The learning rate, as a fraction of the constant one, after a fraction t of the decay.
+DECAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: (1 + np.cos(np.pi * t)) / 2,
+    "sqrt": lambda t: 1 - np.sqrt(t),
+}
+
 
 @configurable
 def average(
-    run: str, output: str, steps: Sequence[Natural] = (), moving: bool = False, mesh: MeshConfig | None = None
+    run: str,
+    output: str,
+    steps: Sequence[Natural] = (),
+    decay: Annotated[str, OneOf(DECAYS)] | None = None,
+    moving: bool = False,
+    mesh: MeshConfig | None = None,
 ) -> None:
     """Averages the parameters of several checkpoints of a run into a model, to evaluate, score with or train from.
 
     Args:
       run: run directory of the checkpoints.
       output: directory of the result, with one checkpoint.
-      steps: which checkpoints to average, with equal weights; by default all that are kept.
+      steps: which checkpoints to average; by default all that are kept.
+      decay: weights that imitate a `linear`, `cosine` or `sqrt` (1 - sqrt) decay of the learning rate from the first
+        checkpoint to the last; by default all weights are equal, which for evenly spaced checkpoints is `linear`.
       moving: take the moving average that the run kept (OptimizerConfig.ema) instead, at the one step given or the
         last.
       mesh: how devices hold the parameters.
@@ -49,13 +69,18 @@ def average(
             "average-not-kept",
             f"{run} kept no moving average: train with OptimizerConfig.ema, or average its checkpoints",
         )
+    if moving and decay:
+        raise UserError("average-moving-decay", "average.decay weights checkpoints, average.moving takes one: drop one")
     config_lib.print_unused()
     about = read_about(run, steps[-1])
     shapes = param_shapes(ModelConfig.from_json(about["model"]), devices)
     if moving:
         params, what = restore_items(run, {"average": shapes}, steps[0])["average"], "moving average"
     else:
-        params, what = _mean(run, shapes, steps), f"mean of steps {', '.join(map(str, steps))}"
+        steps = sorted(steps)
+        weights = decay_weights(steps, decay) if decay else np.full(len(steps), 1 / len(steps))
+        kind = f"mean, weighted as a {decay} decay," if decay else "mean"
+        params, what = _mean(run, shapes, steps, weights), f"{kind} of steps {', '.join(map(str, steps))}"
     with Checkpoints(output) as checkpoints:
         if checkpoints.steps():
             raise UserError(
@@ -67,10 +92,24 @@ def average(
     print(f"average: {what} of {run} -> {output}")
 
 
-def _mean(run: str, shapes: Params, steps: Sequence[int]) -> Params:
-    """The mean over checkpoints; memory holds the sum and one of them."""
-    total = restore_params(run, shapes, steps[0])
-    add = jax.jit(lambda total, params: jax.tree.map(jnp.add, total, params), donate_argnums=0)
-    for step in steps[1:]:
-        total = add(total, restore_params(run, shapes, step))
-    return jax.jit(lambda total: jax.tree.map(lambda x: x / len(steps), total), donate_argnums=0)(total)
+def decay_weights(steps: Sequence[int], decay: str) -> np.ndarray:
+    """Weights [K] of the checkpoints at ascending `steps`; they add up to 1.
+
+    The decay begins at the first checkpoint and would reach rate 0 one interval of mean length after the last. With the
+    rate d_i in the interval that ends at checkpoint i, the weights are 1 - d_1, then d_i - d_(i+1), and d_(K-1).
+    """
+    at = np.asarray(steps, float) - steps[0]
+    if len(at) == 1:
+        return np.ones(1)
+    rates = DECAYS[decay](at / (at[-1] * len(at) / (len(at) - 1)))  # [K]; 1 at the first checkpoint
+    return rates - np.append(rates[1:], 0.0)
+
+
+def _mean(run: str, shapes: Params, steps: Sequence[int], weights: np.ndarray) -> Params:
+    """The weighted mean over checkpoints; memory holds the sum and one of them."""
+    scale = jax.jit(lambda params, w: jax.tree.map(lambda p: w * p, params), donate_argnums=0)
+    add = jax.jit(lambda total, params, w: jax.tree.map(lambda t, p: t + w * p, total, params), donate_argnums=0)
+    total = scale(restore_params(run, shapes, steps[0]), weights[0])
+    for step, weight in zip(steps[1:], weights[1:], strict=True):
+        total = add(total, restore_params(run, shapes, step), weight)
+    return total

@@ -25,7 +25,7 @@ from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.models.trained_model import check_rows
 from slm_jax.run_directory import RunDirectory
 from slm_jax.train import plan_summary
-from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from slm_jax.train.optimizer import OptimizerConfig
 from slm_jax.train.phases import Phase, keep_ratio
 from slm_jax.train.plan import Plan
 from slm_jax.train.resume import Start, StateSpec, claim, phase_start_params, start_state
@@ -76,7 +76,7 @@ def train(
       phases: what to train on, on which tokens, for how long; one Phase by default. A finished run that is given more
         phases, or a longer last one, continues.
       schedule: learning rate until the first phase that sets its own; cosine_schedule() by default.
-      optimizer: settings of AdamW.
+      optimizer: AdamW or another optimizer, and its settings.
       mesh: devices along data, fsdp and model.
       seed: of the initial parameters, the data order and random selection.
       init_from: run directory to start from; None starts from random parameters.
@@ -154,7 +154,7 @@ def train(
         # its phase began, those of step 0 too.
         milestones = plan.first_steps[0 if plan.phases[0].l2_to_init else 1 :].tolist()
         checkpoints = stack.enter_context(Checkpoints(run, keep_checkpoints, milestones))
-        spec = StateSpec(model, make_optimizer(optimizer), devices, ema=optimizer.ema > 0)
+        spec = StateSpec(model, optimizer, devices)
         state, counters = start_state(checkpoints, start, spec, plan, allow_equal_reference)
         first = int(state.step)
         print(plan_summary.describe(run, model, plan, devices, first), flush=True)

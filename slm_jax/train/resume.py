@@ -20,6 +20,7 @@ from slm_jax.models.forward import Params
 from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.models.trained_model import load_model
 from slm_jax.run_directory import RunDirectory
+from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.plan import Plan
 from slm_jax.train.state import TrainState, init_state, state_shapes
 
@@ -68,9 +69,16 @@ class StateSpec:
     """What determines the shapes of a state and their shardings."""
 
     model: ModelConfig
-    optimizer: optax.GradientTransformation
+    config: OptimizerConfig
     mesh: Mesh
-    ema: bool
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config)
+
+    @property
+    def ema(self) -> bool:
+        return self.config.ema > 0
 
     def shapes(self) -> TrainState:
         return state_shapes(self.model, self.optimizer, self.mesh, self.ema)
@@ -102,12 +110,15 @@ def claim(
         done, remedy = steps[-1], "choose another train.run_dir"
         check_same_identity(old["identity"], new["identity"], run, remedy)
         check_same_rows(old["settings"]["phases"], new["settings"]["phases"], done, run, remedy)
-        was, now = (record["settings"]["optimizer"].get("ema", 0.0) for record in (old, new))
-        if (was > 0) != (now > 0):
+        # Fields that an older version did not have are at their defaults.
+        old["settings"]["optimizer"] = to_json(OptimizerConfig(**old["settings"]["optimizer"]))
+        was, now = (record["settings"]["optimizer"] for record in (old, new))
+        check_same_moments(was, now, run, remedy)
+        if (was["ema"] > 0) != (now["ema"] > 0):
             raise UserError(
                 "resume-other-average",
-                f"{run} holds a run with OptimizerConfig.ema = {was:g}, now {now:g}: an average is kept from the first "
-                f"step or not at all; {remedy}",
+                f"{run} holds a run with OptimizerConfig.ema = {was['ema']:g}, now {now['ema']:g}: an average is kept "
+                f"from the first step or not at all; {remedy}",
             )
         changed = [name for name, value in new["settings"].items() if old["settings"].get(name) != value]
         summary = run.summary()
@@ -186,6 +197,21 @@ def check_same_identity(was: dict[str, Any], now: dict[str, Any], run: RunDirect
                     f"{what} {name} changed since {run} was started ({str(before)[:12]} then, {str(fingerprint)[:12]} "
                     f"now): restore the old one, or {remedy}",
                 )
+
+
+def check_same_moments(was: dict[str, Any], now: dict[str, Any], run: RunDirectory | str, remedy: str) -> None:
+    """Compares what decides the moments of a state: settings of two optimizers, as JSON.
+
+    Raises:
+      UserError: `resume-other-optimizer`: they keep other moments.
+    """
+    for name in ("name", "moment_dtype"):
+        if was[name] != now[name]:
+            raise UserError(
+                "resume-other-optimizer",
+                f"{run} holds moments of OptimizerConfig.{name} = {was[name]!r}, this run would use {now[name]!r}: "
+                f"{remedy}",
+            )
 
 
 def check_same_rows(
@@ -321,8 +347,9 @@ def _branched_state(run_dir: str, start: Start, spec: StateSpec, plan: Plan) -> 
             f"{difference}, and the branch would continue from it: repeat train.schedule, with lengths in steps "
             "instead of shares, or give the branch a schedule with its own start",
         )
-    had_average = record["settings"]["optimizer"].get("ema", 0.0) > 0
-    shapes = dataclasses.replace(spec, ema=had_average).shapes()
+    its_optimizer = OptimizerConfig(**record["settings"]["optimizer"])
+    check_same_moments(to_json(its_optimizer), to_json(spec.config), run, "set train.init_mode = 'params'")
+    shapes = dataclasses.replace(spec, config=its_optimizer).shapes()
     state = TrainState.of(restore_items(run, shapes.items(), step))
     if not spec.ema:
         state = state._replace(average=None)

@@ -446,3 +446,16 @@ def test_the_infinite_schedules_at_the_papers_points(shape, middle, planned):
     assert {split, 2 * split, 3 * split} <= set(run.first_steps)
     annealed = planned("continual/405m/splits_annealed").rates
     np.testing.assert_allclose(annealed[-anneal:], run.rates[-anneal:], rtol=1e-4)
+
+
+# Those of 10b are what differs from continual/common.gin.
+SHARED = [path for paper in PAPERS for path in (RUNS / paper).rglob("common.gin") if path.parent.name != "10b"]
+
+
+@pytest.mark.parametrize("path", sorted(SHARED), ids=lambda path: path.parent.name)
+def test_a_recipe_names_its_steps_with_time_and_disk(path):
+    """In the header of the shared file: what to download, and each stage's command with its disk and time."""
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert "Steps, time and disk" in header and ("hf download" in header or "after ../" in header)
+    steps = [line for line in header.splitlines() if line.startswith(("#   slm-jax prepare", "#   slm-jax train"))]
+    assert len(steps) >= 1 and all(re.search(r": [\d.]+ [GT]B.*, .*\w", line) for line in steps), steps

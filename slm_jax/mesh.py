@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.configurable import AtLeast, configurable
 from slm_jax.errors import UserError
@@ -62,14 +62,8 @@ def make_mesh(config: MeshConfig | None = None, devices: Any = None) -> Mesh:
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    config = config or MeshConfig()
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.model]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        shape = dict(zip(AXES, sizes, strict=True))
-        raise UserError("mesh-shape", f"mesh {shape}: sizes are positive, and one at most is -1: change MeshConfig")
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
+    sizes = _sizes(config or MeshConfig(), len(devices))
     if math.prod(sizes) != len(devices):
         shape = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
         raise UserError(
@@ -80,6 +74,29 @@ def make_mesh(config: MeshConfig | None = None, devices: Any = None) -> Mesh:
     else:  # an axis may be shorter than a dimension of the torus, such as 16 of v5p:4x8x8
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _sizes(config: MeshConfig, num_devices: int) -> list[int]:
+    """The length of each axis."""
+    sizes = [config.data, config.fsdp, config.model]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        shape = dict(zip(AXES, sizes, strict=True))
+        raise UserError("mesh-shape", f"mesh {shape}: sizes are positive, and one at most is -1: change MeshConfig")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, num_devices // -math.prod(sizes))
+    return sizes
+
+
+def planned_mesh(config: MeshConfig | None = None) -> Mesh | AbstractMesh:
+    """The mesh of `make_mesh`, or its shape alone where it takes more devices than are here.
+
+    Raises:
+      UserError: as `make_mesh`.
+    """
+    sizes = _sizes(config or MeshConfig(), jax.device_count())
+    if math.prod(sizes) > jax.device_count():
+        return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return make_mesh(config)
 
 
 def over_slices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
@@ -103,12 +120,12 @@ def over_slices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of pieces into which the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(mesh: Mesh, batch_size: int, what: str, gradient_accumulation_steps: int = 1) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, what: str, gradient_accumulation_steps: int = 1) -> None:
     """Refuses a batch that the mesh cannot split evenly; `what` names it in the message."""
     pieces = batch_shards(mesh) * gradient_accumulation_steps
     if batch_size < 1 or batch_size % pieces:

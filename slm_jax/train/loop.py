@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Protocol, runtime_checkable
 
+import gin
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -16,6 +17,7 @@ from slm_jax.checkpoint import Checkpoints
 from slm_jax.chips import chip_of
 from slm_jax.configurable import Count, Natural, OneOf, Seed, Share, configurable
 from slm_jax.data.batches import Batch, read_ahead
+from slm_jax.data.corpus import Corpus
 from slm_jax.errors import UserError
 from slm_jax.files import to_json, write_json
 from slm_jax.mesh import MeshConfig
@@ -25,11 +27,12 @@ from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.models.trained_model import check_rows
 from slm_jax.run_directory import RunDirectory
 from slm_jax.train import plan_summary
+from slm_jax.train.missing import missing_inputs
 from slm_jax.train.optimizer import OptimizerConfig
 from slm_jax.train.phases import Phase, keep_ratio
 from slm_jax.train.plan import Plan
 from slm_jax.train.resume import Start, StateSpec, claim, phase_start_params, start_state
-from slm_jax.train.schedules import Schedule, cosine_schedule
+from slm_jax.train.schedules import Schedule, cosine_schedule, peak_by_size
 from slm_jax.train.state import TrainState
 from slm_jax.train.step import compile_step, make_step
 from slm_jax.train.step_metrics import StepMetrics, write_evaluation
@@ -43,6 +46,17 @@ class Evaluator(Protocol):
     def name(self) -> str: ...
 
     def bind(self, model: ModelConfig, vocabulary_hash: str, mesh: Mesh) -> Callable[[Params], Iterable[Any]]: ...
+
+
+def _peak(model: ModelConfig, phases: Sequence[Phase]) -> float:
+    """The peak learning rate of a run that names none, by the size of its model."""
+    vocab_size = model.vocab_size or Corpus.open(phases[0].mixture[0].corpus).vocab_size
+    count = dataclasses.replace(model, vocab_size=vocab_size).parameter_count()
+    peak = peak_by_size(count)
+    print(
+        f"train: peak learning rate {peak:g}, for {count:,} parameters: cosine_schedule.peak sets another", flush=True
+    )
+    return peak
 
 
 @configurable
@@ -75,7 +89,8 @@ def train(
       model: architecture; a `vocab_size` of None takes the corpus' vocabulary.
       phases: what to train on, on which tokens, for how long; one Phase by default. A finished run that is given more
         phases, or a longer last one, continues.
-      schedule: learning rate until the first phase that sets its own; cosine_schedule() by default.
+      schedule: learning rate until the first phase that sets its own; by default cosine_schedule(), whose
+        peak follows the size of the model unless cosine_schedule.peak is set.
       optimizer: AdamW or another optimizer, and its settings.
       mesh: devices along data, fsdp and model.
       seed: of the initial parameters, the data order and random selection.
@@ -91,18 +106,25 @@ def train(
       evaluate_every: steps between evaluations, which are also made at step 0 and at the end of each phase.
       evaluators: HeldOut, MultipleChoice or Samples.
       max_nonfinite_scores: maximum fraction of non-finite scores in a batch before the run stops.
-      dry_run: print the plan, draw it as <run_dir>/plan.png, and stop.
+      dry_run: print the plan, draw it as <run_dir>/plan.png, and stop; or list all that is missing for it. Its mesh may
+        be larger than this machine.
       allow_equal_reference: train on excess loss even though reference and initial model are the same. The excess is
         then 0 at first; in bfloat16 up to some hundredths, because two programs round differently.
     """
     # --- Settings. Defaults are made here, after gin has read its files; in the signature they would be made on import.
     model, optimizer = model or model_config(), optimizer or OptimizerConfig()
     phases = phases or [Phase()]  # pyright: ignore[reportCallIssue] (gin's)
+    if dry_run and (missing := missing_inputs(phases, evaluators, init_from)):
+        print("\n".join([f"train: {run_dir} reads what is not there:", *(f"  {line}" for line in missing)]), flush=True)
+        raise UserError(
+            "train-missing-inputs", f"{len(missing)} of its inputs are missing, listed above: make them first"
+        )
     if schedule is None and not phases[0].schedule:
-        schedule = cosine_schedule()
+        named = "peak" in gin.get_bindings("cosine_schedule", resolve_references=False)
+        schedule = cosine_schedule() if named else cosine_schedule(_peak(model, phases))
 
     # --- Mesh (`devices`; `mesh` is its settings), and the plan: rows, selection and learning rate of each step.
-    devices, run = mesh_lib.make_mesh(mesh), RunDirectory(run_dir)
+    devices, run = mesh_lib.make_mesh(mesh) if not dry_run else mesh_lib.planned_mesh(mesh), RunDirectory(run_dir)
     plan = Plan(phases, seed, schedule)
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=plan.corpus.vocab_size)
@@ -120,10 +142,12 @@ def train(
     names = [evaluator.name for evaluator in evaluators]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError("evaluators-same-name", f"two of train.evaluators are called {repeated[0]!r}: rename one")
-    measures = [evaluator.bind(model, plan.corpus.vocabulary_hash, devices) for evaluator in evaluators]
+    measures = []
+    if isinstance(devices, Mesh):  # a plan may be for more devices than are here, on which nothing can be bound
+        measures = [evaluator.bind(model, plan.corpus.vocabulary_hash, devices) for evaluator in evaluators]
 
     config_lib.print_unused()
-    if dry_run:
+    if dry_run or not isinstance(devices, Mesh):
         print(plan_summary.describe(run, model, plan, devices, 0))
         processes.on_first(lambda: plan_summary.draw(plan, run.plan_png))
         print(f"train: nothing was trained; the plan is drawn in {run.plan_png}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from slm_jax import processes
 from slm_jax.data.mixture import MixtureComponent
@@ -19,13 +19,14 @@ COLUMNS = ("phase", "steps", "tokens", "learning rate", "trains on", "rows from"
 POINTS = 1000  # of a curve
 
 
-def describe(run: RunDirectory, model: ModelConfig, plan: Plan, devices: Mesh, step: int) -> str:
+def describe(run: RunDirectory, model: ModelConfig, plan: Plan, devices: Mesh | AbstractMesh, step: int) -> str:
     """What the run will do: its size, its devices, and the table of its phases."""
     mesh = " x ".join(f"{name} {size}" for name, size in devices.shape.items())
+    kind = devices.devices.flat[0].device_kind if isinstance(devices, Mesh) else "devices, more than are here"
     several = f" of {processes.count()} processes" if processes.count() > 1 else ""
     return (
         f"train: {model.parameter_count():,} parameters, {plan.total_steps} steps from step {step}, on {mesh} "
-        f"{devices.devices.flat[0].device_kind}{several} -> {run}\n{table(plan)}"
+        f"{kind}{several} -> {run}\n{table(plan)}"
     )
 
 

@@ -21,7 +21,7 @@ from slm_jax.score.selection import Selection
 from slm_jax.train.average import DECAYS, average, decay_weights
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.plan import Plan
-from slm_jax.train.schedules import Schedule, SchedulePart, anneal_schedule, infinite_schedule
+from slm_jax.train.schedules import Schedule, SchedulePart, anneal_schedule, cosine_schedule, infinite_schedule
 from slm_jax.train.state import TrainState, init_state, state_shapes
 from slm_jax.train.step import make_step
 
@@ -116,6 +116,21 @@ def test_a_wrong_length_does_no_harm_to_a_run(corpus, parent, tmp_path):
     longer = toy.phase(corpus, steps=9)
     longer = dataclasses.replace(longer, mixture=[dataclasses.replace(longer.mixture[0], epochs=200.0)])
     assert toy.train_here(run, [longer], schedule=CONSTANT)["steps"] == 9
+
+
+def test_extending_a_decayed_run_names_the_ways(corpus, tmp_path, capsys):
+    """Where the learning rate had decayed and no phase re-warms it; not where a new phase brings its schedule."""
+    run, decayed = tmp_path / "run", cosine_schedule(peak=1e-3, warmup=2)
+    toy.train_here(run, [toy.phase(corpus, steps=4)], schedule=decayed)
+    again = shutil.copytree(run, tmp_path / "again")
+    capsys.readouterr()
+    toy.train_here(run, [toy.phase(corpus, steps=6)], schedule=decayed)
+    printed = capsys.readouterr().out
+    assert "ended at 10% of its peak learning rate, 0.001" in printed
+    assert all(f"@{name}_schedule()" in printed for name in ("cosine", "anneal", "infinite"))
+    phases = [toy.phase(corpus, steps=4), toy.phase(corpus, steps=2, schedule=decayed)]
+    toy.train_here(again, phases, schedule=decayed)
+    assert "Three ways" not in capsys.readouterr().out
 
 
 def test_a_phase_that_is_held_near_its_start(corpus, tmp_path):

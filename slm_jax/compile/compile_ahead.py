@@ -79,7 +79,9 @@ def compile_ahead(
     # ---- Each step, compiled for the topology
     steps = [*(train_steps(run) if "train" in programs else ()), *([score_step(run)] if "score" in programs else ())]
     plans = []
-    for step in steps:
+    for number, step in enumerate(steps, 1):
+        about = f"{step.work.name}, {number} of {len(steps)}: seconds for a small model, minutes for a large one"
+        print(f"compile: {about}", flush=True)
         plans.append(plan_step(step, chip))
         print(describe(plans[-1]), flush=True)
     plan = {

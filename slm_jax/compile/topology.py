@@ -118,8 +118,11 @@ def _gpus(topology: str) -> tuple[list[Any], Chip]:
     try:
         described = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{number}", target_config=target)
     except NotImplementedError as error:
+        small = [f"jax-cuda13-{part}=={jax.__version__}" for part in ("pjrt", "plugin")] + ["nvidia-cudnn-cu13"]
         raise UserError(
-            "compile-no-compiler", "compile needs JAX's compiler for GPUs: pip install 'jax[cuda13]' (it needs no GPU)"
+            "compile-no-compiler",
+            "compile needs JAX's compiler for GPUs, which needs no GPU: pip install --no-deps "
+            f"{' '.join(small)}, or with all of CUDA pip install 'jax[cuda13]'",
         ) from error
     share = next((float(os.environ[name]) for name in MEMORY_FRACTION if os.environ.get(name)), 0.75)
     return described.devices, dataclasses.replace(chip, memory=share * chip.memory)

@@ -80,6 +80,7 @@ def prepare(
         raise UserError("prepare-same-name", f"prepare: two sources are called {twice[0]!r}; give each its own name")
     for source in sources:
         source.check()
+    _mention_long_rows(vocabulary.path, sequence_length)
     first = Store(corpus)
     job = Job(first.path, sources, sequence_length, packing, seed, metadata)
     maker = _Maker(processes or os.cpu_count() or 1, cluster, work)
@@ -98,6 +99,19 @@ def prepare(
     result = maker.make(replace(job, texts=(plain_share, 1.0)), vocabulary)
     maker.make(rest, VocabularyConfig(path=result.path))
     return result
+
+
+def _mention_long_rows(vocabulary: str | None, sequence_length: int) -> None:
+    """Says so if rows are longer than the model whose vocabulary they take reads."""
+    record = os.path.join(vocabulary or "", "run.json")
+    if vocabulary and os.path.isfile(record):
+        longest = (read_json(record).get("settings", {}).get("model") or {}).get("max_length")
+        if longest and sequence_length > longest:
+            print(
+                f"prepare: rows of {sequence_length} tokens are longer than the {longest} that the model in "
+                f"{vocabulary} reads: to train that model, set prepare.sequence_length to {longest} or less",
+                flush=True,
+            )
 
 
 def _settings(

@@ -24,6 +24,7 @@ from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.plan import Plan
 from slm_jax.train.state import TrainState, init_state, state_shapes
 
+DECAYED = 0.5  # a learning rate below this fraction of its peak is low for new data
 RESULT_SETTINGS = ("phases", "schedule", "optimizer")  # a finished run cannot change these
 
 
@@ -141,6 +142,8 @@ def claim(
             )
         if difference := learning_rate_change(run, done, plan):
             print(f"train: {difference}")
+        if summary and (offer := ways_to_extend(run, done, plan)):
+            print(f"train: {offer}")
         for name in changed:
             print(f"train: {name} was {old['settings'].get(name)}, is {new['settings'][name]} from here on")
         new["starts"] = old["starts"]
@@ -276,6 +279,21 @@ def learning_rate_change(run: RunDirectory, step: int, plan: Plan) -> str:
     if abs(was - now) <= 1e-4 * max(was, now):
         return ""
     return f"the learning rate of {run} at step {step} was {was:.4g}, in this plan it is {now:.4g}"
+
+
+def ways_to_extend(run: RunDirectory, step: int, plan: Plan) -> str:
+    """How a finished run whose learning rate had decayed can train on, if the plan leaves it low or jumps; else ''."""
+    rates = {row["step"]: row["learning_rate"] for row in run.metrics() if "learning_rate" in row}
+    peak = max(rates.values(), default=0.0)
+    begins = step in plan.first_steps and plan.phases[plan.phase_index(step)].schedule
+    if begins or rates.get(step, peak) > DECAYED * peak:
+        return ""
+    return (
+        f"{run} ended at {rates[step] / peak:.0%} of its peak learning rate, {peak:.3g}. Three ways to train on: "
+        f"re-warm, a new phase from step {step} with Phase.schedule = @cosine_schedule(); anneal further, with "
+        "@anneal_schedule(); or, in a new run, @infinite_schedule(), whose constant rate can be extended any number of "
+        "times and annealed at each end (docs/tutorials/continual.md)"
+    )
 
 
 # --- The state

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from slm_jax.metrics import progress
 from slm_jax.run_directory import RunDirectory
+from slm_jax.startup import on_cpu
 
 COMMAND = (sys.executable, "-m", "slm_jax")
 
@@ -51,12 +52,13 @@ class Running:
 def lanes_here() -> tuple[int, dict[str, str]]:
     """How many stages run at a time, and their environment: one per core on CPU, one on an accelerator.
 
-    Asked in a separate process, because a process that initialises an accelerator keeps it.
+    Where there may be an accelerator, JAX is asked in a separate process, because one that initialises it keeps it.
     """
-    code = "import jax; print(jax.default_backend())"
-    backend = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-    if backend != "cpu":
-        return 1, {}
+    if not on_cpu():
+        code = "import jax; print(jax.default_backend())"
+        backend = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        if backend != "cpu":
+            return 1, {}
     # XLA_FLAGS that are set come first: ours end with a flag of XLA's thread pool, and XLA reads nothing after it.
     flags = f"{os.environ.get('XLA_FLAGS', '')} {ONE_CORE['XLA_FLAGS']}".strip()
     return min(2, os.cpu_count() or 1), ONE_CORE | {"XLA_FLAGS": flags}

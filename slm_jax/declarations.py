@@ -7,6 +7,7 @@ the source, which `--help` and the check of a command's arguments read as a synt
 import ast
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import operator
@@ -184,6 +185,16 @@ def _parameters(node: ast.ClassDef | ast.FunctionDef, module: _Module) -> Iterat
 @functools.cache
 def declarations() -> dict[str, Declaration]:
     """Name -> declaration, of everything in this package that gin may bind."""
+    collects = gc.isenabled()
+    gc.disable()  # syntax trees are many objects without cycles: the collector would take a third of the time
+    try:
+        return _declarations()
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _declarations() -> dict[str, Declaration]:
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         if "\n@configurable" not in path.read_text(encoding="utf-8"):

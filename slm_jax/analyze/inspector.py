@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Integer
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
@@ -80,7 +80,7 @@ def analyze_inspect(
     runs = list(dict.fromkeys(os.path.normpath(run) for run in runs))
 
     # ---- Which rows and steps
-    stored = {run: _kept(run, kept, table) for run in runs} if kept else {}
+    stored, places = _steps_of(runs, kept, steps, table)
     there = min([table.num_rows, *(len(loss) for steps_of_run in stored.values() for loss in steps_of_run.values())])
     count = min(rows or (there if kept else ROWS), there - first_row)
     if count < 1:
@@ -90,7 +90,6 @@ def analyze_inspect(
             f"analyze_inspect.first_row is {first_row}, and {what} {there} rows: choose a smaller one",
         )
     wanted = np.arange(first_row, first_row + count)
-    places = {run: _steps(run, stored.get(run, {}), steps) for run in runs}
 
     # ---- Reference losses and score columns
     shown_selection, scores = selection or Selection(), {}
@@ -147,22 +146,28 @@ def analyze_inspect(
     print(f"inspect: done; open {output} ({len(page) / 1e6:.1f} MB)")
 
 
-def _kept(run: str, name: str, table: Corpus) -> dict[int, Float[np.ndarray, "R L"]]:
-    """Step -> losses that a run kept of the first rows of this corpus."""
-    corpus, losses = read_kept_losses(run, name)
-    table.expect(Corpus.open(corpus).fingerprint, f"what {run} kept as {name!r}")
-    return dict(zip(losses.steps, losses.values, strict=True))
-
-
-def _steps(run: str, kept: dict[int, np.ndarray], wanted: Sequence[int]) -> list[int]:
-    """The steps of a run to show: those wanted, or all of which it has checkpoints or kept losses."""
-    there = {*saved_steps(run), *kept}
-    if unknown := sorted(set(wanted) - there):
-        known = ", ".join(map(str, sorted(there)))
-        raise UserError(
-            "inspect-unknown-step", f"analyze_inspect.steps: {run} has nothing of step {unknown[0]}: it has {known}"
-        )
-    return sorted(wanted or there)
+def _steps_of(
+    runs: Sequence[str], kept: str | None, steps: Sequence[int], table: Corpus
+) -> tuple[dict[str, dict[int, np.ndarray]], dict[str, list[int]]]:
+    """For each run the losses that it kept, by step; and the steps to show: those wanted, or all of which it has
+    checkpoints or kept losses."""
+    stored: dict[str, dict[int, np.ndarray]] = {}  # run -> step -> losses [R, L] of the first rows
+    if kept:
+        for run in runs:
+            of, losses = read_kept_losses(run, kept)
+            table.expect(Corpus.open(of).fingerprint, f"what {run} kept as {kept!r}")
+            stored[run] = dict(zip(losses.steps, losses.values, strict=True))
+    places = {}
+    for run in runs:
+        known = {*saved_steps(run), *stored.get(run, {})}
+        if unknown := sorted(set(steps) - known):
+            raise UserError(
+                "inspect-unknown-step",
+                f"analyze_inspect.steps: {run} has nothing of step {unknown[0]}: it has "
+                f"{', '.join(map(str, sorted(known)))}",
+            )
+        places[run] = sorted(steps or known)
+    return stored, places
 
 
 # ---- Predictions
@@ -189,20 +194,15 @@ def predict_rows(
 
 @functools.partial(jax.jit, static_argnames=("model", "top"))  # checkpoints of a model share the compiled program
 def _predict(params: Params, model: ModelConfig, batch: Batch, top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The loss [B, L], the likeliest tokens and their probabilities [B, L, K] at each token."""
     hidden = forward.hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids)
     head = forward.head_matrix(params, model)
     loss = token_loss(hidden, head, batch.tokens, batch.segment_ids, model.vocab_size)
-    ids, probabilities = _likeliest(params, model, hidden, top)
-    return loss, from_predictors(ids), from_predictors(probabilities)
-
-
-def _likeliest(
-    params: Params, model: ModelConfig, hidden: Float[Array, "B L D"], top: int
-) -> tuple[Int[Array, "B L K"], Float[Array, "B L K"]]:
-    """A few positions of all rows at a time, so that a device never holds more than CHUNK_LOGITS logits."""
     batch_size, length, width = hidden.shape
     if not top:
-        return jnp.zeros((batch_size, length, 0), jnp.int32), jnp.zeros((batch_size, length, 0))
+        return loss, jnp.zeros((batch_size, length, 0), jnp.int32), jnp.zeros((batch_size, length, 0))
+
+    # ---- A few positions of all rows at a time, so that a device never holds more than CHUNK_LOGITS logits.
     rows = max(1, batch_size // mesh_lib.num_shards())
     chunk = min(length, max(1, CHUNK_LOGITS // (rows * model.padded_vocab_size)))
     padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
@@ -214,5 +214,6 @@ def _likeliest(
 
     parts = padded.reshape(batch_size, -1, chunk, width).swapaxes(0, 1)  # [B, L, D] -> [L / C, B, C, D]
     found = jax.lax.map(likeliest, parts)
+    # [L / C, B, C, K] -> [B, L, K]
     ids, probabilities = (x.swapaxes(0, 1).reshape(batch_size, -1, top)[:, :length] for x in found)
-    return ids, probabilities
+    return loss, from_predictors(ids), from_predictors(probabilities)

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +70,9 @@ class Rows(NamedTuple):
         selection: Selection | CombinedSelection | None,
     ) -> "Rows":
         """Rows that were read from a corpus, which the page calls `name`."""
+        note = f"Selection: {in_words(selection)}." if selection else ""
+        if selection and selection.parts[0].scope == "batch":
+            note += " The rows of this page are the batch: in training, others were in it."
         documents = table.documents()
         row = pyarrow.compute.field("row")
         here = documents.filter((row >= int(numbers[0])) & (row <= int(numbers[-1])))
@@ -84,28 +87,20 @@ class Rows(NamedTuple):
             documents={(about["row"], about["start"]): about for about in here.to_pylist()},
             vocabulary=table.vocabulary(),
             reference=reference,
-            selection=_selection_note(selection) if selection else "",
+            selection=note,
         )
 
 
-def _selection_note(selection: Selection | CombinedSelection) -> str:
-    note = " The rows of this page are the batch: in training, others were in it."
-    return f"Selection: {in_words(selection)}." + note * (selection.parts[0].scope == "batch")
-
-
 def inspector_page(rows: Rows, models: Sequence[Model]) -> str:
-    """The page as HTML that needs nothing else."""
-    data = page_data(rows, models)
-    return render("inspector.html.j2", SCRIPTS, title=f"Tokens of {rows.corpus}", data=script_json(data))
-
-
-def page_data(rows: Rows, models: Sequence[Model]) -> dict[str, Any]:
-    """What the page's script reads, as JSON: for each number one array over all shown tokens."""
+    """The page as HTML that needs nothing else. Its script reads one array over all shown tokens for each number."""
     documents, places, spans = _documents(rows)
     flat = lambda values: values.reshape(-1, *values.shape[2:])[places]  # noqa: E731
-    ids = flat(rows.tokens)
+    ids, vocabulary = flat(rows.tokens), rows.vocabulary
     counts = flat(rows.loss_mask & np.asarray(predicted(rows.segment_ids.astype(np.int32))))
-    pieces = _Pieces(rows.vocabulary)
+    # The page holds the pieces of the ids that occur, in their order; an id is written as its place among them.
+    predicted_ids = [flat(c.predictions.tokens).reshape(-1) for m in models for c in m.columns if c.predictions]
+    occurring = np.unique(np.concatenate([ids, *predicted_ids]))
+    small = np.uint16 if len(occurring) <= 1 << 16 else np.uint32
     reference = None if rows.reference is None else flat(rows.reference)
     losses = [flat(column.loss) for model in models for column in model.columns]
 
@@ -115,7 +110,32 @@ def page_data(rows: Rows, models: Sequence[Model]) -> dict[str, Any]:
         together = together[np.isfinite(together)]
         return max(0.5, math.ceil(2 * float(np.quantile(together, 0.98))) / 2) if len(together) else 1.0
 
-    return {
+    # ---- Each model's checkpoints
+    shown = []
+    for model in models:
+        columns = []
+        for column in model.columns:
+            top = None
+            if column.predictions and column.predictions.tokens.shape[-1]:
+                likeliest = np.searchsorted(occurring, flat(column.predictions.tokens).reshape(-1))
+                probabilities = flat(column.predictions.probabilities)
+                top = {
+                    "number": probabilities.shape[-1],
+                    "piece": _packed(likeliest.astype(small)),
+                    "probability": _packed(np.round(probabilities * 0xFFFF).astype(np.uint16).reshape(-1)),
+                }
+            columns.append(
+                {
+                    "step": column.step,
+                    "origin": column.origin,
+                    "loss": _packed(flat(column.loss).astype(np.float32)),
+                    "selected": None if column.selected is None else _packed(flat(column.selected).astype(np.uint8)),
+                    "top": top,
+                }
+            )
+        shown.append({"name": model.name, "columns": columns})
+
+    data = {
         "corpus": rows.corpus,
         "rows": [int(rows.numbers[0]), int(rows.numbers[-1])],
         "sources": list(rows.source_names),
@@ -123,7 +143,7 @@ def page_data(rows: Rows, models: Sequence[Model]) -> dict[str, Any]:
         "documents": documents,
         "tokens": {
             "id": _packed(ids.astype(np.uint32)),
-            "piece": _packed(pieces.numbers(ids)),
+            "piece": _packed(np.searchsorted(occurring, ids).astype(small)),
             "begin": _packed(spans[:, 0].astype(np.uint32)),
             "end": _packed(spans[:, 1].astype(np.uint32)),
             "source": _packed(flat(rows.source_ids).astype(np.uint8)),
@@ -134,12 +154,11 @@ def page_data(rows: Rows, models: Sequence[Model]) -> dict[str, Any]:
             "loss": scale(losses if reference is None else [*losses, reference]),
             "excess": scale([np.zeros(0)] if reference is None else [np.abs(loss - reference) for loss in losses]),
         },
-        "models": [
-            {"name": model.name, "columns": [_column(column, flat, pieces) for column in model.columns]}
-            for model in models
-        ],
-        "pieces": pieces.texts,  # last: by now every id above has its number
+        "models": shown,
+        # A model may embed more ids than its vocabulary has.
+        "pieces": [vocabulary.piece(id_) if id_ < vocabulary.size else f"<{id_}>" for id_ in occurring.tolist()],
     }
+    return render("inspector.html.j2", SCRIPTS, title=f"Tokens of {rows.corpus}", data=script_json(data))
 
 
 def _documents(rows: Rows) -> tuple[list[dict[str, Any]], Int[np.ndarray, " T"], Int[np.ndarray, "T 2"]]:
@@ -167,44 +186,6 @@ def _documents(rows: Rows) -> tuple[list[dict[str, Any]], Int[np.ndarray, " T"],
         places.append(row * rows.tokens.shape[1] + np.arange(start, start + length))
         spans.append(units[characters])
     return found, np.concatenate(places), np.concatenate(spans)
-
-
-def _column(column: Column, flat: Callable[[np.ndarray], np.ndarray], pieces: "_Pieces") -> dict[str, Any]:
-    top = None
-    if column.predictions is not None and column.predictions.tokens.shape[-1]:
-        probabilities = flat(column.predictions.probabilities)
-        top = {
-            "number": probabilities.shape[-1],
-            "piece": _packed(pieces.numbers(flat(column.predictions.tokens)).reshape(-1)),
-            "probability": _packed(np.round(probabilities * 0xFFFF).astype(np.uint16).reshape(-1)),
-        }
-    return {
-        "step": column.step,
-        "origin": column.origin,
-        "loss": _packed(flat(column.loss).astype(np.float32)),
-        "selected": None if column.selected is None else _packed(flat(column.selected).astype(np.uint8)),
-        "top": top,
-    }
-
-
-class _Pieces:
-    """Numbers the ids that occur, so that the page holds only their pieces."""
-
-    def __init__(self, vocabulary: Vocabulary):
-        self.texts: list[str] = []
-        self._vocabulary = vocabulary
-        self._known: dict[int, int] = {}
-
-    def numbers(self, ids: np.ndarray) -> np.ndarray:
-        unique, places = np.unique(ids, return_inverse=True)
-        for token in unique.tolist():
-            if token not in self._known:
-                self._known[token] = len(self.texts)
-                # A model may embed more ids than its vocabulary has.
-                self.texts.append(self._vocabulary.piece(token) if token < self._vocabulary.size else f"<{token}>")
-        numbers = np.array([self._known[token] for token in unique.tolist()], np.uint32)
-        small = np.uint16 if len(self.texts) <= 1 << 16 else np.uint32
-        return numbers.astype(small)[places.reshape(ids.shape)]
 
 
 def _packed(values: np.ndarray) -> dict[str, str]:

@@ -68,7 +68,24 @@ def analyze_tokenizers(
     for source in sources:
         source.check()
     config_lib.print_unused()
-    _check_same_text(opened)
+    # ---- The same documents in all corpora, each in another vocabulary
+    contents = {}
+    for name, corpus in opened.items():
+        documents = corpus.documents()
+        contents[name] = dict(zip(documents["id"].to_pylist(), documents["bytes"].to_pylist(), strict=True))
+    for first, other in itertools.pairwise(contents):
+        if contents[first] != contents[other]:
+            one, two = len(contents[first]), len(contents[other])
+            raise UserError(
+                "tokenizers-other-text",
+                f"corpora {opened[first].path} ({one:,} documents) and {opened[other].path} ({two:,}) do not hold "
+                "the same text: prepare both from the same sources with the same seed",
+            )
+    if len({corpus.vocabulary_hash for corpus in opened.values()}) < len(opened):
+        raise UserError(
+            "tokenizers-repeated-vocabulary",
+            "analyze_tokenizers.corpora: two have the same vocabulary: name one corpus for each",
+        )
     languages = languages or {}
     measured = [_measured(run, opened, languages, step, score_missing) for run in runs]
 
@@ -85,27 +102,6 @@ def analyze_tokenizers(
         return record
 
     return processes.on_first(analyze)
-
-
-def _check_same_text(corpora: Mapping[str, Corpus]) -> None:
-    """Refuses corpora of different documents: their numbers would not compare."""
-    contents = {}
-    for name, corpus in corpora.items():
-        documents = corpus.documents()
-        contents[name] = dict(zip(documents["id"].to_pylist(), documents["bytes"].to_pylist(), strict=True))
-    for first, other in itertools.pairwise(contents):
-        if contents[first] != contents[other]:
-            one, two = len(contents[first]), len(contents[other])
-            raise UserError(
-                "tokenizers-other-text",
-                f"corpora {corpora[first].path} ({one:,} documents) and {corpora[other].path} ({two:,}) do not hold "
-                "the same text: prepare both from the same sources with the same seed",
-            )
-    if len({corpus.vocabulary_hash for corpus in corpora.values()}) < len(corpora):
-        raise UserError(
-            "tokenizers-repeated-vocabulary",
-            "analyze_tokenizers.corpora: two have the same vocabulary: name one corpus for each",
-        )
 
 
 # ---- Bits per byte of runs
@@ -245,6 +241,8 @@ def _fertility(
     languages: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """One entry for each text and vocabulary: all texts, each language, each source."""
+
+    # ---- Counts of every source under every vocabulary
     if sources:
         documents = (row for source in sources for row in read_documents(source))
         texts = ((row["source"], row["text"]) for row in documents if not row["skipped"])
@@ -262,6 +260,8 @@ def _fertility(
     names = list(dict.fromkeys(source for source, _ in counts))
     if not names:
         raise UserError("tokenizers-no-text", "there is no text to count tokens of: name other sources or corpora")
+
+    # ---- Summed up: all texts, each language, each source
     groups = {ALL: names}
     for name in names:
         if language := _language(name, languages):

@@ -175,7 +175,13 @@ on_mixture/Threshold.against = 'others'
 SMALL = (
     *(setting.removeprefix("--gin.") for setting in toy.MODEL_SETTINGS if "vocab_size" not in setting),
     *("VocabularyConfig.size = 320", "prepare.sequence_length = 32", "Phase.steps = 2", "Phase.batch_size = 8"),
-    *("train.evaluate_every = 2", "HeldOut.rows = 8", "target/HeldOut.rows = 8", "general/HeldOut.rows = 8"),
+    *(
+        "train.log_every = 1",
+        "train.evaluate_every = 2",
+        "HeldOut.rows = 8",
+        "target/HeldOut.rows = 8",
+        "general/HeldOut.rows = 8",
+    ),
 )
 
 

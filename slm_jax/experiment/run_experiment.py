@@ -44,7 +44,7 @@ def experiment(
 
     Args:
       recipe: name of a file in configs/experiments/, or a gin file.
-      data: Source.directory of every corpus, for recipes on text that they do not generate.
+      data: Source.directory of every corpus whose settings name none: the folder with the files of the recipe.
       results: folder; <results>/<recipe>/ gets one small file for each arm and seed, report.html, results.md and
         summary.json.
       work: folder; <work>/<recipe>/ gets corpora and run directories, and may be deleted afterwards.

@@ -7,7 +7,7 @@ INSTALL ?= $(BIN)/python -m pip install --quiet
 
 # Which tokens a model trains on, and what that does; `make demo QUICK=1` is shorter.
 demo: $(VENV)/.installed
-	$(BIN)/python -m slm_jax experiment $(if $(QUICK),demo_quick,demo)
+	$(BIN)/python -m slm_jax experiment $(if $(QUICK),demo_quick,demo) --results=runs
 
 test: lint
 	$(BIN)/pytest -n 4 --dist worksteal

@@ -18,9 +18,9 @@ OVERRIDES = [
     "prepare.sequence_length = 64",
     "prepare.processes = 1",
     "VocabularyConfig.size = 500",
-    "Phase.steps = 6",
+    "Phase.steps = 4",
     "MixtureComponent.epochs = 50",
-    "train.evaluate_every = 3",
+    "train.evaluate_every = 4",
     "HeldOut.rows = 8",
     "ExactAnswers.questions = 4",
     "Samples.per_prompt = 2",
@@ -31,7 +31,7 @@ ARMS = {"causal", "selective", "random", "oracle"}
 
 def _demo(folder: str) -> tuple[int, str, list[str]]:
     os.chdir(folder)
-    # Bindings of a recipe are scoped, so that an override is needed in each scope.
+    # Where the recipe binds in a scope, the override needs the scope too.
     scoped = {"target": "HeldOut.rows = 8", "general": "HeldOut.rows = 8", "shown": "HeldOut.rows = 8"}
     scoped |= {"answers": "ExactAnswers.questions = 4", "texts": "Samples.per_prompt = 2"}
     overrides = [*OVERRIDES, *(f"{scope}/{setting}" for scope, setting in scoped.items())]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,7 +151,15 @@ def _run(
         )
         for task in todo
     ]
-    return run_jobs(jobs, *use, finished, deadline)
+    lanes, environment = use
+    # Compilation is most of a short run, and arms share the programs of their evaluators.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder.absolute() / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    cache = {name: value for name, value in cache.items() if name not in os.environ}
+    return run_jobs(jobs, lanes, cache | environment, finished, deadline)
 
 
 def plan_text(

@@ -1,8 +1,10 @@
 """`slm-jax STAGE` / `python -m slm_jax STAGE`: finds the stage, reads its settings, calls it, reports errors."""
 
 import argparse
+import contextlib
 import difflib
 import errno
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -43,6 +45,15 @@ SHARED = (  # stages that several processes can run together
     *("analyze_inspect", "analyze_dynamics", "analyze_selection", "analyze_tokenizers"),
 )
 DONE, FAILED, USAGE = 0, 1, 2
+JOB = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
+_WRITABLE, _FOLDER = "make it writable, then run the same command again", "choose a path whose folders are folders"
+PATH_FAULTS = {  # number of an operating system's error -> remedy
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG), _WRITABLE),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), _FOLDER),
+    errno.ENOENT: "check the path, and where its links lead",
+    errno.ELOOP: "its links lead in a circle; choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if stage == "prepare" and not known.gin_file:  # files alone need no settings of a source
             bindings.insert(0, "Source.name='text'")
     elif runs or None in bindings:
-        return _fail(stage, _unknown(stage, runs[0] if runs else rest[bindings.index(None)]), USAGE)
+        return _refuse(stage, _unknown(stage, runs[0] if runs else rest[bindings.index(None)]))
     bindings = [binding for binding in bindings if binding is not None]
     return _run(stage, known.gin_file, bindings, known.allow_gin_imports)
 
@@ -150,7 +161,7 @@ def _run(stage: str, files: Sequence[str], bindings: Sequence[str], allow_import
         config.load(files, bindings, allow_imports=allow_imports)
         config.check_complete(stage)
     except UserError as error:
-        return _fail(stage, _text(error), USAGE)
+        return _refuse(stage, _text(error))
     startup.before_jax()
     # Imported only now: JAX takes seconds, and a mistake in the arguments needs none of it.
     from slm_jax import processes
@@ -161,6 +172,16 @@ def _run(stage: str, files: Sequence[str], bindings: Sequence[str], allow_import
         return _call(stage)
 
 
+def _refuse(stage: str, message: str) -> int:
+    """Fails before the stage begins. Other processes of this job, whose settings may be right, end with this one."""
+    if stage in SHARED and any(name in os.environ for name in JOB):
+        from slm_jax import processes
+
+        with contextlib.suppress(UserError):
+            processes.start(preemptible=False)
+    return _fail(stage, message, USAGE)
+
+
 def _call(stage: str) -> int:
     from slm_jax import processes
     from slm_jax.data.store import disk_full_is_an_answer
@@ -168,6 +189,8 @@ def _call(stage: str) -> int:
     try:
         if stage in SHARED:
             processes.start(preemptible=stage == "train")
+            if stage != "train":  # which compares more, with its corpora open
+                processes.same(lambda: {"settings": gin.config_str(), "code": config.environment()["versions"]})
         with disk_full_is_an_answer(f"the results of {stage}", "free some space, then the same command continues"):
             gin.get_configurable(stage)()
     except (UserError, FloatingPointError) as error:
@@ -182,9 +205,10 @@ def _call(stage: str) -> int:
         return _fail(stage, f"settings are missing: {name} needs {missing[1]} (--gin.{name}.NAME=VALUE)", USAGE)
     except OSError as error:
         number = re.match(r"\[Errno (\d+)\]", str(error))  # gin raises a copy that keeps only the text
-        if not number or int(number[1]) not in (errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if not number or int(number[1]) not in PATH_FAULTS:
             raise
-        return _fail(stage, f"{_text(error)}: make it writable, then run the same command again", FAILED)
+        code = f"[os-{errno.errorcode[int(number[1])].lower()}]"
+        return _fail(stage, f"{_text(error)}: {PATH_FAULTS[int(number[1])]} {code}", FAILED)
     except KeyboardInterrupt:
         return _fail(stage, "interrupted; the same command continues", FAILED)
     return DONE

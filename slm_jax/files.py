@@ -1,5 +1,6 @@
 """Writing files so that no reader ever sees half of one, reading JSON, and a lock on a file. Imports no JAX."""
 
+import codecs
 import contextlib
 import dataclasses
 import fcntl
@@ -73,17 +74,31 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       UserError: `file-damaged`. A missing file is an OSError.
     """
+    return with_new_keys(parse_object(Path(path).read_bytes(), path, "restore it, or delete it and make it again"))
+
+
+def parse_json(content: bytes, name: str | os.PathLike, remedy: str) -> Any:
+    """The value of JSON in UTF-8, with or without a byte order mark.
+
+    Raises:
+      UserError: `file-damaged`: not JSON, nested too deeply, or in another encoding; `name` is what messages call it.
+    """
     try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except ValueError as error:
-        raise _damaged(path, "not JSON") from error
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        remedy = f"convert it, `iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8`, or {remedy}"
+        raise UserError("file-damaged", f"{name} is damaged (not UTF-8): {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError("file-damaged", f"{name} is damaged (not JSON): {remedy}") from error
+
+
+def parse_object(content: bytes, name: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """As `parse_json`, but the value must be an object."""
+    value = parse_json(content, name, remedy)
     if not isinstance(value, dict):
-        raise _damaged(path, "not an object")
-    return with_new_keys(value)
-
-
-def _damaged(path: str | os.PathLike, how: str) -> UserError:
-    return UserError("file-damaged", f"{path} is damaged ({how}): restore it, or delete it and make it again")
+        raise UserError("file-damaged", f"{name} is damaged (not an object): {remedy}")
+    return value
 
 
 def parse_json_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -92,8 +107,8 @@ def parse_json_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any] | Non
     lines = content.split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            value = json.loads(line.decode("utf-8"))
-        except ValueError:
+            value = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):
             yield number, value

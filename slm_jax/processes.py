@@ -159,6 +159,27 @@ def everywhere(fact: bool) -> bool:
     return fact if count() == 1 else bool(multihost_utils.process_allgather(np.array(fact)).all())
 
 
+def same(find: Callable[[], dict[str, Any]]) -> None:
+    """Compares plain JSON values by name, which `find` returns, with those of the first process.
+
+    Raises:
+      UserError: `processes-differ`: names the first that differs.
+    """
+    if count() == 1:
+        return
+    facts = json.loads(json.dumps(find()))
+    firsts = on_first(lambda: facts)
+    for name, value in facts.items():
+        if value != firsts.get(name):
+            shown = [text if len(text) < 200 else text[:200] + "..." for text in (repr(value), repr(firsts.get(name)))]
+            raise UserError(
+                "processes-differ",
+                f"the processes of this job differ in {name}, here {shown[0]}, in process 0 {shown[1]}: start the same "
+                "command and version in all, on the same corpora",
+            )
+    _client().wait_at_barrier(f"slm_jax/same/{next(_calls)}", FOREVER_MS)  # nobody goes on before all have compared
+
+
 @contextlib.contextmanager
 def lock(path: Path, busy: str) -> Iterator[None]:
     """Keeps other commands out while the block runs: `files.lock` in the first process, for all of them.

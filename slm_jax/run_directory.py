@@ -20,6 +20,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from slm_jax.errors import UserError
 from slm_jax.files import parse_json_lines, read_json
 from slm_jax.renamed import with_new_keys
 
@@ -27,10 +28,23 @@ _mentioned: set[tuple[str, int]] = set()  # damaged lines already reported by th
 
 
 class RunDirectory:
-    """Paths and readers of a run directory, which may not exist yet."""
+    """Paths and readers of a run directory, which may not exist yet.
+
+    Raises:
+      UserError: `run-dir-remote`: a URL; `run-dir-wildcard`: its path holds `[`, `]`, `*`, `?` or a backslash, which
+        Orbax would read as a pattern for other directories.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        if "://" in os.fspath(path):
+            raise UserError("run-dir-remote", f"run directory {path} is a URL: name a local directory")
+        if found := set(str(self.path.absolute())) & set("[]*?\\"):
+            raise UserError(
+                "run-dir-wildcard",
+                f"run directory {self.path.absolute()}: checkpoints cannot be read where the path holds "
+                f"{' '.join(sorted(found))}: rename it or choose another",
+            )
         self.run_json = self.path / "run.json"
         self.config_gin = self.path / "config.gin"
         self.vocabulary = self.path / "vocabulary"
@@ -107,7 +121,10 @@ class RunDirectory:
         Raises:
           UserError: `file-damaged`.
         """
-        return read_json(self.summary_json) if self.summary_json.is_file() else None
+        summary = read_json(self.summary_json) if self.summary_json.is_file() else None
+        if summary is not None and not isinstance(summary.get("steps"), int):
+            raise UserError("file-damaged", f"{self.summary_json} is damaged (no steps): delete it and train again")
+        return summary
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the checkpoints, ascending; judged by the names of their folders."""

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("step", "parts", "selection", "scoring", "prepare", "batches", "start", "torch_step", "generation", "gpu")
+SCRIPTS = (
+    "step",
+    "parts",
+    "selection",
+    "scoring",
+    "prepare",
+    "batches",
+    "start",
+    "torch_step",
+    "generation",
+    "gpu",
+    "fingerprints",
+)
 
 
 @pytest.fixture

@@ -1,11 +1,15 @@
 """Checkpoints: arrays that changed on disk are refused, or the checkpoint before is used; old ones are read."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slm_jax import checkpoint
 from slm_jax.checkpoint import Checkpoints, params_fingerprint, restore_items, restore_params
+from slm_jax.mesh import MeshConfig, make_mesh
 
 
 def items(value: float) -> dict:
@@ -40,6 +44,19 @@ def test_one_bit_of_any_number_changes_the_fingerprint():
     for value in (jnp.float32(1.5), jnp.bfloat16(1.5), jnp.int32(2**24)):
         other = jnp.nextafter(value, value + 1) if value.dtype != jnp.int32 else value + 1
         assert params_fingerprint({"a": value[None]}) != params_fingerprint({"a": other[None]})
+
+
+def test_a_fingerprint_is_that_of_earlier_versions_on_any_mesh():
+    """Score columns and checkpoints keep it."""
+    kernel = (np.arange(192, dtype=np.float32) / np.float32(7)).reshape(8, 6, 4)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    for spec in (
+        PartitionSpec(),
+        PartitionSpec("data", "fsdp", "model"),
+        PartitionSpec(("data", "model"), None, "fsdp"),
+    ):
+        placed = jax.device_put(kernel, NamedSharding(mesh, spec))
+        assert params_fingerprint({"a": placed, "b": jnp.int32(7)}) == "6f146922b75223bb"
 
 
 def test_checkpoints_without_fingerprints_are_read_with_one_line(tmp_path, capsys):

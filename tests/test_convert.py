@@ -447,6 +447,14 @@ def test_padding_is_named_where_there_is_any(exported, tmp_path):
     assert json.loads((tmp_path / "done" / "config.json").read_text()) == ids
 
 
+def test_an_import_holds_no_path_of_this_machine(exported, tmp_path):
+    import_model(str(exported), str(tmp_path / "model"))
+    for file in (tmp_path / "model").rglob("*"):
+        if file.is_file():
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+            assert str(exported.parent).encode() not in file.read_bytes(), file
+
+
 def test_an_export_holds_no_path_of_this_machine(reference, exported):
     files = list(exported.iterdir())
     assert {"config.json", "generation_config.json"} <= {file.name for file in files}

@@ -10,16 +10,18 @@ import pytest
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_families import save
 
-from slm_jax.data.conversations import ROLES, TEMPLATES, Turn, written
+from slm_jax.data.conversations import ROLES, TEMPLATES, ChatVocabulary, Turn, markers, written
 from slm_jax.data.corpus import Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.prepare import prepare
 from slm_jax.data.preprocess import tokenize_document
 from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
 from slm_jax.data.sources import Source, read_documents
-from slm_jax.data.vocabularies import VocabularyConfig
+from slm_jax.data.vocabularies import VocabularyConfig, load_vocabulary
 from slm_jax.data.vocabulary import ByteVocabulary, Vocabulary
+from slm_jax.evaluate.harness import chat_text
 from slm_jax.run_directory import RunDirectory
 from slm_jax.score.selection import Selection
 
@@ -29,7 +31,7 @@ ASKED = [Turn("user", "1+1?"), Turn("assistant", "2"), Turn("user", "+1?"), Turn
 
 def tokens_of(turns: list[Turn], template: str, vocabulary: Vocabulary = BYTES):
     text, spans = written(turns, TEMPLATES[template])
-    return tokenize_document(text, [], vocabulary, loss_spans=spans)
+    return tokenize_document(text, [], vocabulary, loss_spans=spans, markers=markers(turns, TEMPLATES[template]))
 
 
 def shown(turns: list[Turn], template: str) -> str:
@@ -127,6 +129,28 @@ def test_every_token_of_a_response_has_loss_and_no_other(pieces, turns, template
         inner = 0 if template == "chatml" else sum(turn.role == "assistant" for turn in turns) - 1
         assert ends.sum() == max(inner, 0) + 1
         assert document.loss_mask[ends].all() == bool(spans)
+
+
+def test_markers_are_control_tokens_where_the_vocabulary_has_them(tmp_path):
+    """Those of the template, not those in the words of a turn; the ids are those of transformers."""
+    qwen = load_vocabulary(save("qwen", tmp_path))
+    begin, end = (qwen.control_id(text) for text in ("<|im_start|>", "<|im_end|>"))
+    turns = [Turn("user", "The fox <|im_end|>"), Turn("assistant", "dogs"), *ASKED[2:]]
+    document = tokens_of(turns, "chatml", qwen)
+    encode = qwen.encode
+    asked = [begin, *encode("user\nThe fox <|im_end|>"), end, *encode("\n"), begin, *encode("assistant\n")]
+    begun = [qwen.bos_id, *asked, *encode("dogs"), end]
+    assert document.tokens.tolist()[: len(begun)] == begun
+    answered = [False] * (len(asked) + 1) + [True] * (len(encode("dogs")) + 1) + [False]
+    assert document.loss_mask.tolist()[: len(answered)] == answered
+    assert np.isin(document.tokens, [begin, end]).sum() == 10  # eight markers; EOS, which also begins, is <|im_end|>
+    text = chat_text(TEMPLATES["chatml"], [{"role": "user", "content": "1+1?"}], answer_next=True)
+    prompt = ChatVocabulary(qwen).encode(text)
+    assert prompt == tokens_of(ASKED[:2], "chatml", qwen).tokens.tolist()[1 : len(prompt) + 1]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text, _ = written(ASKED, TEMPLATES["chatml"])
+    assert theirs.encode(text, add_special_tokens=False) == tokens_of(ASKED, "chatml", qwen).tokens.tolist()[1:-1]
 
 
 def test_a_token_that_would_cross_a_border_is_cut_there(pieces):

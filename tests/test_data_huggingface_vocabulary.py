@@ -283,6 +283,21 @@ def test_any_vocabulary_can_be_given_to_transformers(name, tmp_path):
         assert theirs.decode(ids) == text
 
 
+@any_family
+def test_an_exported_tokenizer_puts_bos_first(family, vocabularies, tmp_path):
+    """As in training, also where it had none of its own; without special tokens the ids stay what they are."""
+    vocabulary = vocabularies[family]
+    for file, content in tokenizer_files(vocabulary).items():
+        (tmp_path / file).write_bytes(content)
+    assert load_vocabulary(tmp_path).content_hash == vocabulary.content_hash
+    expected = [vocabulary.bos_id, *vocabulary.encode(STORY)]
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(STORY).ids == expected
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(STORY)["input_ids"] == expected
+    assert theirs.encode(STORY, add_special_tokens=False) == expected[1:]
+
+
 def test_a_directory_with_a_sentencepiece_model(directories, tmp_path):
     """Read by SentencePiece itself: as transformers reads it, where no text begins with a space."""
     ours = OURS["sentencepiece of Llama"]

@@ -308,3 +308,35 @@ def test_a_source_that_makes_no_sense(settings, code, named, tmp_path):
     names["GOOD"] = write(tmp_path / "good.jsonl", {"text": "x"})
     files = [str(names.get(file, file)) for file in settings.get("files", ["GOOD"])]
     assert named in refused(code, lambda: Source(**{"name": "s", **settings, "files": files}).check())
+
+
+def test_parquet_with_text_that_is_not_utf_8_or_a_damaged_page(tmp_path):
+    """The row is named and skipped, the file is refused."""
+    texts = pyarrow.array([b"caf\xe9", b"good"], pyarrow.binary()).view(pyarrow.string())
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet(text=texts))
+    assert [row["text"] for row in read(str(path), bad_lines=1)] == ["good"]
+    assert f"{path}:row 1: not UTF-8" in refused("source-bad-lines", read, str(path), bad_lines=0)
+    content = bytearray(parquet(text=["one", "two", "three"] * 9))
+    content[4:60] = b"\xff" * 56
+    path.write_bytes(content)
+    assert str(path) in refused("file-damaged", read, str(path))
+
+
+def test_a_large_zstd_window_is_not_called_damage(tmp_path):
+    line = b'{"text": "a"}\n'
+    header = bytes.fromhex("28b52ffd") + bytes(
+        [0, (28 - 10) << 3]
+    )  # a window of 2^28 bytes, as `zstd --long=28` writes
+    (tmp_path / "a.jsonl.zst").write_bytes(header + (len(line) << 3 | 1).to_bytes(3, "little") + line)
+    assert "zstd --long" in refused("file-window", read, str(tmp_path / "a.jsonl.zst"))
+
+
+def test_fields_with_dots_in_their_names_and_fields_in_objects(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"page.text": "a", "page": {"body": "b"}})
+    assert read(path, text_field="page.text")[0]["text"] == "a" and read(path, text_field="page.body")[0]["text"] == "b"
+    assert "'object.field'" in refused("source-bad-lines", read, path, text_field="body", bad_lines=0)
+    columns = {"page.text": ["a"], "page": [{"body": "b"}]}
+    (tmp_path / "a.parquet").write_bytes(parquet(**columns))
+    path = str(tmp_path / "a.parquet")
+    assert read(path, text_field="page.text")[0]["text"] == "a" and read(path, text_field="page.body")[0]["text"] == "b"

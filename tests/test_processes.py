@@ -179,6 +179,19 @@ def test_a_mistake_that_one_process_finds_ends_all_with_one_line(corpus, tmp_pat
     assert "Traceback" not in output + other
 
 
+def test_processes_at_odds_end_before_the_first_step(corpus, tmp_path):
+    """Other settings in one of them, and settings that one cannot read: one line, which the first process prints."""
+    run = tmp_path / "run"
+    for setting, code, named in (
+        ("--gin.train.seed=1", 1, "differ in seed, here 1, in process 0 0"),
+        ("--gin.train.sed=1", 2, "'train.sed'"),
+    ):
+        codes, output, other = finish(start(tmp_path, *command(corpus, run, 6), second=(setting,)))
+        assert codes == [code, code], output + other
+        assert (output + other).count("slm-jax train: error: ") == 1 and named in output and "(process 1)" in output
+        assert "Traceback" not in output + other and not (run / "checkpoints").exists()
+
+
 def test_two_commands_do_not_write_one_column(corpus_copy, reference, monkeypatch):
     """The second comes while the first writes."""
     refusals, write = [], ScoreColumn.write

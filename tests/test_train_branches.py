@@ -105,6 +105,27 @@ def test_a_branch_that_is_none_is_refused(corpus, parent, tmp_path):
     assert str(tmp_path / "average") in refused("branch-not-trained", longer, **no_record)
 
 
+def test_a_dry_run_of_a_branch_checks_where_it_starts(corpus, parent, tmp_path):
+    run = shutil.copytree(parent, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "4")
+    branch = {"schedule": CONSTANT, "init_from": str(run), "init_mode": "state", "dry_run": True}
+
+    def dry(*phases, **settings):
+        toy.train_here(tmp_path / "branch", phases, **branch, **settings)
+
+    longer = toy.phase(corpus, steps=9)
+    assert "no checkpoint of step 4" in toy.refused("checkpoint-not-found", dry, longer, init_step=4)
+    assert "batch_size" in toy.refused("resume-other-rows", dry, toy.phase(corpus, steps=9, batch_size=16), init_step=6)
+    dry(longer, init_step=6)
+    assert [path.name for path in (tmp_path / "branch").iterdir()] == ["plan.png"]
+
+
+def test_pinned_checkpoints_are_written_and_kept(corpus, tmp_path):
+    settings = {"checkpoint_every": 0, "keep_checkpoints": 1, "pin_checkpoints": [2, 3]}
+    toy.train_here(tmp_path / "run", [toy.phase(corpus)], **settings)
+    assert RunDirectory(tmp_path / "run").checkpoint_steps() == [2, 3, 6]
+
+
 def test_a_wrong_length_does_no_harm_to_a_run(corpus, parent, tmp_path):
     """It is refused, and the right one still continues; a limit on epochs does not change the data."""
     run = shutil.copytree(parent, tmp_path / "run")

@@ -86,7 +86,9 @@ def import_model(
             bar.unit_scale = True
             params = load_params(weights, model, devices, bar.update)
             bar.total = bar.n
-        save_params(where, 0, params, to_json({"model": model, "vocabulary_hash": words.content_hash, "run": target}))
+        save_params(
+            where, 0, params, to_json({"model": model, "vocabulary_hash": words.content_hash, "run": where.name})
+        )
     print(f"import: done, {target}")
 
 
@@ -129,7 +131,8 @@ def _vocabulary(path: str, source: str, model: ModelConfig) -> Vocabulary:
 
 
 def _record(source: str, weights: Weights, words: Vocabulary, model: ModelConfig) -> dict[str, Any]:
-    """run.json of the model directory, with the keys of a train run: what the model was made from."""
+    """run.json of the model directory, with the keys of a train run: what the model was made from. It holds names of
+    files and no paths: model directories are passed on."""
 
     def files() -> list[dict[str, Any]]:
         found = []
@@ -141,13 +144,13 @@ def _record(source: str, weights: Weights, words: Vocabulary, model: ModelConfig
 
     identity = {
         "model": {name: getattr(model, name) for name in FUNCTION_FIELDS},
-        "init_from": f"import of {source}",
+        "init_from": f"import of {Path(source).name}",
         "vocabulary_hash": words.content_hash,
         "corpora": {},
         "references": {},
     }
     imported = {
-        "source": source,
+        "source": Path(source).name,
         "files": processes.on_first(files),
         "vocabulary": {"ids": words.size, "embedded": model.vocab_size, "padded": model.padded_vocab_size},
     }
@@ -165,7 +168,8 @@ def _is_done(target: Path, record: dict[str, Any]) -> bool:
 
     def compared(record: dict[str, Any]) -> list[Any]:
         imported = record.get("imported") or {}
-        return [record.get("identity"), record.get("settings"), imported.get("files"), imported.get("vocabulary")]
+        identity = (record.get("identity") or {}) | {"init_from": None}  # the same model may have moved
+        return [identity, record.get("settings"), imported.get("files"), imported.get("vocabulary")]
 
     path = target / "run.json"
     if not path.exists() or compared(read_json(path)) != compared(record):
@@ -179,4 +183,5 @@ def _begin(target: Path, record: dict[str, Any], words: Vocabulary) -> None:
     """Writes everything but the checkpoint."""
     shutil.rmtree(target / "vocabulary", ignore_errors=True)  # a killed import may have left another
     words.save(target / "vocabulary")
-    write_json(target / "run.json", record | {"starts": [config_lib.environment()]})
+    start = {name: value for name, value in config_lib.environment().items() if name != "command"}
+    write_json(target / "run.json", record | {"starts": [start]})

@@ -2,14 +2,21 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
+import numpy as np
+from jaxtyping import Int
+
+from slm_jax.data.preprocess import encode_within
 from slm_jax.data.readers import BadRecord
+from slm_jax.data.vocabulary import Vocabulary
 
 # Names of the roles in public data sets.
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+_MARKER = re.compile(r"<\|\w+\|>")  # what a vocabulary may have as a control token
 
 # A tool's result as ToRA's responses quote it. The model itself writes the fence that opens it, to ask for the result.
 _RESULT = re.compile(r"(?<=```output)\n(?:(?:.*?\n)??```\n?|.*)", re.DOTALL)
@@ -62,6 +69,21 @@ TEMPLATES = {
 }
 
 
+def markers(turns: Sequence[Turn], template: Template) -> list[tuple[int, int]]:
+    """Characters [begin, end) of the markers in `written(turns, template)`, such as <|im_start|>, that the template
+    wrote: those in the words of a turn stay text."""
+    found, at = [], 0
+    last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+    for number, turn in enumerate(turns[: last + 1]):
+        between = template.between if number < last else ""
+        for text, own in (
+            (template.opens[turn.role], True), (turn.content, False), (template.closes, True), (between, True)
+        ):  # fmt: skip
+            found += [(at + marker.start(), at + marker.end()) for marker in _MARKER.finditer(text) if own]
+            at += len(text)
+    return found
+
+
 def turns_of(value: Any, names: Sequence[str]) -> list[Turn]:
     """The turns of a list of objects, or of a list written as a JSON string.
 
@@ -112,3 +134,31 @@ def _learned(content: str, begin: int, end: int, template: Template, ends: bool)
     *before, (first, last) = zip(borders[::2], borders[1::2], strict=True)
     spans = [LossSpan(begin + first, begin + last, False) for first, last in before if last > first]
     return [*spans, LossSpan(begin + first, begin + last, ends)]
+
+
+class ChatVocabulary(Vocabulary):
+    """A vocabulary for prompts that a template wrote: the markers in a text become control tokens, as in `prepare`."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._vocabulary = vocabulary
+        self.kind, self.size, self.content_hash = vocabulary.kind, vocabulary.size, vocabulary.content_hash
+        self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
+        self.pad_id, self.unk_id = vocabulary.pad_id, vocabulary.unk_id
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        return encode_within(text, set(), self._vocabulary, [marker.span() for marker in _MARKER.finditer(text)])
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        return self._vocabulary.decode(ids)
+
+    def token_bytes(self) -> Int[np.ndarray, "V"]:
+        return self._vocabulary.token_bytes()
+
+    def piece(self, token: SupportsIndex) -> str:
+        return self._vocabulary.piece(token)
+
+    def control_id(self, text: str) -> int | None:
+        return self._vocabulary.control_id(text)

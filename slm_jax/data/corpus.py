@@ -134,7 +134,19 @@ class Corpus:
         }
 
     def vocabulary(self) -> Vocabulary:
-        return load_vocabulary(self.path)
+        """The vocabulary of its tokens.
+
+        Raises:
+            UserError: `vocabulary-changed`: its files are not those that the manifest records.
+        """
+        vocabulary = load_vocabulary(self.path)
+        if vocabulary.content_hash != self.vocabulary_hash:
+            raise UserError(
+                "vocabulary-changed",
+                f"corpus {self.path}: its folder vocabulary has the hash {vocabulary.content_hash[:12]}, its manifest "
+                f"says {self.vocabulary_hash[:12]}: restore the folder, or prepare the corpus again",
+            )
+        return vocabulary
 
     def documents(self) -> pyarrow.Table:
         """One row per document, in corpus order: id, source, url, row and start of its first token, length in tokens,
@@ -142,7 +154,12 @@ class Corpus:
         content = self._store.read(DOCUMENTS)
         if content is None:
             raise UserError("corpus-damaged", f"corpus {self.path} has lost its {DOCUMENTS}: prepare it again")
-        return pyarrow.parquet.read_table(io.BytesIO(content))
+        try:
+            return pyarrow.parquet.read_table(io.BytesIO(content))
+        except (pyarrow.ArrowException, OSError) as error:  # a page that cannot be decompressed is an OSError
+            raise UserError(
+                "corpus-damaged", f"corpus {self.path}: its {DOCUMENTS} is damaged: restore it or prepare it again"
+            ) from error
 
     def read_documents(
         self, documents: pyarrow.Table, columns: Sequence[str] = ("tokens",)
@@ -297,7 +314,7 @@ def create_columns(store: Store, num_rows: int, sequence_length: int, vocabulary
     """Empty columns, in place of what is there."""
     dtypes = {"tokens": token_dtype(vocabulary).name, **COLUMN_DTYPES}
     for name in COLUMNS:
-        store.create_array(f"columns/{name}", dtypes[name], (num_rows, sequence_length))
+        store.create_array(f"columns/{name}", dtypes[name], (num_rows, sequence_length), complete=True)
 
 
 def write_block(store: Store, begin: int, block: Mapping[str, np.ndarray]) -> None:

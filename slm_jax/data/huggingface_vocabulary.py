@@ -11,6 +11,7 @@ documents that such models were trained on; GPT-NeoX names one token as both. Wi
 it is never read.
 """
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ from jaxtyping import Int
 from slm_jax.data.store import Store
 from slm_jax.data.vocabulary import SPACE, Vocabulary
 from slm_jax.errors import UserError
+from slm_jax.files import parse_object
 
 TOKENIZER_FILE = "tokenizer.json"
 _NAMES, _MAP = "tokenizer_config.json", "special_tokens_map.json"
@@ -37,7 +39,7 @@ class HuggingFaceVocabulary(Vocabulary):
     """A BPE tokenizer of Hugging Face's library, held as the bytes of its `tokenizer.json`.
 
     Args:
-        tokenizer: content of `tokenizer.json`.
+        tokenizer: content of `tokenizer.json`, without a byte order mark.
         ids: 'bos_id', 'eos_id' and the like, as far as they are known.
         beside: name -> content of the files beside it, which are saved with it.
         name: how error messages call it.
@@ -80,6 +82,7 @@ class HuggingFaceVocabulary(Vocabulary):
                 f"{name} cannot spell every text: it is neither byte-level nor falls back to bytes; use another",
             )
         self._spelled = bytes(set(range(256)) - self._missing)
+        self._markers = {t["content"]: t["id"] for t in content["added_tokens"] if t["id"] in self._control}
         self._added = {token["id"]: token["content"] for token in content["added_tokens"]}
         self._tokenizer = _load(content, self._control, name, drop_unknown=self._byte_level)
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -104,6 +107,9 @@ class HuggingFaceVocabulary(Vocabulary):
             if offsets[i][0] == offsets[i][1]:
                 offsets[i] = offsets[i + 1]
         return encoding.ids, offsets
+
+    def control_id(self, text: str) -> int | None:
+        return self._markers.get(text)
 
     def unspelled(self, text: str) -> str:
         if not self._missing or not text.encode("utf-8").translate(None, self._spelled):
@@ -162,7 +168,11 @@ def read_tokenizer_json(
     tokenizer, where = store.read(file), f"{store.path}/{file}"
     if tokenizer is None:
         return None
-    beside = {name: content for name in _KEPT if (content := store.read(name)) is not None}
+    # transformers reads no byte order mark, which an export would otherwise pass on.
+    tokenizer = tokenizer.removeprefix(codecs.BOM_UTF8)
+    beside = {
+        name: content.removeprefix(codecs.BOM_UTF8) for name in _KEPT if (content := store.read(name)) is not None
+    }
     if description is None:
         ids = _named_ids(store, _content(tokenizer, where))
     else:
@@ -193,9 +203,13 @@ def _named_ids(store: Store, content: dict[str, Any]) -> dict[str, int]:
 
 def _content(tokenizer: bytes, name: str) -> dict[str, Any]:
     """The parts of a `tokenizer.json` that decide ids, with merges as pairs, as newer versions write them."""
+    remedy = "pass the file that `tokenizers` saved"
     try:
-        whole = json.loads(tokenizer)
-        content = {part: whole.get(part) for part in _CONTENT}
+        whole = parse_object(tokenizer, name, remedy)
+    except UserError as error:
+        raise UserError("vocabulary-damaged", str(error)) from error
+    try:
+        content: dict[str, Any] = {part: whole.get(part) for part in _CONTENT}
         content["added_tokens"] = content["added_tokens"] or []
         model = dict(content["model"], dropout=None)
         merges = model.get("merges", ())
@@ -205,7 +219,7 @@ def _content(tokenizer: bytes, name: str) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise UserError(
             "vocabulary-damaged",
-            f"{name} is not a tokenizer.json of Hugging Face: pass the file that `tokenizers` saved",
+            f"{name} is not a tokenizer.json of Hugging Face: {remedy}",
         ) from error
     if kind != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UserError(

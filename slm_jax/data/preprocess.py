@@ -35,6 +35,7 @@ def tokenize_document(
     vocabulary: Vocabulary,
     prefix: str = "",
     loss_spans: Sequence[Sequence[int]] | None = None,
+    markers: Sequence[tuple[int, int]] = (),
 ) -> DocumentTokens:
     """Tokenizes one document.
 
@@ -46,10 +47,12 @@ def tokenize_document(
         loss_spans: the `LossSpan`s of the text, in order; None if all of it carries loss. No token crosses the border
             of one: where the vocabulary would join both sides, they are tokenized apart, like a prompt that ends
             there.
+        markers: [begin, end) characters that become a control token where the vocabulary has one written so, and are
+            text otherwise.
     """
     if loss_spans is not None:
         ids, offsets = encode_within(
-            text, {border for begin, end, _ in loss_spans for border in (begin, end)}, vocabulary
+            text, {border for begin, end, _ in loss_spans for border in (begin, end)}, vocabulary, markers
         )
     elif spans:
         ids, offsets = vocabulary.encode_with_offsets(text)
@@ -79,7 +82,8 @@ def tokenize_batch(rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary) ->
     for row in rows:
         prefix = row["prefix"]
         if row["spans"] or row["loss_spans"] is not None:
-            found.append(tokenize_document(row["text"], row["spans"], vocabulary, prefix, row["loss_spans"]))
+            spans = (row["spans"], vocabulary, prefix, row["loss_spans"], row.get("markers", ()))
+            found.append(tokenize_document(row["text"], *spans))
             continue
         if prefix not in prefixes:
             prefixes[prefix] = np.array(vocabulary.encode(prefix), np.int32)
@@ -92,9 +96,28 @@ def tokenize_batch(rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary) ->
     return found
 
 
-def encode_within(text: str, borders: set[int], vocabulary: Vocabulary) -> tuple[list[int], list[tuple[int, int]]]:
+def encode_within(
+    text: str, borders: set[int], vocabulary: Vocabulary, markers: Sequence[tuple[int, int]] = ()
+) -> tuple[list[int], list[tuple[int, int]]]:
     """`Vocabulary.encode_with_offsets`, but no token crosses a border, given in characters: the text is cut at those
-    borders that a token would cross."""
+    borders that a token would cross. `markers` as in `tokenize_document`."""
+    ids, offsets, at = [], [], 0
+    for begin, end in [*markers, (len(text), len(text))]:
+        control = vocabulary.control_id(text[begin:end])
+        if control is None and end > begin:
+            continue
+        between = {border - at for border in borders if at < border < begin}
+        more, places = _encode_within(text[at:begin], between, vocabulary)
+        ids += more
+        offsets += [(at + first, at + last) for first, last in places]
+        if control is not None:
+            ids.append(control)
+            offsets.append((begin, end))
+        at = end
+    return ids, offsets
+
+
+def _encode_within(text: str, borders: set[int], vocabulary: Vocabulary) -> tuple[list[int], list[tuple[int, int]]]:
     every, cuts = np.array(sorted(borders), np.int64), set[int]()
     while True:
         ids, offsets = [], []

@@ -193,8 +193,15 @@ def _damage_is_an_answer(path: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        if "too much memory" in str(error):
+            raise UserError(
+                "file-window",
+                f"{path} was compressed with a window of over 128 MB (`zstd --long`): compress it again",
+            ) from error
         raise UserError("file-damaged", f"{path} is cut off or damaged ({error}): copy or download it again") from error
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # of a damaged page pyarrow raises an OSError without a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise UserError("file-damaged", f"{path} is not a readable Parquet file: copy or download it again") from error
 
 
@@ -300,9 +307,21 @@ def _parquet(path: str, columns: Sequence[str], part: Part | None) -> Iterator[R
         number, rows = part.lines if part else 0, max(file.metadata.num_rows, 1)
         groups = list(range(*(part[:2] if part else (0, file.num_row_groups))))
         for batch in file.iter_batches(batch_size=1000, columns=wanted or None, row_groups=groups):
-            for fields in batch.to_pylist():
+            # Text that is not UTF-8 is found here: its row is skipped, not the others.
+            try:
+                found = [(fields, "") for fields in batch.to_pylist()]
+            except UnicodeDecodeError:
+                found = [_parquet_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+            for fields, problem in found:
                 number += 1
-                yield Record(f"{path}:row {number}", fields, "", size * number // rows)
+                yield Record(f"{path}:row {number}", fields, problem, size * number // rows)
+
+
+def _parquet_row(row: pyarrow.RecordBatch) -> tuple[dict[str, Any] | None, str]:
+    try:
+        return row.to_pylist()[0], ""
+    except UnicodeDecodeError:
+        return None, "not UTF-8 (write the file again with its text in UTF-8)"
 
 
 def _text(path: str, max_line_bytes: int) -> Record:

@@ -89,6 +89,10 @@ class SentencePieceVocabulary(Vocabulary):
             begin = end
         return ids, offsets
 
+    def control_id(self, text: str) -> int | None:
+        token = self._processor.piece_to_id(text)
+        return token if self._processor.is_control(token) else None
+
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         return self._processor.decode([int(i) for i in ids])
 

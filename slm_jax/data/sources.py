@@ -192,7 +192,7 @@ class Source:
 
 def has_field(source: Source, path: str) -> bool:
     """Whether any of the first `FIRST_RECORDS` of a source has the field, even if empty."""
-    found = (record for _, records in _inputs(source, [path.split(".")[0]]) for record in records)
+    found = (record for _, records in _inputs(source, [path, path.split(".")[0]]) for record in records)
     first = itertools.islice(found, FIRST_RECORDS)
     return any(record.fields is not None and _field(record.fields, path) is not _MISSING for record in first)
 
@@ -220,7 +220,7 @@ def columns_of(source: Source, field: str | None) -> list[str]:
     """The top-level fields of the records that a source needs; `field` as in `read_records`."""
     fields = source.fields()
     paths = (fields.text, fields.url, fields.source, fields.response, source.spans_field, field)
-    return [path.split(".")[0] for path in paths if path]
+    return [name for path in paths if path for name in {path, path.split(".")[0]}]
 
 
 @dataclass
@@ -296,15 +296,16 @@ def read_records(
 
     Yields:
         text; url ('' for none); field (as text, '' for none); source (NAME or NAME/VALUE); spans (list of [begin,
-        end]); loss_spans (list of LossSpan; None where all of the text carries loss); index (number of the record in
-        the source); skipped (the kind of reason why this record gives no document, '' for documents); problem (place
-        and reason of a skipped record); file.
+        end]); loss_spans (list of LossSpan; None where all of the text carries loss); markers (of conversations, see
+        there); index (number of the record in the source); skipped (the kind of reason why this record gives no
+        document, '' for documents); problem (place and reason of a skipped record); file.
 
     Raises:
         UserError: a document is too long, or more than `bad_lines` records are unreadable.
     """
     fields, (first, last, parts) = source.fields(), _part(source)
     empty = {"text": "", "url": "", "field": "", "source": source.name, "spans": [], "loss_spans": None}
+    empty |= {"markers": []}
     for record in records:
         row = empty | {"index": index + tally.records, "skipped": "", "problem": "", "file": tally.file}
         tally.records += 1
@@ -366,14 +367,17 @@ def _document(record: readers.Record, source: Source, fields: Schema, field: str
     text = _field(record.fields, fields.text)
     if text is _MISSING:
         there = ", ".join(sorted(record.fields)) or "none"
-        raise BadRecord(f"no field {fields.text!r} (schema {source.schema!r}; fields there: {there})")
-    loss_spans = None
+        nested = "; a field in an object is written with a dot, 'object.field'"
+        nested = nested if any(isinstance(value, dict) for value in record.fields.values()) else ""
+        raise BadRecord(f"no field {fields.text!r} (schema {source.schema!r}; fields there: {there}{nested})")
+    loss_spans, markers = None, []
     # Types come before emptiness: 0, false and {} are mistakes, and only null is as empty as "".
     if source.template:
         turns = _turns(record.fields, text, fields)
         if turns is None:
             return _skipped(record.place, "empty text")
         text, loss_spans = conversations.written(turns, TEMPLATES[source.template])
+        markers = conversations.markers(turns, TEMPLATES[source.template])
         if not text:
             return _skipped(record.place, "no response")
     elif not isinstance(text, str | None):
@@ -396,6 +400,7 @@ def _document(record: readers.Record, source: Source, fields: Schema, field: str
         "source": f"{source.name}/{value}" if isinstance(value, str) and value else source.name,
         "spans": _spans(record.fields, source.spans_field, len(text)) if source.spans_field else [],
         "loss_spans": loss_spans,
+        "markers": markers,
     }
 
 
@@ -420,6 +425,8 @@ _MISSING = object()
 
 
 def _field(fields: Any, path: str) -> Any:
+    if isinstance(fields, dict) and path in fields:  # a name with dots in it
+        return fields[path]
     for key in path.split("."):
         if isinstance(fields, str):  # some mirrors write nested objects as JSON
             try:

@@ -12,6 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 from slm_jax.errors import UserError
+from slm_jax.files import parse_object
 
 SHARD_ROWS = 256  # rows in one file of a column; one row is the unit of reading
 
@@ -19,6 +20,7 @@ SHARD_ROWS = 256  # rows in one file of a column; one row is the unit of reading
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
 # Failures of reading that say nothing about the content.
 _ELSEWHERE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
+_COMPLETE = "slm_jax_complete"  # attribute of an array of which every row was written
 _mentioned: set[str] = set()  # stores already reported by this process to have columns without checksums
 
 
@@ -41,8 +43,18 @@ class Store:
         return None if self.remote else pathlib.Path(self.path)
 
     def read(self, key: str) -> bytes | None:
-        """The content of one file; None if it does not exist."""
-        result = self._files().read(key).result()
+        """The content of one file; None if it does not exist.
+
+        Raises:
+            UserError: `file-unreadable`: it is there, and the system does not give it.
+        """
+        try:
+            result = self._files().read(key).result()
+        except ValueError as error:
+            if any(code in str(error) for code in _ELSEWHERE if code != "PERMISSION_DENIED"):
+                raise
+            reason = str(error).splitlines()[0]
+            raise UserError("file-unreadable", f"{self.path}/{key}: {reason}: make it a readable file") from error
         return result.value if result.state == "value" else None
 
     def write(self, key: str, content: bytes) -> None:
@@ -60,17 +72,7 @@ class Store:
         content = self.read(key)
         if content is None:
             return None
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                "file-damaged", f"{self.path}/{key} is damaged (not JSON): restore it or make it again"
-            ) from error
-        if not isinstance(value, dict):
-            raise UserError(
-                "file-damaged", f"{self.path}/{key} is damaged (not an object): restore it or make it again"
-            )
-        return value
+        return parse_object(content, f"{self.path}/{key}", "restore it or make it again")
 
     def write_json(self, key: str, value: Mapping) -> None:
         self.write(key, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8"))
@@ -82,8 +84,12 @@ class Store:
         after = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""  # the first name after all of them
         return sorted(name.decode("utf-8") for name in self._files().list(ts.KvStore.KeyRange(prefix, after)).result())
 
-    def create_array(self, key: str, dtype: str, shape: tuple[int, ...]) -> ts.TensorStore:
-        """A new zarr3 array, replacing what is there: one compressed chunk per row, `SHARD_ROWS` rows per file."""
+    def create_array(self, key: str, dtype: str, shape: tuple[int, ...], complete: bool = False) -> ts.TensorStore:
+        """A new zarr3 array, replacing what is there: one compressed chunk per row, `SHARD_ROWS` rows per file.
+
+        `complete`: every row will be written, so that one that is missing later was lost. Otherwise rows of zeros take
+        no space, and rows that are not there are zeros.
+        """
         fill = "NaN" if dtype.startswith("float") else False if dtype == "bool" else 0
         row = [1 if len(shape) > 1 else SHARD_ROWS, *shape[1:]]  # a column of single values is read whole
         inner = [
@@ -98,17 +104,22 @@ class Store:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD_ROWS, *shape[1:]]}},
             "codecs": codecs,
             "fill_value": fill,
+            "attributes": {_COMPLETE: True} if complete else {},
         }
         spec = {"driver": "zarr3", "kvstore": self._kvstore(key), "metadata": metadata}
+        spec["store_data_equal_to_fill_value"] = complete
         return ts.open(spec, create=True, delete_existing=True, context=_CONTEXT).result()
 
     def open_array(self, key: str, immutable: bool = False) -> ts.TensorStore | None:
         """An existing array or None. `immutable`: once read, it is not checked again for changes."""
         spec = {"driver": "zarr3", "kvstore": self._kvstore(key)}
+        recheck = "open" if immutable else True
         try:
-            return ts.open(
-                spec, open=True, context=_CONTEXT, recheck_cached_data="open" if immutable else True
-            ).result()
+            array = ts.open(spec, open=True, context=_CONTEXT, recheck_cached_data=recheck).result()
+            if array.spec().to_json()["metadata"].get("attributes", {}).get(_COMPLETE):
+                spec |= {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
+                array = ts.open(spec, open=True, context=_CONTEXT, recheck_cached_data=recheck).result()
+            return array
         except ValueError as error:
             if "NOT_FOUND" in str(error):
                 return None

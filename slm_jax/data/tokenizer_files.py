@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import tokenizers
+
 from slm_jax.data.huggingface_vocabulary import BYTE_CHARACTERS, TOKENIZER_FILE
 from slm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
 from slm_jax.data.vocabulary import SPACE, ByteVocabulary, Vocabulary
@@ -23,7 +25,7 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     elif isinstance(vocabulary, ByteVocabulary):
         tokenizer = _of_bytes(vocabulary)
     else:
-        return files
+        return files | _with_bos(vocabulary, files)
     names = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
     if vocabulary.unk_id is not None:
         names["unk_token"] = vocabulary.unk_id
@@ -33,6 +35,25 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["model_input_names"] = ["input_ids", "attention_mask"]
     return {TOKENIZER_FILE: _json(tokenizer), "tokenizer_config.json": _json(config), **files}
+
+
+def _with_bos(vocabulary: Vocabulary, files: dict[str, bytes]) -> dict[str, bytes]:
+    """A tokenizer.json of Hugging Face that puts BOS first, as in training, and its configuration; nothing where it
+    does already. Tokenizers without a BOS of their own (Qwen) put none, and some add EOS."""
+    tokenizer = tokenizers.Tokenizer.from_str(files[TOKENIZER_FILE].decode("utf-8"))
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    if tokenizer.encode("a").ids == [vocabulary.bos_id, *plain] and config.get("add_bos_token") is not False:
+        return {}
+    bos = vocabulary.piece(vocabulary.bos_id)
+    content = json.loads(files[TOKENIZER_FILE])
+    before = content.get("post_processor") or {}
+    kept = [part for part in before.get("processors", [before]) if part.get("type") == "ByteLevel"]  # trims offsets
+    content["post_processor"] = {"type": "Sequence", "processors": [*kept, _bos_first(bos, vocabulary.bos_id)]}
+    # Classes of single families would build their own post-processor.
+    config = {name: value for name, value in config.items() if name not in ("add_bos_token", "add_eos_token")}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos}
+    return {TOKENIZER_FILE: _json(content), "tokenizer_config.json": _json(config)}
 
 
 def _proto(vocabulary: SentencePieceVocabulary) -> Any:
@@ -116,26 +137,26 @@ def _added(token: int, content: str, special: bool) -> dict[str, Any]:
 
 def _tokenizer(added: list[dict[str, Any]], bos_id: int, *, model: dict[str, Any], **parts: Any) -> dict[str, Any]:
     bos = next(token["content"] for token in added if token["id"] == bos_id)
-    one = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    two = [
-        *one,
-        *({name: value | {"id": value["id"].replace("A", "B")} for name, value in part.items()} for part in one),
-    ]
-    bos_first = {
-        "type": "TemplateProcessing",
-        "single": one,
-        "pair": two,
-        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-    }
     empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer"))
     shape = {"type": "BPE", "dropout": None, "ignore_merges": False, "fuse_unk": False, "byte_fallback": False}
     return {
         "version": "1.0",
         **empty,
         "added_tokens": added,
-        "post_processor": bos_first,
+        "post_processor": _bos_first(bos, bos_id),
         **parts,
         "model": shape | model,
+    }
+
+
+def _bos_first(bos: str, bos_id: int) -> dict[str, Any]:
+    one = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    two = [*one, one[0], {"Sequence": {"id": "B", "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": one,
+        "pair": two,
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
     }
 
 

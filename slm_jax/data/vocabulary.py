@@ -66,6 +66,11 @@ class Vocabulary(abc.ABC):
     def piece(self, token: SupportsIndex) -> str:
         """A readable form of one id."""
 
+    def control_id(self, text: str) -> int | None:
+        """The control token that is written as `text`, such as "<|im_start|>"; None if there is none. `encode` never
+        gives it."""
+        return None
+
     def unspelled(self, text: str) -> str:
         """The characters of `text` that no id spells, which `encode` therefore drops."""
         return ""

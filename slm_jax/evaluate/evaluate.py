@@ -10,6 +10,7 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax import processes
 from slm_jax.configurable import Natural, configurable
+from slm_jax.data.conversations import ChatVocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.harness import Harness, TaskLoader
 from slm_jax.evaluate.lm_adapter import LMAdapter
@@ -85,6 +86,7 @@ def evaluate(
     # ---- The model as lm_eval calls it, with the answers that earlier commands kept
     model = load_model(run, devices, step)
     vocabulary = run_vocabulary(run, model.vocabulary_hash)
+    vocabulary = ChatVocabulary(vocabulary) if harness.chat else vocabulary
     where = RunDirectory(run).evaluate
     folder = Path(output or where / str(model.step) / tasks.replace(",", "+").replace("/", "_"))
     print(f"evaluate: step {model.step} of {run} on {tasks} ({', '.join(after_bos)}) -> {folder}", flush=True)

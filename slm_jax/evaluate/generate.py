@@ -5,14 +5,16 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
-from slm_jax.configurable import Count, Natural, configurable
+from slm_jax.configurable import Count, Natural, OneOf, configurable
 from slm_jax.data import readers
+from slm_jax.data.conversations import TEMPLATES, ChatVocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Continuation, GenerationStats, Generator, Sampling
+from slm_jax.evaluate.harness import chat_text
 from slm_jax.evaluate.prefix import refuse_escaped_newline
 from slm_jax.jsonl import open_result
 from slm_jax.mesh import MeshConfig
@@ -31,6 +33,7 @@ def generate(
     prompt: str | None = None,
     prompts: str | None = None,
     prefix: str = "",
+    chat: Annotated[str, OneOf(TEMPLATES)] | None = None,
     output: str | None = None,
     sampling: Sampling | None = None,
     num_samples: Count = 1,
@@ -50,6 +53,8 @@ def generate(
       prompts: a file of prompts (JSON lines or Parquet) with a field `prompt` or `text`.
       prefix: text placed between BOS and each prompt, tokenized separately, such as "URL: en.wikipedia.org" and an
         empty line.
+      chat: template of `Source.template` with which each prompt is written as a user's turn, to be answered; None
+        continues the prompt itself.
       output: JSON lines with the results; for several prompts the default is `<run>/generate/<step>.jsonl`.
       sampling: how tokens are chosen and where texts end; a Sampling.
       num_samples: continuations per prompt; they differ only by chance.
@@ -72,6 +77,9 @@ def generate(
     config_lib.print_unused()
     model = load_model(run, devices, step)
     vocabulary = run_vocabulary(run, model.vocabulary_hash)
+    if chat:
+        texts = [chat_text(TEMPLATES[chat], [{"role": "user", "content": text}], answer_next=True) for text in texts]
+        vocabulary = ChatVocabulary(vocabulary)
     generator = Generator(model.params, model.config, vocabulary, devices, batch_size)
     ids = [generator.encode(text, prefix) for text in texts]
     for number, prompt_ids in enumerate(ids):
@@ -87,7 +95,7 @@ def generate(
         "prompts": {"file": prompts, "number": len(texts), "sha256": sha256},
         "num_samples": num_samples,
         "sampling": sampling,
-    }
+    } | ({"chat": chat} if chat else {})
     if prompts is None and num_samples == 1:
         _to_terminal(generator, texts[0], ids[0], about, output)
     else:

@@ -1,7 +1,7 @@
 """Evaluators that generate while a model trains: `Samples` measures repetition, `ExactAnswers` how many are right."""
 
 import dataclasses
-import json
+import itertools
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from slm_jax.configurable import Count, configurable
+from slm_jax.data import readers
 from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Continuation, Generator, Sampling
@@ -155,8 +156,13 @@ class ExactAnswers:
                 "questions-not-found",
                 f"ExactAnswers {self.name}: {path} does not exist: check ExactAnswers.file and .directory",
             )
-        lines = path.read_text(encoding="utf-8").splitlines()[: self.questions]
-        return [{"prompt": row["prompt"], "answer": str(row["answer"])} for row in map(json.loads, lines)]
+        remedy, questions = "write one object with 'prompt' and 'answer' per line", []
+        for record in itertools.islice(readers.records(str(path), ()), self.questions):
+            fields = record.fields or {}
+            if not isinstance(fields.get("prompt"), str) or "answer" not in fields:
+                raise UserError("record-invalid", f"{record.place} {record.problem or 'lacks one of them'}: {remedy}")
+            questions.append({"prompt": fields["prompt"], "answer": str(fields["answer"])})
+        return questions
 
 
 # ---- Repetition

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from slm_jax.errors import UserError
-from slm_jax.files import write_json
+from slm_jax.files import parse_object, write_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -116,14 +116,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
             "model-file", f"{path} has {path.stat().st_size:,} bytes, which no settings need: download it again"
         )
     try:
-        value = json.loads(path.read_text("utf-8-sig"))  # with or without a byte order mark
+        content = path.read_bytes()
     except OSError as error:
         raise UserError("model-file", f"{path}: {error.strerror}: make it readable") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError("file-damaged", f"{path} is damaged (not JSON): download it again") from error
-    if not isinstance(value, dict):
-        raise UserError("file-damaged", f"{path} is damaged (not an object): download it again")
-    return value
+    return parse_object(content, path, "download it again")
 
 
 def write_tensors(

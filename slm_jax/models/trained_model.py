@@ -34,7 +34,9 @@ def load_model(run: str, mesh: Mesh, step: int | None = None) -> TrainedModel:
     about = read_about(run, step)
     config = ModelConfig.from_json(about["model"])
     params = restore_params(run, param_shapes(config, mesh), about["step"])
-    return TrainedModel(params, config, about["vocabulary_hash"], about["step"], params_fingerprint(params))
+    # Restoring compared the parameters with the fingerprint that was saved, if any.
+    fingerprint = about.get("params_fingerprint") or params_fingerprint(params)
+    return TrainedModel(params, config, about["vocabulary_hash"], about["step"], fingerprint)
 
 
 def run_vocabulary(run: str, vocabulary_hash: str) -> Vocabulary:

@@ -15,12 +15,12 @@ from slm_jax import config as config_lib
 from slm_jax import mesh as mesh_lib
 from slm_jax.checkpoint import Checkpoints, read_about, restore_items, restore_params, saved_steps
 from slm_jax.configurable import Natural, OneOf, configurable
-from slm_jax.data.vocabularies import load_vocabulary
 from slm_jax.errors import UserError
 from slm_jax.files import to_json
 from slm_jax.mesh import MeshConfig
 from slm_jax.models.forward import Params, param_shapes
 from slm_jax.models.model_config import ModelConfig
+from slm_jax.models.trained_model import run_vocabulary
 from slm_jax.run_directory import RunDirectory
 
 # The learning rate, as a fraction of the constant one, after a fraction t of the decay.
@@ -73,6 +73,8 @@ def average(
         raise UserError("average-moving-decay", "average.decay weights checkpoints, average.moving takes one: drop one")
     config_lib.print_unused()
     about = read_about(run, steps[-1])
+    # Runs of earlier versions have no vocabulary.
+    vocabulary = run_vocabulary(run, about["vocabulary_hash"]) if directory.vocabulary.is_dir() else None
     shapes = param_shapes(ModelConfig.from_json(about["model"]), devices)
     if moving:
         params, what = restore_items(run, {"average": shapes}, steps[0])["average"], "moving average"
@@ -87,8 +89,8 @@ def average(
                 "average-output-exists", f"{output} holds checkpoints already: choose another average.output"
             )
         checkpoints.save(steps[-1], {"params": params}, to_json({**about, "average": what, "run": run}))
-    if directory.vocabulary.is_dir():  # runs of earlier versions have none
-        load_vocabulary(directory.vocabulary).save(RunDirectory(output).vocabulary)
+    if vocabulary:
+        vocabulary.save(RunDirectory(output).vocabulary)
     print(f"average: {what} of {run} -> {output}")
 
 

@@ -31,7 +31,15 @@ from slm_jax.train.missing import missing_inputs
 from slm_jax.train.optimizer import OptimizerConfig
 from slm_jax.train.phases import Phase, keep_ratio
 from slm_jax.train.plan import Plan
-from slm_jax.train.resume import Start, StateSpec, claim, phase_start_params, start_state
+from slm_jax.train.resume import (
+    Start,
+    StateSpec,
+    check_same_in_all_processes,
+    check_start,
+    claim,
+    phase_start_params,
+    start_state,
+)
 from slm_jax.train.schedules import Schedule, cosine_schedule, peak_by_size
 from slm_jax.train.state import TrainState
 from slm_jax.train.step import compile_step, make_step
@@ -74,6 +82,7 @@ def train(
     gradient_accumulation_steps: Count = 1,
     checkpoint_every: Natural = 500,
     keep_checkpoints: Count = 2,
+    pin_checkpoints: Sequence[Natural] = (),
     log_every: Count = 1,
     evaluate_every: Natural = 500,
     evaluators: Sequence[Evaluator] = (),
@@ -102,6 +111,7 @@ def train(
       gradient_accumulation_steps: number of micro-batches that a batch is split into: same result, less memory.
       checkpoint_every: steps between checkpoints; 0 writes them at phase boundaries only.
       keep_checkpoints: number of latest checkpoints to keep; those at phase boundaries are always kept.
+      pin_checkpoints: steps whose checkpoints are written and always kept too: those that branches start from.
       log_every: steps between rows of metrics.jsonl.
       evaluate_every: steps between evaluations, which are also made at step 0 and at the end of each phase.
       evaluators: HeldOut, MultipleChoice or Samples.
@@ -147,27 +157,31 @@ def train(
         measures = [evaluator.bind(model, plan.corpus.vocabulary_hash, devices) for evaluator in evaluators]
 
     config_lib.print_unused()
+    start = Start.of(run_dir, seed, init_from, init_step, init_mode)
+    settings = {
+        "phases": [phase.record() for phase in plan.phases],
+        "schedule": schedule,
+        "optimizer": optimizer,
+        "mesh": mesh,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "evaluate_every": evaluate_every,
+        "evaluators": list(evaluators),
+        "max_nonfinite_scores": max_nonfinite_scores,
+    }
+    check_same_in_all_processes(model, plan, start, settings)
+    if not run.checkpoint_steps():
+        check_start(start, model, plan)
     if dry_run or not isinstance(devices, Mesh):
+        processes.on_first(lambda: claim(run, model, plan, start, settings, dry_run=True))
         print(plan_summary.describe(run, model, plan, devices, 0))
         processes.on_first(lambda: plan_summary.draw(plan, run.plan_png))
         print(f"train: nothing was trained; the plan is drawn in {run.plan_png}")
         return {}
-    start = Start.of(run_dir, seed, init_from, init_step, init_mode)
 
     with contextlib.ExitStack() as stack:
         # --- Run directory: locked against other processes; a new run, or one that these settings continue.
         busy = f"another process is training in {run}: wait for it to finish, or stop it"
         stack.enter_context(processes.lock(run.lock, busy))
-        settings = {
-            "phases": [phase.record() for phase in plan.phases],
-            "schedule": schedule,
-            "optimizer": optimizer,
-            "mesh": mesh,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "evaluate_every": evaluate_every,
-            "evaluators": list(evaluators),
-            "max_nonfinite_scores": max_nonfinite_scores,
-        }
         if summary := processes.on_first(lambda: claim(run, model, plan, start, settings)):
             return summary
 
@@ -177,7 +191,7 @@ def train(
         # Checkpoints at phase boundaries are kept: branches start there, and l2_to_init needs the parameters with which
         # its phase began, those of step 0 too.
         milestones = plan.first_steps[0 if plan.phases[0].l2_to_init else 1 :].tolist()
-        checkpoints = stack.enter_context(Checkpoints(run, keep_checkpoints, milestones))
+        checkpoints = stack.enter_context(Checkpoints(run, keep_checkpoints, [*milestones, *pin_checkpoints]))
         spec = StateSpec(model, optimizer, devices)
         state, counters = start_state(checkpoints, start, spec, plan, allow_equal_reference)
         first = int(state.step)
@@ -235,7 +249,7 @@ def train(
         if first == 0:
             if due(0, evaluate_every):
                 evaluate(state)
-            if due(0, checkpoint_every):
+            if due(0, checkpoint_every) or 0 in pin_checkpoints:
                 save(state)
         bar = stack.enter_context(progress(plan.total_steps, first, "train"))
         pending = None  # arguments of `metrics.add` for the step that may still be running
@@ -261,12 +275,13 @@ def train(
             bar.update()
             stop = terminated(step + 1)
             # Sums are added first: a step that is not finite stops the run before it can be saved.
-            if stop or due(step + 1, evaluate_every) or due(step + 1, checkpoint_every):
+            saves = stop or due(step + 1, checkpoint_every) or step + 1 in pin_checkpoints
+            if saves or due(step + 1, evaluate_every):
                 metrics.add(*pending)
                 pending = None
                 if due(step + 1, evaluate_every):
                     evaluate(state)
-                if stop or due(step + 1, checkpoint_every):
+                if saves:
                     save(state)
                 metrics.start_clock()
             if stop:

@@ -89,19 +89,19 @@ class StateSpec:
 
 
 def claim(
-    run: RunDirectory, model: ModelConfig, plan: Plan, start: Start, settings: dict[str, Any]
+    run: RunDirectory, model: ModelConfig, plan: Plan, start: Start, settings: dict[str, Any], dry_run: bool = False
 ) -> dict[str, Any] | None:
     """Writes run.json, config.gin and vocabulary/, after comparing the plan with the run in the directory, if any.
 
     A changed setting is printed and used, unless the steps already trained depend on it. run.json keeps one entry per
-    start.
+    start. With `dry_run`, nothing is written.
 
     Returns:
       The summary if the run is finished, else None.
 
     Raises:
       UserError: the run in the directory has another model, seed, corpus, reference, start or data order, or it is
-        finished and was made with other settings.
+        finished and was made with other settings; or the corpus' vocabulary is damaged.
     """
     own = {"init_from": start.init_from, "init_step": start.init_step, "whole_state": start.whole_state}
     identity = {**run_identity(model, plan, start.seed), **own}
@@ -109,8 +109,11 @@ def claim(
     # A start that was refused before its first checkpoint does not count as a run.
     if (steps := run.checkpoint_steps()) and (old := run.record()):
         done, remedy = steps[-1], "choose another train.run_dir"
-        check_same_identity(old["identity"], new["identity"], run, remedy)
-        check_same_rows(old["settings"]["phases"], new["settings"]["phases"], done, run, remedy)
+        if "identity" not in old or "phases" not in old.get("settings", {}):
+            raise UserError("resume-other-run", f"{run} holds a model, but no train run: {remedy}")
+        named = with_names_of(old, new)
+        check_same_identity(old["identity"], named["identity"], run, remedy)
+        check_same_rows(old["settings"]["phases"], named["settings"]["phases"], done, run, remedy)
         # Fields that an older version did not have are at their defaults.
         old["settings"]["optimizer"] = to_json(OptimizerConfig(**old["settings"]["optimizer"]))
         was, now = (record["settings"]["optimizer"] for record in (old, new))
@@ -121,7 +124,7 @@ def claim(
                 f"{run} holds a run with OptimizerConfig.ema = {was['ema']:g}, now {now['ema']:g}: an average is kept "
                 f"from the first step or not at all; {remedy}",
             )
-        changed = [name for name, value in new["settings"].items() if old["settings"].get(name) != value]
+        changed = [name for name, value in named["settings"].items() if old["settings"].get(name) != value]
         summary = run.summary()
         if summary and summary["steps"] >= plan.total_steps:
             conflicts = [name for name in changed if name in RESULT_SETTINGS]
@@ -147,6 +150,9 @@ def claim(
         for name in changed:
             print(f"train: {name} was {old['settings'].get(name)}, is {new['settings'][name]} from here on")
         new["starts"] = old["starts"]
+    vocabulary = plan.corpus.vocabulary()  # before anything is written: it may be damaged
+    if dry_run:
+        return None
     machine = {
         "device_kind": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
@@ -155,8 +161,23 @@ def claim(
     new["starts"].append({**config_lib.environment(), **machine})
     write_json(run.run_json, new)
     write_text(run.config_gin, gin.operative_config_str())
-    plan.corpus.vocabulary().save(run.vocabulary)
+    vocabulary.save(run.vocabulary)
     return None
+
+
+def check_same_in_all_processes(model: ModelConfig, plan: Plan, start: Start, settings: dict[str, Any]) -> None:
+    """Compares what the processes of a job are about to train, before the first step.
+
+    Raises:
+      UserError: `processes-differ`, with the first difference.
+    """
+
+    def facts() -> dict[str, Any]:
+        environment = config_lib.environment()
+        code = {name: environment[name] for name in ("commit", "python", "versions")}
+        return to_json({"code": code, **run_identity(model, plan, start.seed), "start": start, **settings})
+
+    processes.same(facts)
 
 
 # --- Whether a plan can resume a run
@@ -171,6 +192,27 @@ def run_identity(model: ModelConfig, plan: Plan, seed: int) -> dict[str, Any]:
         "corpora": {name: corpus.fingerprint for name, corpus in plan.corpora.items()},
         "references": plan.references(),
     }
+
+
+def with_names_of(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The record `new` with the paths that `old` has for corpora of the same content: a corpus may have moved, or be
+    named absolutely instead of relatively."""
+    paths = {fingerprint: path for path, fingerprint in old["identity"]["corpora"].items()}
+    names = {
+        path: paths.get(fingerprint, path)
+        for path, fingerprint in new["identity"]["corpora"].items()
+        if path not in old["identity"]["corpora"]
+    }
+    identity, phases = dict(new["identity"]), []
+    identity["corpora"] = {names.get(path, path): content for path, content in identity["corpora"].items()}
+    identity["references"] = {
+        next((names[path] + key[len(path) :] for path in names if key.startswith(path + "/")), key): content
+        for key, content in identity["references"].items()
+    }
+    for phase in new["settings"]["phases"]:
+        mixture = [part | {"corpus": names.get(part["corpus"], part["corpus"])} for part in phase["mixture"]]
+        phases.append(phase | {"mixture": mixture})
+    return new | {"identity": identity, "settings": new["settings"] | {"phases": phases}}
 
 
 def check_same_identity(was: dict[str, Any], now: dict[str, Any], run: RunDirectory | str, remedy: str) -> None:
@@ -322,26 +364,43 @@ def _state_at_0(start: Start, spec: StateSpec, plan: Plan) -> TrainState:
     params = None
     if run := start.init_from:
         loaded = load_model(run, spec.mesh, start.init_step)
-        if loaded.vocabulary_hash != plan.corpus.vocabulary_hash:
-            raise UserError(
-                "init-other-vocabulary",
-                f"initial model {run} and corpus {plan.corpus.path} have different vocabularies: prepare the corpus "
-                "with the model's",
-            )
-        for name in FUNCTION_FIELDS:
-            theirs, ours = getattr(loaded.config, name), getattr(spec.model, name)
-            if theirs != ours:
-                raise UserError(
-                    "init-other-model",
-                    f"initial model {run} has {name} = {theirs}, the run's model has {ours}: set model.{name} to the "
-                    "initial model's",
-                )
+        _check_initial(run, loaded.config, loaded.vocabulary_hash, spec.model, plan)
         params = loaded.params
     return init_state(spec.model, spec.optimizer, spec.mesh, start.seed, params, spec.ema)
 
 
-def _branched_state(run_dir: str, start: Start, spec: StateSpec, plan: Plan) -> tuple[TrainState, dict[str, float]]:
-    """State and counters of another run. The plan must begin with everything that run trained before the checkpoint."""
+def _check_initial(run: str, theirs: ModelConfig, vocabulary_hash: str, ours: ModelConfig, plan: Plan) -> None:
+    if vocabulary_hash != plan.corpus.vocabulary_hash:
+        raise UserError(
+            "init-other-vocabulary",
+            f"initial model {run} and corpus {plan.corpus.path} have different vocabularies: prepare the corpus "
+            "with the model's",
+        )
+    for name in FUNCTION_FIELDS:
+        if getattr(theirs, name) != getattr(ours, name):
+            raise UserError(
+                "init-other-model",
+                f"initial model {run} has {name} = {getattr(theirs, name)}, the run's model has {getattr(ours, name)}: "
+                f"set model.{name} to the initial model's",
+            )
+
+
+def check_start(start: Start, model: ModelConfig, plan: Plan) -> None:
+    """Compares a run without checkpoints of its own with the run that it starts from, without loading its parameters.
+
+    Raises:
+      UserError: the checkpoint is not there, or the model or vocabulary is another, or, of a branch, the plan does not
+        begin with everything that the other run trained before the checkpoint.
+    """
+    if start.init_from and start.whole_state:
+        _check_branch(start.init_from, start, model, plan)
+    elif start.init_from:
+        about = read_about(start.init_from, start.init_step)
+        _check_initial(start.init_from, ModelConfig.from_json(about["model"]), about["vocabulary_hash"], model, plan)
+
+
+def _check_branch(run_dir: str, start: Start, model: ModelConfig, plan: Plan) -> dict[str, Any]:
+    """The description of the checkpoint that the branch starts from."""
     run, about = RunDirectory(run_dir), read_about(run_dir, start.init_step)
     step, record = int(about["step"]), run.record()
     remedy = "repeat its phases up to there, or set train.init_mode = 'params'"
@@ -357,18 +416,29 @@ def _branched_state(run_dir: str, start: Start, spec: StateSpec, plan: Plan) -> 
             f"{run} is not a train run, or has no run.json, and what it trained on is unknown: set train.init_mode = "
             "'params'",
         )
-    check_same_identity(record["identity"], to_json(run_identity(spec.model, plan, start.seed)), run, remedy)
-    check_same_rows(record["settings"]["phases"], [phase.record() for phase in plan.phases], step, run, remedy)
+    new = {
+        "identity": run_identity(model, plan, start.seed),
+        "settings": {"phases": [phase.record() for phase in plan.phases]},
+    }
+    named = with_names_of(record, to_json(new))
+    check_same_identity(record["identity"], named["identity"], run, remedy)
+    check_same_rows(record["settings"]["phases"], named["settings"]["phases"], step, run, remedy)
     if difference := learning_rate_change(run, step, plan):
         raise UserError(
             "branch-other-learning-rate",
             f"{difference}, and the branch would continue from it: repeat train.schedule, with lengths in steps "
             "instead of shares, or give the branch a schedule with its own start",
         )
-    its_optimizer = OptimizerConfig(**record["settings"]["optimizer"])
+    return about
+
+
+def _branched_state(run_dir: str, start: Start, spec: StateSpec, plan: Plan) -> tuple[TrainState, dict[str, float]]:
+    """State and counters of another run."""
+    run, about = RunDirectory(run_dir), _check_branch(run_dir, start, spec.model, plan)
+    its_optimizer = OptimizerConfig(**run.settings()["optimizer"])
     check_same_moments(to_json(its_optimizer), to_json(spec.config), run, "set train.init_mode = 'params'")
     shapes = dataclasses.replace(spec, config=its_optimizer).shapes()
-    state = TrainState.of(restore_items(run, shapes.items(), step))
+    state = TrainState.of(restore_items(run, shapes.items(), int(about["step"])))
     if not spec.ema:
         state = state._replace(average=None)
     elif state.average is None:

@@ -22,13 +22,13 @@ from slm_jax.errors import UserError
 from slm_jax.evaluate.generation import Generator, Sampling
 from slm_jax.evaluate.math import prompts as prompts_lib
 from slm_jax.evaluate.math.chain_of_thought import Answered, Attempt, Judge, ask, judged, summarise
-from slm_jax.evaluate.math.equality import Grader
+from slm_jax.evaluate.math.equality import RULES_VERSION, Grader
 from slm_jax.evaluate.math.prompts import Example, Prompt, Style
 from slm_jax.evaluate.math.questions import SETS, Question, find_file, read_questions
 from slm_jax.evaluate.math.sandbox import Ran, Sandbox
 from slm_jax.evaluate.math.tool_use import STOP as TOOL_STOP
 from slm_jax.evaluate.math.tool_use import attempts_with_tools, tool_prompt
-from slm_jax.files import move_aside, to_json, write_json
+from slm_jax.files import move_aside, read_json, to_json, write_json
 from slm_jax.jsonl import open_result
 from slm_jax.mesh import MeshConfig
 from slm_jax.metrics import progress
@@ -115,6 +115,7 @@ def evaluate_math(
     about = {"run": run, "step": model.step, "fingerprint": model.fingerprint, "max_new_tokens": new}
     about |= {"temperature": temperature, "top_p": top_p, "seed": seed, "samples": samples, "stop": stop}
     about |= {"rounds": rounds if tools else None, "sandbox": sandbox if tools else None, "batch_size": batch_size}
+    about["rules"] = RULES_VERSION  # answers graded by other rules are asked again, and kept as NAME.before1.jsonl
     about["graders"] = {package: importlib.metadata.version(package) for package in GRADERS}
 
     def fits(text: str) -> bool:
@@ -204,7 +205,7 @@ def _answered(
 def _write_summary(path: Path, about: dict[str, Any], record: dict[str, Any]) -> None:
     """Adds the sets that other commands asked the same model with the same settings."""
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         if {**before, **to_json(about)} == before:
             record = {**record, **{part: {**before[part], **record[part]} for part in ("files", "results")}}
         else:

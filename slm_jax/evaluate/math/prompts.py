@@ -3,12 +3,12 @@
 The built-in examples follow the published ones in style and number; they were written for this project.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from slm_jax.errors import UserError
+from slm_jax.files import parse_json
 
 BETWEEN = "\n\n\n"
 # What a base model writes when it continues with a question of its own.
@@ -63,11 +63,11 @@ def read_examples(path: str | Path) -> tuple[Example, ...]:
     """
     remedy = "write a list of objects with the texts 'question' and 'solution'"
     try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
+        items = parse_json(Path(path).read_bytes(), f"examples {path}", remedy)
     except OSError as error:
         raise UserError("math-examples-unreadable", f"examples {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError("math-examples-invalid", f"examples {path} are not JSON ({error}): {remedy}") from error
+    except UserError as error:
+        raise UserError("math-examples-invalid", str(error)) from error
     if not isinstance(items, list) or not items:
         raise UserError("math-examples-invalid", f"examples {path} are not a list: {remedy}")
     for number, item in enumerate(items, 1):

@@ -12,17 +12,29 @@ import numpy as np
 
 from slm_jax import config as config_lib
 from slm_jax import processes
+from slm_jax.analyze import plots, tables
 from slm_jax.analyze.columns import read_losses, read_rows, score_columns
 from slm_jax.analyze.runs import read_run
 from slm_jax.analyze.selected_tokens import Selector, of_tokens, read_classes
-from slm_jax.analyze.selection_figures import draw, summary
-from slm_jax.analyze.selection_metrics import of_runs
-from slm_jax.analyze.tables import plain
+from slm_jax.analyze.selection_metrics import ALL, of_runs
 from slm_jax.configurable import Count, Natural, OneOf, Seed, configurable
 from slm_jax.errors import UserError
 from slm_jax.files import write_json, write_text
 from slm_jax.score.selection import SCORES, Selection, selection_of
 
+CAPTIONS = {
+    "training": "Loss of the tokens of each batch that were selected and of those that were not (running means), and "
+    "the downstream result (Rho-1, Figure 6).",
+    "fixed_tokens": "The same tokens for all runs: those that the last checkpoint of the first run selects, and the "
+    "others.",
+    "fit": "Downstream result against the loss of selected and of unselected tokens, with result = log(a loss + c) "
+    "(Rho-1, Figure 7).",
+    "perplexity": "Perplexity under every checkpoint of the tokens that each checkpoint selects (Rho-1, Figure 8).",
+    "ratio_sweep": "Last downstream result by the share of the tokens that trains (Rho-1, Figure 9).",
+    "shares": "Share of the tokens that the last checkpoint selects; the dotted line is the share of all tokens.",
+    "overlap": "Jaccard overlap of selections.",
+}
+PARTS = ("selected", "unselected")
 COMPARED = ("excess", "loss", "reference", "random")  # scores
 FALLBACK_ROWS = 16  # of a batch, where no run selects
 
@@ -134,7 +146,7 @@ def analyze_selection(
             others = tuple(dict.fromkeys([*selector.selection.references, *references])) if references else ()
             curves = {name: tuple(record["runs"][name]["downstream"].values()) for name in losses}
             record["tokens"] = of_tokens(tokens, losses, selector, curves, classes, compared, others)
-        found = plain(record)
+        found = tables.plain(record)
         figures = draw(folder, found)
         write_text(folder / "summary.md", summary(found, figures))
         write_json(folder / "selection.json", found)
@@ -142,3 +154,191 @@ def analyze_selection(
         return found
 
     return processes.on_first(analyze)
+
+
+# ---- Figures and summary, from what selection.json holds
+
+
+def draw(folder: Path, record: dict[str, Any]) -> list[str]:
+    """Draws the figures whose numbers are there; returns their names."""
+    tokens, drawn = record.get("tokens"), []
+    if any(len(about["training"]["selected_loss"]["steps"]) > 1 for about in record["runs"].values()):
+        with plots.files(folder, "training", 3, width=4.6) as panels:
+            for number, (name, about) in enumerate(record["runs"].items()):
+                curves = [*(about["training"][f"{part}_loss"] for part in PARTS), about["downstream"]]
+                for axes, curve in zip(panels, curves, strict=True):
+                    if curve["steps"]:
+                        plots.line(axes, curve["steps"], _array(curve["values"]), name, number)
+            for axes, title in zip(panels, ("selected tokens", "unselected tokens", record["downstream"]), strict=True):
+                axes.set(title=title, xlabel="step")
+            panels[0].set_ylabel("nats per token")
+            plots.legend(panels[2])
+        drawn.append("training")
+
+    # ---- Of the corpus' tokens: the same ones under all runs, and those of each checkpoint under the others
+    if tokens:
+        with plots.files(folder, "fixed_tokens", 2, width=4.8) as panels:
+            for axes, part in zip(panels, PARTS, strict=True):
+                for number, (name, about) in enumerate(tokens["fixed_tokens"].items()):
+                    plots.line(axes, about["steps"], _array(about[part]), name, number)
+                title = f"tokens that {tokens['run']} {'selects' if part == 'selected' else 'drops'}"
+                axes.set(title=title, xlabel="step of the checkpoint")
+            panels[0].set_ylabel("nats per token")
+            plots.legend(panels[1])
+        steps, perplexity = tokens["checkpoints"], np.exp(_array(tokens["loss_of_selected"]))
+        with plots.files(folder, "perplexity") as (axes,):
+            places = _some(steps)
+            for number, place in enumerate(places):
+                first = places[0] if steps[0] == 0 else 0
+                plots.line(axes, steps[first:], perplexity[place, first:], f"step {steps[place]}", number)
+            axes.set(xlabel="step of the checkpoint", ylabel="perplexity")
+            plots.log_if_wide(axes)
+            plots.legend(axes, "selected by")
+        drawn += ["fixed_tokens", "perplexity"]
+    if _fits(record):
+        _draw_fits(folder, record)
+        drawn.append("fit")
+
+    # ---- The downstream result by the share of tokens that trains
+    if len({about["ratio"] for about in record["ratio_sweep"]}) > 1:
+        with plots.files(folder, "ratio_sweep") as (axes,):
+            scores = sorted(
+                {about["score"] for about in record["ratio_sweep"]}, key=lambda score: (score == ALL, score)
+            )
+            for number, score in enumerate(scores):
+                entries = [about for about in record["ratio_sweep"] if about["score"] == score]
+                x, means = _array([100 * e["ratio"] for e in entries]), _array([e["mean"] for e in entries])
+                spread = np.abs(_array([[e["lowest"], e["highest"]] for e in entries]).T - means)  # [2, ratios]
+                plots.line(axes, x, means, score, number)
+                if spread.any():
+                    axes.errorbar(x, means, spread, fmt="none", capsize=3, color=plots.COLOURS[number])
+            axes.set(xlabel="share of the tokens that trains, %", ylabel=record["downstream"])
+            plots.legend(axes)
+        drawn.append("ratio_sweep")
+
+    # ---- Which tokens are selected, and how alike the sets are
+    if tokens:
+        by = tokens["shares"]
+        height = 1.2 + 0.33 * max(4, *(len(groups) for groups in by.values()))
+        with plots.files(folder, "shares", len(by), width=4.4, height=height) as panels:
+            for axes, (name, groups) in zip(panels, by.items(), strict=True):
+                shares = _array([group["share"] for group in groups]).tolist()
+                plots.bars(axes, [group["name"] for group in groups], shares, tokens["selected_share"][-1])
+                axes.set(title=f"by {name}", xlabel="share selected", xlim=(0, 1.12))
+        drawn.append("shares")
+        if families := [name for name in ("checkpoints", "scores", "references") if name in tokens["overlap"]]:
+            with plots.files(folder, "overlap", len(families), width=5.2, height=4.8) as panels:
+                for axes, name in zip(panels, families, strict=True):
+                    about = tokens["overlap"][name]
+                    plots.heat(axes, about["names"], _array(about["jaccard"]))
+                    axes.set_title(f"{name}; by chance {tokens['overlap']['by_chance']:.2f}", fontsize=10.5)
+            drawn.append("overlap")
+    return drawn
+
+
+def _array(values: Any) -> np.ndarray:
+    """Numbers from JSON, with NaN for None."""
+    return np.array(values, float)
+
+
+def _some(steps: list[int], most: int = 6) -> list[int]:
+    """Indices of up to `most` checkpoints, evenly spaced, the last included; not step 0, whose model is untrained, if
+    there are others."""
+    first = 1 if steps[0] == 0 and len(steps) > 2 else 0
+    return sorted({round(i) for i in np.linspace(len(steps) - 1, first, min(most, len(steps) - first)).tolist()})
+
+
+def _fits(record: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(label, {selected, unselected}) of the runs whose own losses could be fitted, and of the tokens that each
+    checkpoint selects."""
+    fits = [(name, about["fits"]) for name, about in record["runs"].items()]
+    fits += [(f"selected by step {each['selected_by']}", each) for each in (record.get("tokens") or {}).get("fits", ())]
+    return [(label, each) for label, each in fits if any(each[part]["fit"] for part in PARTS)]
+
+
+def _draw_fits(folder: Path, record: dict[str, Any]) -> None:
+    """Those of the tokens that checkpoints select if there are any, else those of the tokens of training's batches."""
+    of_checkpoints = [(label, each) for label, each in _fits(record) if "selected_by" in each]
+    fits = of_checkpoints or _fits(record)
+    if of_checkpoints:
+        fits = [fits[i] for i in _some([each["selected_by"] for _, each in fits], 4)]
+    with plots.files(folder, "fit", 2, width=4.8, height=4.0) as panels:
+        for axes, part in zip(panels, PARTS, strict=True):
+            for number, (label, each) in enumerate(fits):
+                loss, fit = _array(each[part]["loss"]), each[part]["fit"]
+                colour = plots.COLOURS[number % len(plots.COLOURS)]
+                if fit:
+                    x = np.linspace(loss.min(), loss.max(), 100)
+                    line = fit["a"] * x + fit["c"]
+                    quality = "" if fit["r_squared"] is None else f", R² = {fit['r_squared']:.2f}"
+                    label = f"{label}: a = {fit['a']:.3g}{quality}"
+                    axes.plot(x[line > 0], np.log(line[line > 0]), color=colour, linewidth=1.2)
+                look = {"color": colour, "marker": plots.MARKERS[number % 6], "linestyle": "", "markersize": 5}
+                axes.plot(loss, _array(each[part]["result"]), label=label, **look)
+            axes.set(title=f"{part} tokens", xlabel="loss, nats per token")
+            axes.invert_xaxis()
+            plots.legend(axes, place="below")
+        panels[0].set_ylabel(record["downstream"])
+
+
+def summary(record: dict[str, Any], drawn: list[str]) -> str:
+    """Everything as one Markdown page; figures by their names."""
+
+    def figures(*names: str) -> str:
+        shown = [name for name in names if name in drawn]
+        return "".join(f"![{name.replace('_', ' ')}]({name}.png)\n\n{CAPTIONS[name]}\n\n" for name in shown)
+
+    # ---- Runs
+    headings = ("run", "selects by", "share", "kept", "steps", "tokens seen", "tokens trained", record["downstream"])
+    names = ("score", "ratio", "kept", "steps", "tokens_seen", "tokens_trained", "last_downstream")
+    runs = [(run, *(about[name] for name in names)) for run, about in record["runs"].items()]
+    parts = ["# Which tokens were selected\n", tables.of_values(headings, runs).markdown()]
+    parts += [figures("training", "fixed_tokens", "ratio_sweep")]
+    rows = [
+        (label, part, *(fit[name] for name in ("a", "c", "r_squared", "error", "points")))
+        for label, each in _fits(record)
+        for part in PARTS
+        if (fit := each[part]["fit"])
+    ]
+    if rows:
+        parts += ["## Result as the logarithm of a line in the loss\n"]
+        parts += [tables.of_values(("of", "tokens", "a", "c", "R²", "error", "points"), rows, 4).markdown()]
+        parts += ["The sign of a is fitted, not assumed.\n", figures("fit")]
+    by_source = {run: about["selected_by_source"] for run, about in record["runs"].items()}
+    if sources := list(dict.fromkeys(source for shares in by_source.values() for source in shares)):
+        rows = [(run, *(shares.get(source) for source in sources)) for run, shares in by_source.items() if shares]
+        parts += ["## Share selected in training, by source (second half)\n"]
+        parts += [tables.of_values(("run", *sources), rows).markdown()]
+    tokens = record.get("tokens")
+    if not tokens:
+        return "\n".join(part for part in parts if part)
+
+    # ---- Tokens
+    selection, steps = tokens["selection"], tokens["checkpoints"]
+    parts += [
+        "## Tokens that each checkpoint selects\n",
+        f"{tokens['tokens']:,} tokens of {tokens['corpus']}, selected by the checkpoints of {tokens['run']}: score "
+        f"{selection['score']}, share {selection['ratio']:g}, among {tokens['batch_size']} rows.\n",
+    ]
+    perplexity = np.exp(_array(tokens["loss_of_selected"])).tolist()
+    rows = [(str(step), *row) for step, row in zip(steps, perplexity, strict=True)]
+    table = tables.of_values(("selected by step", *(f"under {step}" for step in steps)), rows, 2)
+    parts += ["Perplexity:\n", table.markdown(), figures("perplexity")]
+    for name, groups in tokens["shares"].items():
+        rows = [(group["name"], group["share"], group["tokens"]) for group in groups]
+        parts += [
+            f"## Share selected by {name}\n",
+            tables.of_values((name, "share selected", "tokens"), rows).markdown(),
+        ]
+    parts += [figures("shares")]
+    if noise := tokens["noise"]:
+        columns = ("tokens", "noise_share", "precision", "recall")
+        rows = [(name, *(about[column] for column in columns)) for name, about in noise.items()]
+        parts += ["## Noise that is dropped\n", tables.of_values(("among", *columns), rows).markdown()]
+        parts += ["Precision: share of the dropped tokens that is noise. Recall: share of the noise that is dropped.\n"]
+    for name in ("checkpoints", "scores", "references"):
+        if about := tokens["overlap"].get(name):
+            rows = [(of, *row) for of, row in zip(about["names"], about["jaccard"], strict=True)]
+            parts += [f"## Overlap between {name} (Jaccard; by chance {tokens['overlap']['by_chance']:.3f})\n"]
+            parts += [tables.of_values(("", *about["names"]), rows).markdown()]
+    return "\n".join(part for part in [*parts, figures("overlap")] if part)

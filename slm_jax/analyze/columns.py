@@ -90,11 +90,8 @@ def read_columns(
 def checkpoint_columns(run: str, steps: Sequence[int] | None) -> list[tuple[str, str, int]]:
     """(column, run, step of that run) of each checkpoint, in the order of training.
 
-    Where the run started from the parameters of another, these come first, as step 0: the paper's x_0.
-
-    Args:
-      run: run directory.
-      steps: which checkpoints; None for all that it keeps.
+    Where the run started from the parameters of another, these come first, as step 0: the paper's x_0. Without `steps`,
+    all checkpoints that it keeps.
 
     Raises:
       UserError: `checkpoint-not-found`; `checkpoint-origin-not-found`: where the run started from is gone.

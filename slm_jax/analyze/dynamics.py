@@ -125,26 +125,16 @@ def analyze_dynamics(
                 "dynamics-no-finite-loss",
                 f"no token of {read.table.path} has a finite loss under every checkpoint: score it again",
             )
-        tokens = _Tokens(read, losses, values, lines, kinds)
         checkpoints = [{"name": name, "step": step} for name, step in zip(losses.names, losses.steps, strict=True)]
-        record = {
-            "corpus": read.table.path,
-            "fingerprint": read.table.fingerprint,
-            "rows": len(read.valid),
-            "run": run,
-            "rise": rise,
-            "fall": fall,
-            "high": divides,
-            "checkpoints": checkpoints,
-            **_counts(tokens),
-            "fluctuating": {CLASSES[kind]: _examples(tokens, kind, examples) for kind in (HIGH, LOW)},
-        }
-        record = plain(record)
-        classes = np.full(read.valid.shape, NO_CLASS, np.int8)  # [T] -> [N, L]
-        classes[read.valid] = kinds
-        write_array(folder / "classes.npy", classes)
+        about: dict[str, Any] = {"corpus": read.table.path, "fingerprint": read.table.fingerprint}
+        about |= {"rows": len(read.valid), "run": run}
+        about |= {"rise": rise, "fall": fall, "high": divides, "checkpoints": checkpoints}
+        record = plain(about | _measured(read, values, lines, kinds, examples))
+        class_of = np.full(read.valid.shape, NO_CLASS, np.int8)  # [T] -> [N, L]
+        class_of[read.valid] = kinds
+        write_array(folder / "classes.npy", class_of)
         _draw(folder, record)
-        write_text(folder / "text.html", _page(record, tokens, classes, documents))
+        write_text(folder / "text.html", _page(record, read, losses, lines, class_of, documents))
         write_json(folder / "dynamics.json", record)  # last: it says that the rest is there
         return record
 
@@ -155,56 +145,44 @@ def analyze_dynamics(
     return record
 
 
-class _Tokens(NamedTuple):
-    """The valid tokens of the rows: losses [C, T], lines and classes [T]."""
-
-    rows: Rows
-    losses: Losses
-    values: np.ndarray
-    lines: "Lines"
-    kinds: np.ndarray
-
-
-def _counts(tokens: _Tokens) -> dict[str, Any]:
-    """Classes in all tokens and by source."""
-    rows, _, values, lines, kinds = tokens
-    counts, means = class_counts(kinds), class_means(values, kinds)
-    total = sum(counts)
-    classes = {}
+def _measured(read: Rows, values: np.ndarray, lines: "Lines", kinds: np.ndarray, examples: int) -> dict[str, Any]:
+    """What dynamics.json says of the valid tokens, with losses [C, T], lines and classes [T]."""
+    # ---- Classes of all tokens, and of each source's
+    means, total, classes = class_means(values, kinds), int((kinds != NO_CLASS).sum()), {}
     for kind, name in enumerate(CLASSES):
-        deviation = np.sqrt(lines.variance[kinds == kind])
-        quantiles = np.quantile(deviation, (0.5, 0.9)) if len(deviation) else (np.nan, np.nan)
-        classes[name] = {
-            "tokens": counts[kind],
-            "share": counts[kind] / total,
-            "mean_loss": means[kind],
-            "deviation_median": quantiles[0],
-            "deviation_90th": quantiles[1],
-        }
-    sources, by_source = rows.source_ids[rows.valid], {}
-    for number, source in enumerate(rows.table.source_names):
-        of_source = class_counts(kinds[sources == number])
-        if sum(of_source):
-            shares = {name: count / sum(of_source) for name, count in zip(CLASSES, of_source, strict=True)}
-            by_source[source] = {"tokens": sum(of_source), **shares}
-    return {"tokens": total, "without_class": len(kinds) - total, "classes": classes, "by_source": by_source}
+        deviation, count = np.sqrt(lines.variance[kinds == kind]), int((kinds == kind).sum())
+        median, high_tail = np.quantile(deviation, (0.5, 0.9)) if count else (np.nan, np.nan)
+        about: dict[str, Any] = {"tokens": count, "share": count / total, "mean_loss": means[kind]}
+        classes[name] = about | {"deviation_median": median, "deviation_90th": high_tail}
+    by_source = {}
+    for number, source in enumerate(read.table.source_names):
+        of_source = class_counts(kinds[read.source_ids[read.valid] == number])
+        if count := sum(of_source):
+            shares = {name: tokens / count for name, tokens in zip(CLASSES, of_source, strict=True)}
+            by_source[source] = {"tokens": count, **shares}
 
-
-def _examples(tokens: _Tokens, kind: int, count: int) -> list[dict[str, Any]]:
-    """The tokens of a class that fluctuate most, with the text around them and their losses (Figures 3b, 3c)."""
-    rows, _, values, lines, kinds = tokens
-    reader, places = TokenText(rows.table.vocabulary()), np.argwhere(rows.valid)
-    found = []
-    for token in most_fluctuating(kinds, lines.variance, kind, rows.tokens[rows.valid], count):
-        row, place = places[token].tolist()
-        before, own, after = context(rows, reader, row, place)
-        about = {"row": row, "place": place, "before": before, "token": own, "after": after}
-        found.append({**about, "losses": values[:, token], "deviation": np.sqrt(lines.variance[token])})
-    return found
+    # ---- The tokens of a class that fluctuate most, with the text around them (Figures 3b, 3c)
+    fluctuating, reader, places = {}, TokenText(read.table.vocabulary()), np.argwhere(read.valid)
+    for kind in (HIGH, LOW):
+        found = fluctuating[CLASSES[kind]] = []
+        ids = read.tokens[read.valid]
+        for token in most_fluctuating(kinds, lines.variance, kind, ids, examples).tolist():
+            row, place = places[token].tolist()
+            before, own, after = context(read, reader, row, place)
+            about = {"row": row, "place": place, "before": before, "token": own, "after": after}
+            found.append({**about, "losses": values[:, token], "deviation": np.sqrt(lines.variance[token])})
+    return {
+        "tokens": total,
+        "without_class": len(kinds) - total,
+        "classes": classes,
+        "by_source": by_source,
+        "fluctuating": fluctuating,
+    }
 
 
 def _draw(folder: Path, record: dict[str, Any]) -> None:
     steps = [about["step"] for about in record["checkpoints"]]
+    # Named columns come in any order: where the steps do not ascend, the x axis counts checkpoints.
     ascending = all(step < following for step, following in itertools.pairwise(steps))
     x, label = (steps, "step of the checkpoint") if ascending else (list(range(len(steps))), "checkpoint")
     with plots.files(folder, "classes") as (axes,):
@@ -213,12 +191,16 @@ def _draw(folder: Path, record: dict[str, Any]) -> None:
                 plots.line(axes, x, about["mean_loss"], f"{name}  {about['share']:.0%}", kind, COLOURS[kind])
         axes.set(xlabel=label, ylabel="mean loss, nats per token")
         plots.legend(axes)
+
+    # ---- Shares of the classes in each source
     sources = record["by_source"]
     if len(sources) > 1:
         with plots.files(folder, "classes_by_source", width=max(5.4, 1.0 * len(sources))) as (axes,):
             shares = np.array([[about[name] for name in CLASSES] for about in sources.values()])
             plots.stacked(axes, list(sources), CLASSES, shares, COLOURS)
             axes.set(xlabel="share of the source's tokens")
+
+    # ---- The tokens that fluctuate most, each named by itself and the text before it
     for name, examples in record["fluctuating"].items():
         if not examples:
             continue
@@ -231,9 +213,10 @@ def _draw(folder: Path, record: dict[str, Any]) -> None:
             plots.legend(axes, place="below", columns=2)
 
 
-def _page(record: dict[str, Any], tokens: _Tokens, classes: np.ndarray, documents: int) -> str:
+def _page(
+    record: dict[str, Any], rows: Rows, losses: Losses, lines: "Lines", classes: np.ndarray, documents: int
+) -> str:
     """Text coloured by class (Figure 10)."""
-    rows, losses, _, lines, _ = tokens
     number = np.cumsum(rows.valid).reshape(rows.valid.shape) - 1  # [N, L]: the index of a token in arrays [T]
 
     def style(row: int, place: int) -> tuple[str, str]:

@@ -43,14 +43,25 @@ def run_flops(
     scoring, trained = 0.0, []
     for about, length in references:
         # Two operations per parameter and token where the reference's own settings are gone.
-        own = RunDirectory(about["run"]).settings() if about.get("run") else {}
+        own = _settings(about)
         a_row = 2.0 * (about.get("parameters") or 0) * length
         if own:
             a_row = ModelConfig.from_json(own["model"]).flops_per_token(length) * length / 3
         scoring += a_row * rows
         if (about.get("run"), about.get("step")) != start:
-            trained.append(_training(own, about.get("step")) if "phases" in own else None)  # None for an import, too
+            trained.append(_trained(about))
     return Flops(training, scoring, None if None in trained else sum(filter(None, trained), 0.0))
+
+
+def _trained(about: Mapping[str, Any]) -> float | None:
+    """The training of the model that made a score column; None for an import, or where its directory is gone."""
+    settings = _settings(about)
+    return _training(settings, about.get("step")) if "phases" in settings else None
+
+
+def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the run that a reference comes from; {} where its directory is gone."""
+    return RunDirectory(about["run"]).settings() if about.get("run") else {}
 
 
 def _first_phases(settings: Mapping[str, Any], steps: int | None) -> list[tuple[dict[str, Any], int]]:

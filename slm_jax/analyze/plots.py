@@ -202,7 +202,12 @@ def _figure(
             points = [[*place, word, f"{b:.4g}"] for place, word, b in zip(at, words, y[kept].tolist(), strict=True)]
             lines.append({"name": name, "colour": colour, "points": points})
         hover = {"y": names[1], "together": together, "size": [round(width, 1), round(tall, 1)], "lines": lines}
-        inline = _inline(_svg(canvas, "none"), title)
+
+        # ---- For the page: an element of HTML needs neither prologue nor name spaces, and has the page's text colour.
+        inline = _svg(canvas, "none")
+        inline = re.sub(r' xmlns(:\w+)?="[^"]*"', "", inline[inline.index("<svg") :])
+        inline = re.sub(r' (width|height)="[\d.]+pt"', "", inline, count=2).replace(INK, "currentColor")
+        inline = inline.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
         file = re.sub(r"\W+", "_", title.lower()).strip("_")
         title = title[:1].upper() + title[1:]
         return Figure(title, caption, inline, _svg(canvas, "white"), png.getvalue(), hover, file)
@@ -214,15 +219,6 @@ def _svg(canvas: Canvas, ground: str) -> str:
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     canvas.savefig(buffer, format="svg", metadata=metadata, facecolor=ground)
     return buffer.getvalue()
-
-
-def _inline(svg: str, description: str) -> str:
-    """Matplotlib's file as an element of an HTML page, which needs neither prologue nor name spaces."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = svg.replace(INK, "currentColor")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:

@@ -133,12 +133,10 @@ def report_page(report: Report) -> str:
         "copies": {table.file: {"Markdown": table.markdown(), "CSV": table.csv()} for table in tables},
         "hover": {figure.file: figure.hover for figure in figures},
     }
-
-    def links(figure: Figure) -> dict[str, str]:
-        """Ending -> address that holds the file."""
+    links = {}  # figure -> ending -> address that holds the file
+    for figure in figures:
         png, svg = (base64.b64encode(x).decode("ascii") for x in (figure.png, figure.svg.encode("utf-8")))
-        return {"png": f"data:image/png;base64,{png}", "svg": f"data:image/svg+xml;base64,{svg}"}
-
+        links[figure.file] = {"png": f"data:image/png;base64,{png}", "svg": f"data:image/svg+xml;base64,{svg}"}
     first, *others = [_shown(passage) for passage in report.passages] or [None]
     return render(
         "report.html.j2",
@@ -146,7 +144,7 @@ def report_page(report: Report) -> str:
         report=report,
         first=first,
         others=others,
-        links={figure.file: links(figure) for figure in figures},
+        links=links,
         data=script_json(data),
     )
 
@@ -155,6 +153,7 @@ def _shown(passage: Passage) -> dict[str, Any]:
     """A passage for the template: shades from 0 to 1 by excess loss, and the words of the readout for each token."""
     both = [(token.loss, token.reference) for token in passage.tokens]
     excess = [None if loss is None or reference is None else loss - reference for loss, reference in both]
+    # The shade is full at the 90th percentile of the positive ones: a few outliers would leave the rest pale.
     high = max(np.quantile([x for x in excess if x is not None and x > 0] or [1.0], 0.9), 1e-6)
     tokens = []
     for token, over in zip(passage.tokens, excess, strict=True):
@@ -170,6 +169,8 @@ def _shown(passage: Passage) -> dict[str, Any]:
                 "says": "|".join((words + ", noise" * token.noise, *numbers)),
             }
         )
+
+    # ---- The line above the passage: how much was kept, of the noise and of the rest
     shares = []
     has_noise = any(token.noise for token in passage.tokens)
     for noise in (False, True):
@@ -203,6 +204,8 @@ def arm_figures(
     """
     several = any(len(arm.runs) > 1 for arm in arms)
     found: list[Figure | None] = []
+
+    # ---- One measure against the other
     if len(measures) > 1:
         caption = "At the end of training. Lower left is better on both."
         caption += " Large: mean over seeds; small: each seed." * several
@@ -215,13 +218,30 @@ def arm_figures(
             points.append(Point(arm.name, ends, colour))
         title = f"{heading(measures[0])} against {heading(measures[1])}{where}"
         found.append(plots.pareto(title, caption, points, (heading(measures[0]), heading(measures[1]))))
+
+    # ---- Each over floating-point operations
     known = [run.flops for arm in arms for run in arm.runs if run.flops]
-    unit, per = _flop_unit(max((sum(flops) for flops in known), default=0.0))
+    # The unit in which the largest number has one to three digits before the point.
+    most = max((sum(flops) for flops in known), default=0.0)
+    units = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18, "ZFLOP": 1e21}
+    unit, per = next(((unit, per) for unit, per in reversed(units.items()) if most >= per), ("GFLOP", 1e9))
     for name in measures:
-        lines = [_over_flops(arm, name, colour, per) for colour, arm in enumerate(arms)]
+        lines = []
+        for colour, arm in enumerate(arms):
+            curves = []
+            for run in arm.runs:
+                if run.flops and name in run.evaluations:
+                    steps = run.evaluations["step"]
+                    last = max([*run.training.get("step", ()), *steps], default=0) or 1
+                    before, training = run.flops  # the curve begins at what was spent before the first step
+                    spent = [(before + training * step / last) / per for step in steps]
+                    curves.append((spent, run.evaluations[name]))
+            lines.append(mean_line(arm.name, curves, colour))
         caption = f"{counted} counted." + " Mean over seeds; band: lowest to highest." * several
         title = f"{heading(name)} over {unit}{where}"
         found.append(plots.curves(title, caption, [line for line in lines if line], (unit, heading(name))))
+
+    # ---- What was selected
     for arm in arms:
         training = arm.runs[0].training if arm.runs else {}
         names = sorted(name for name in training if name.startswith("selected_share/"))
@@ -265,24 +285,6 @@ def mean_line(label: str, runs: Sequence[tuple[Any, Any]], colour: int) -> Line 
         return Line(label, at.tolist(), values[0].tolist(), colour)
     low, high = np.nanmin(values, axis=0).tolist(), np.nanmax(values, axis=0).tolist()
     return Line(label, at.tolist(), np.nanmean(values, axis=0).tolist(), colour, low, high)
-
-
-def _over_flops(arm: Arm, name: str, colour: int, per: float) -> Line | None:
-    """A measure over floating-point operations; the curve begins at the number spent before the first step."""
-    curves = []
-    for run in arm.runs:
-        if run.flops and name in run.evaluations:
-            last = max([*run.training.get("step", ()), *run.evaluations["step"]], default=0) or 1
-            before, training = run.flops
-            spent = [(before + training * step / last) / per for step in run.evaluations["step"]]
-            curves.append((spent, run.evaluations[name]))
-    return mean_line(arm.name, curves, colour)
-
-
-def _flop_unit(most: float) -> tuple[str, float]:
-    """The unit in which the largest number has one to three digits before the point."""
-    units = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18, "ZFLOP": 1e21}
-    return next(((unit, per) for unit, per in reversed(units.items()) if most >= per), ("GFLOP", 1e9))
 
 
 def heading(measure: str) -> str:

@@ -4,7 +4,6 @@ Rho-1 (arXiv 2404.07965) Figures 6 to 8. Selection uses the functions of trainin
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,16 +54,10 @@ def of_tokens(
     scores: Sequence[str],
     references: Sequence[str],
 ) -> dict[str, Any]:
-    """Which tokens of the rows are selected, and by whom.
+    """Which tokens of the rows are selected, and by whom: the checkpoints of the first run in `losses` select.
 
-    Args:
-      rows: of the corpus.
-      losses: of the checkpoints of runs; those of the first run select.
-      selector: how.
-      downstream: (steps, values) of each run.
-      classes: of the tokens, as `analyze dynamics` writes them.
-      scores: other scores to compare with the selection's own, under the last checkpoint.
-      references: other references to compare with its own, likewise.
+    downstream: (steps, values) of each run. scores, references: others to compare with the selection's own, under the
+    last checkpoint.
     """
     first, own = next(iter(losses.items()))
     values = own.values[:, rows.valid]  # [C, N, L] -> [C, T]
@@ -106,7 +99,17 @@ def of_tokens(
         if len(family) > 1:
             overlap[name] = {"names": list(family), "jaccard": jaccard(np.stack(list(family.values())))}
 
+    # ---- By source; and where a corpus knows its noise (sources NAME/noise), how well dropping tokens finds it, in all
+    # ---- tokens and in those of the documents that hold it
     sources, names = rows.source_ids[rows.valid], rows.table.source_names
+    noise, noisy = {}, {number: name for number, name in enumerate(names) if name.endswith("/noise")}
+    if noisy:
+        is_noise = np.isin(sources, list(noisy))
+        noise["all tokens"] = filtering(last, is_noise, np.ones(len(sources), bool))
+        for number, name in noisy.items():
+            around = name.removesuffix("/noise")
+            inside = (sources == number) | (sources == (names.index(around) if around in names else number))
+            noise[around] = filtering(last, is_noise, inside)
     by_source = np.stack([shares(members, sources, len(names))[0] for members in sets], axis=1)  # [sources, C]
     return {
         "corpus": rows.table.path,
@@ -124,7 +127,7 @@ def of_tokens(
         "shares": _shares(rows, last, classes),
         "share_by_source": {name: by_source[i] for i, name in enumerate(names) if (sources == i).any()},
         "overlap": overlap,
-        "noise": _noise(rows, last),
+        "noise": noise,
     }
 
 
@@ -143,22 +146,6 @@ def _shares(rows: Rows, members: np.ndarray, classes: np.ndarray | None) -> dict
     for name, (groups, names) in by.items():
         lines = zip(names, *shares(members, groups, len(names)), strict=True)
         found[name] = [{"name": group, "share": share, "tokens": count} for group, share, count in lines if count]
-    return found
-
-
-def _noise(rows: Rows, members: np.ndarray) -> dict[str, Any]:
-    """Where a corpus knows its noise (sources NAME/noise): how well dropping tokens finds it, in all tokens and in
-    those of the documents that hold it."""
-    names, of = rows.table.source_names, rows.source_ids[rows.valid]
-    noisy = {number: name for number, name in enumerate(names) if name.endswith("/noise")}
-    if not noisy:
-        return {}
-    noise = np.isin(of, list(noisy))
-    found = {"all tokens": filtering(members, noise, np.ones(len(of), bool))}
-    for number, name in noisy.items():
-        around = name.removesuffix("/noise")
-        inside = (of == number) | (of == (names.index(around) if around in names else number))
-        found[around] = filtering(members, noise, inside)
     return found
 
 
@@ -246,15 +233,7 @@ def passages_of_run(run: str, count: int = 6) -> list[Passage]:
 # ---- Sets of tokens
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _select_in_batch(
-    selection: Selection | CombinedSelection,
-    loss: jax.Array,
-    columns: dict[str, jax.Array],
-    valid: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
-    return selection_lib.select_tokens(selection, loss, columns, valid, key).selected
+_select_tokens = jax.jit(selection_lib.select_tokens, static_argnums=0)
 
 
 def select(
@@ -265,24 +244,18 @@ def select(
     batch_size: int,
     seed: int = 0,
 ) -> Bool[np.ndarray, "N L"]:
-    """The tokens that train, where each `batch_size` rows are a batch on one device.
+    """The valid tokens that train, where each `batch_size` rows are a batch on one device.
 
-    Args:
-      selection: selects with the functions of training; its settings of devices, micro-batches and gradients have no
-        effect here.
-      loss: of the model.
-      columns: what `selection.columns()` names.
-      valid: tokens that take part.
-      batch_size: the last batch may have fewer rows.
-      seed: of a random selection.
+    It uses the functions of training; settings of devices, micro-batches and gradients have no effect here. `columns`
+    are those that `selection.columns()` names.
     """
     selected = np.zeros(valid.shape, bool)
     for batch, first in enumerate(range(0, len(valid), batch_size)):
         rows = slice(first, first + batch_size)
         key = jax.random.fold_in(jax.random.key(seed), batch)
         read = {name: jnp.asarray(columns[name][rows]) for name in selection.columns()}
-        found = _select_in_batch(selection, jnp.asarray(loss[rows]), read, jnp.asarray(valid[rows]), key)
-        selected[rows] = np.asarray(found)
+        found = _select_tokens(selection, jnp.asarray(loss[rows]), read, jnp.asarray(valid[rows]), key)
+        selected[rows] = np.asarray(found.selected)
     return selected
 
 

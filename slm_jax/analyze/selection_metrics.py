@@ -111,9 +111,6 @@ class LogFit(NamedTuple):
     r_squared: float | None
     points: int
 
-    def at(self, loss: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-        return np.log(np.maximum(self.a * loss + self.c, LEAST))
-
 
 def fit_log(loss: Float[np.ndarray, "P"], result: Float[np.ndarray, "P"]) -> LogFit | None:
     """Least squares in the result (Rho-1 Eq 7); the sign of a is fitted, because the paper's text and axes disagree.

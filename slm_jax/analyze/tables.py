@@ -40,7 +40,9 @@ class Table(NamedTuple):
         for name, cells in self.rows:
             more = ["; ".join(filter(None, (cell.range, cell.change))) for cell in cells]
             lines.append([name, *(f"{c.text} ({m})" if m else c.text for c, m in zip(cells, more, strict=True))])
-        return "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in lines)
+        escapes = str.maketrans({"\\": "\\\\", "|": "\\|", "&": "&amp;", "<": "&lt;"})
+        cells_of = ([" ".join(cell.translate(escapes).split()) for cell in line] for line in lines)
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in cells_of)
 
     def csv(self) -> str:
         """Unrounded numbers; empty where nothing was measured. A column of means is followed by the lowest and the
@@ -82,12 +84,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _escaped(text: str) -> str:
-    for sign, instead in (("\\", "\\\\"), ("|", "\\|"), ("&", "&amp;"), ("<", "&lt;")):
-        text = text.replace(sign, instead)
-    return " ".join(text.split())
 
 
 def number(value: Any, digits: int, signed: bool = False) -> str:

@@ -36,6 +36,8 @@ STAGES = {
     "analyze tokenizers": "slm_jax.analyze.tokenizers",
     "compile": "slm_jax.compile.compile_ahead",
     "experiment": "slm_jax.experiment.run_experiment",
+    "init": "slm_jax.experiment.own_data",
+    "run": "slm_jax.experiment.own_data",
     "experiment world": "slm_jax.experiment.worlds.write_world",
     "experiment label": "slm_jax.experiment.worlds.label",
     "experiment filter": "slm_jax.experiment.worlds.filter_documents",

@@ -1,8 +1,6 @@
 """Every command of the tutorials runs, in its order, with little text; the page on models has a test of its own."""
 
-import importlib
 import json
-import random
 import re
 import shlex
 import shutil
@@ -12,7 +10,6 @@ import pytest
 import toy
 
 from slm_jax import config
-from slm_jax.__main__ import STAGES
 from slm_jax.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +28,8 @@ SMALL = {
     "generate": toy.settings(Sampling={"max_new_tokens": 4}),
     "analyze": [],
     "score": [],
+    "init": [],
+    "run": ["--dry_run"],  # tests/test_experiment_own_data.py runs it
 }  # fmt: skip
 # Settings of the page or its recipe that would win over those, and what they become.
 SHRUNK = {
@@ -99,8 +98,6 @@ def test_every_command_of_a_page_runs(folder, shell, request):
 
 @pytest.mark.parametrize("page", ["continual", "metadata"])
 def test_what_a_page_shows_of_settings_can_be_set(page, tmp_path):
-    for module in STAGES.values():
-        importlib.import_module(module)
     for number, block in enumerate(blocks(page, "gin")):
         (tmp_path / f"{number}.gin").write_text(block)
         config.load([str(tmp_path / f"{number}.gin")])

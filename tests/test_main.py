@@ -148,6 +148,8 @@ def test_words_are_files_or_the_run_where_one_is_meant(run):
     assert code == 1 and "nowhere" in error
     code, _, error = run("prepare", "a.txt", "--corpus=c", "--gin.Source.name=mine")
     assert code == 1 and "source 'mine'" in error
+    code, _, error = run("init", "mine", "--noisy=no such.txt", "--clean=['a.txt', 'b.txt']")
+    assert code == 1 and "no such file: no such.txt" in error
 
 
 def test_help_on_a_name(run):

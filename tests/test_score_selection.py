@@ -157,7 +157,11 @@ def test_no_gradient_flows_through_scores():
         ("setting-out-of-range", {"ratio": 0.0}, "Selection.ratio is 0.0"),
         ("setting-out-of-range", {"ratio": 1.5}, "Selection.ratio is 1.5"),
         ("setting-out-of-range", {"ratio": 60.0}, "at most 1"),
-        ("setting-unknown-value", {"score": "exces"}, "'excess', 'loss', 'reference', 'entropy', 'random'"),
+        (
+            "setting-unknown-value",
+            {"score": "exces"},
+            "'excess', 'loss', 'own_entropy', 'difference', 'reference', 'entropy', 'random'",
+        ),
         ("setting-unknown-value", {"gradient": "all"}, "'exact', 'filtered'"),
         ("selection-needs-capacity", {"gradient": "filtered", "threshold": 0.0}, "Selection.capacity"),
         ("setting-out-of-range", {"capacity": 2.0}, "Selection.capacity is 2.0"),

@@ -26,7 +26,15 @@ from slm_jax.files import read_json
 from slm_jax.metrics import progress
 from slm_jax.run_directory import RunDirectory
 from slm_jax.score import selection as selection_lib
-from slm_jax.score.selection import COMBINE, CombinedSelection, Selection, selection_of
+from slm_jax.score.selection import (
+    COMBINE,
+    CombinedSelection,
+    Selection,
+    histories,
+    in_words,
+    selection_entropies,
+    selection_of,
+)
 
 SHOWN_TOKENS = 90  # of a passage in a report
 
@@ -249,6 +257,12 @@ def select(
     It uses the functions of training; settings of devices, micro-batches and gradients have no effect here. `columns`
     are those that `selection.columns()` names.
     """
+    if selection_entropies(selection) or histories(selection):
+        raise UserError(
+            "selection-needs-model",
+            f"selection {in_words(selection)} reads more of the model than its losses, and they are all that is known "
+            "here: choose another selection",
+        )
     selected = np.zeros(valid.shape, bool)
     for batch, first in enumerate(range(0, len(valid), batch_size)):
         rows = slice(first, first + batch_size)

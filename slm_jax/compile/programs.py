@@ -22,7 +22,7 @@ from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.score.score_corpus import score_batch
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from slm_jax.train.phases import Phase, keep_ratio, learning_rate
+from slm_jax.train.phases import Phase, history_lag, keep_ratio, learning_rate
 from slm_jax.train.state import state_shapes
 from slm_jax.train.step import compile_step, make_step
 
@@ -97,7 +97,7 @@ def train_steps(run: Run) -> Iterator[StepProgram]:
     config = run.train.get("optimizer") or OptimizerConfig()
     optimizer, ema = make_optimizer(config), config.ema
     rate = learning_rate(run.phases, run.train.get("schedule"))
-    seen = []
+    seen, lag = [], history_lag(run.phases)
     for number, phase in enumerate(run.phases):
         program = (phase.selection, phase.batch_size, phase.l2_to_init > 0, phase.keep_ratio, phase.weights)
         if program in seen:
@@ -117,15 +117,16 @@ def train_steps(run: Run) -> Iterator[StepProgram]:
             l2_to_init=phase.l2_to_init,
             ema=ema,
             weighting=phase.weights,
+            lag=lag,
         )
         work = Work(
             name, run.model, run.mesh, phase.batch_size, run.sequence_length, gradient_accumulation_steps, training=True
         )
         # Its arguments as shapes: the state, which the program updates in place, and the batch.
         batch = _batch(work, phase.score_columns)
-        shapes = state_shapes(run.model, optimizer, run.mesh, ema > 0)
+        shapes = state_shapes(run.model, optimizer, run.mesh, ema > 0, lag > 0)
         shapes = shapes._replace(start=shapes.params if phase.l2_to_init else None)
-        moments = (shapes.opt_state, shapes.average, shapes.start)
+        moments = (shapes.opt_state, shapes.average, shapes.start, shapes.history)
         yield StepProgram(work, compile_step(step, run.mesh, shapes), shapes.params, moments, batch, (shapes, batch))
 
 

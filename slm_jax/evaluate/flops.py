@@ -8,7 +8,7 @@ from slm_jax.data.scores import ScoreName
 from slm_jax.errors import UserError
 from slm_jax.models.model_config import ModelConfig
 from slm_jax.run_directory import RunDirectory
-from slm_jax.score.selection import competes_across_micro_batches, selection_of
+from slm_jax.score.selection import competes_across_micro_batches, histories, selection_of
 
 
 class Flops(NamedTuple):
@@ -83,11 +83,12 @@ def _training(settings: Mapping[str, Any], steps: int | None) -> float | None:
         except UserError:
             return None
         # A forward pass is a third of a step. A filtered backward pass costs the selected share; where tokens compete
-        # across micro-batches, one more forward pass selects them.
+        # across micro-batches, one more forward pass selects them; a history of the run is one more each.
         backward = selection.ratio if selection and selection.gradient == "filtered" else 1.0
         several = settings.get("gradient_accumulation_steps", 1) > 1
         twice = several and selection and competes_across_micro_batches(selection)
-        passes = ((2 if twice else 1) + 2 * backward) / 3
+        forward = (2 if twice else 1) + len(histories(selection))
+        passes = (forward + 2 * backward) / 3
         total += model.flops_per_token(length) * length * phase["batch_size"] * done * passes
     return total
 

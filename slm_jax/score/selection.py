@@ -19,11 +19,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slm_jax import mesh
-from slm_jax.configurable import OneOf, PositiveShare, configurable
+from slm_jax.configurable import Count, Natural, OneOf, PositiveShare, configurable
 from slm_jax.data.scores import ScoreName
 from slm_jax.errors import UserError
+from slm_jax.files import to_json
 
-SCORES = ("excess", "loss", "reference", "entropy", "random")
+SCORES = ("excess", "loss", "own_entropy", "difference", "reference", "entropy", "random")
+LOW_FIRST = ("reference", "entropy")  # scores whose low values train first, unless Selection.order says otherwise
+ORDERS = ("high", "low", "middle")
+HISTORIES = ("average", "lagged")
 SCOPES = ("batch", "micro_batch", "sequence", "device")
 GRADIENTS = ("exact", "filtered")
 COMBINE = {
@@ -42,10 +46,14 @@ class Selection:
 
     Attributes:
       score: `excess` (own loss minus reference loss, high first; the paper's), `loss` (own loss, high first),
-        `reference` and `entropy` (the reference's, low first: Rho-1 §3.4), or `random`.
+        `own_entropy` (of the model's own prediction, high first: ESLM, arXiv 2505.19893), `difference` (the loss of
+        `reference` minus that of `minus`, high first: Token Cleaning, arXiv 2502.01968), `reference` and `entropy` (the
+        reference's, low first: Rho-1 §3.4), or `random`.
       ratio: fraction of the valid tokens that trains, in (0, 1].
       threshold: if given, tokens whose score is above it train instead of a fraction. Scores that are low first are
         negated, so -2.0 keeps reference losses below 2.0.
+      order: which values of the score train first: `high` or `low` ones, or those in the `middle`, that is as many of
+        the tokens above are left out as of those below. None is the score's own order.
       scope: which tokens compete: those of the global `batch` (the paper's reading), of a `micro_batch` over all
         devices, of a `sequence` (row), or of the rows on one `device`. With gradient accumulation, `batch` and
         `device` need an additional forward pass over all micro-batches; `micro_batch` and `sequence` do not.
@@ -57,6 +65,14 @@ class Selection:
         gradient.
       capacity: fraction of a device's positions that a filtered backward pass has room for; None is `ratio`, plus a
         tenth where several devices share one selection. Beyond it the lowest scores are dropped, and counted.
+      minus: for `difference`, the score column whose loss is subtracted.
+      entropy_top_k: for `own_entropy`, how many of the likeliest tokens it is taken over, their probabilities scaled to
+        sum to 1; 0 takes all.
+      history: for `excess`, an earlier state of the run as the reference, in place of a column: its moving `average`
+        (OptimizerConfig.ema), or the `lagged` one of Selection.lag. Each step has one more forward pass. In the first
+        step of a run the two are equal, so the selection is arbitrary. ssToken (arXiv 2510.18250) keeps `low` ones.
+      lag: for a `lagged` history, N: the parameters of N to 2N - 1 steps ago, renewed every N steps. The state of the
+        run holds two copies of them.
     """
 
     score: Annotated[str, OneOf(SCORES)] = "excess"
@@ -67,9 +83,30 @@ class Selection:
     combine: Annotated[str, OneOf(COMBINE)] = "mean"
     gradient: Annotated[str, OneOf(GRADIENTS)] = "exact"
     capacity: PositiveShare | None = None
+    order: Annotated[str, OneOf(ORDERS)] | None = None
+    minus: str | None = None
+    entropy_top_k: Natural = 0
+    history: Annotated[str, OneOf(HISTORIES)] | None = None
+    lag: Count = 100
 
     def __post_init__(self) -> None:
         names = self.references
+        if (self.minus is not None) != (self.score == "difference"):
+            raise UserError(
+                "selection-minus",
+                f"Selection.score is {self.score!r} and Selection.minus {self.minus!r}: 'difference' needs the column "
+                "that is subtracted, the other scores have none",
+            )
+        if self.history and self.score != "excess":
+            raise UserError(
+                "selection-history",
+                f"Selection.history is {self.history!r} and Selection.score {self.score!r}: an earlier state of the "
+                "run is a reference for 'excess'; to keep low values, set Selection.order",
+            )
+        if self.order == "middle" and self.threshold is not None:
+            raise UserError(
+                "selection-middle", "Selection.order is 'middle', which has no threshold: set Selection.ratio alone"
+            )
         if not names or len(set(names)) < len(names):
             raise UserError(
                 "selection-references", f"Selection.reference {names}: give at least one name, and each name once"
@@ -92,9 +129,15 @@ class Selection:
         return (self,)
 
     def columns(self) -> tuple[str, ...]:
-        """The columns of the corpus that this selection reads."""
-        statistic = {"excess": "loss", "reference": "loss", "entropy": "entropy"}.get(self.score)
-        return tuple(str(ScoreName(name, statistic)) for name in self.references) if statistic else ()
+        """The columns of the corpus that this selection reads; of a `difference`, the last is subtracted."""
+        losses = ("excess", "difference", "reference")
+        statistic = "entropy" if self.score == "entropy" else "loss" if self.score in losses else None
+        names = (*self.references, *([self.minus] if self.minus else []))
+        return tuple(str(ScoreName(name, statistic)) for name in names) if statistic and not self.history else ()
+
+    @property
+    def low_first(self) -> bool:
+        return self.order == "low" or (self.order is None and self.score in LOW_FIRST)
 
 
 @configurable
@@ -106,7 +149,7 @@ class CombinedSelection:
     a union. Beyond it the lowest scores of the first part are dropped.
 
     Attributes:
-      parts: the selections, each with its own score and ratio. All have the same scope, gradient and capacity.
+      parts: the selections, each with its own score and ratio. All have the same scope, gradient, capacity and lag.
       keeps: `intersection`, the tokens that all of them choose, or `union`, the tokens that any of them chooses. The
         number of tokens follows from the scores: in the paper, the lowest 70 % by loss and by entropy share 60 % of
         all tokens. A token without a finite score for one of the selections is in neither.
@@ -121,7 +164,7 @@ class CombinedSelection:
                 "selection-parts", f"CombinedSelection.parts has {len(self.parts)} Selection: give two or more"
             )
         # One backward pass serves all parts, so what shapes it cannot differ between them.
-        for name in ("scope", "gradient", "capacity"):
+        for name in ("scope", "gradient", "capacity", "lag"):
             values = [getattr(part, name) for part in self.parts]
             if len(set(values)) > 1:
                 raise UserError(
@@ -159,11 +202,13 @@ def select_tokens(
     valid: Bool[Array, "B L"],
     key: PRNGKeyArray,
     ratio: Float[Array, ""] | None = None,
+    entropies: Mapping[int, Float[Array, "B L"]] | None = None,
 ) -> SelectionMask:
-    """Losses -> scores -> selected tokens. `ratio` replaces the ratio of a single selection."""
+    """Losses -> scores -> selected tokens. `ratio` replaces the ratio of a single selection; `entropies` are the
+    model's own, by k, at least those of `selection_entropies`."""
     # Parts with random scores must not draw the same numbers.
     keys = [key] if len(selection.parts) == 1 else jax.random.split(key, len(selection.parts))
-    scores = [token_scores(part, losses, columns, k) for part, k in zip(selection.parts, keys, strict=True)]
+    scores = [token_scores(part, losses, columns, k, entropies) for part, k in zip(selection.parts, keys, strict=True)]
     # Excluded tokens must not score 0: with negative excess around, 0 would outrank valid tokens.
     usable = functools.reduce(jnp.logical_and, map(jnp.isfinite, scores), valid)
     sets = [select(part, x, usable, ratio) for part, x in zip(selection.parts, scores, strict=True)]
@@ -173,21 +218,31 @@ def select_tokens(
 
 
 def token_scores(
-    selection: Selection, losses: Float[Array, "B L"], columns: dict[str, Float[Array, "B L"]], key: PRNGKeyArray
+    selection: Selection,
+    losses: Float[Array, "B L"],
+    columns: dict[str, Float[Array, "B L"]],
+    key: PRNGKeyArray,
+    entropies: Mapping[int, Float[Array, "B L"]] | None = None,
 ) -> Float[Array, "B L"]:
     """Score of each token in float32, high = train first. `columns` holds what `selection.columns()` names."""
     losses = jax.lax.stop_gradient(losses).astype(jnp.float32)
     if selection.score == "loss":
-        return losses
-    if selection.score == "random":
-        return jax.random.uniform(key, losses.shape)
-    # The other scores read the references' losses, or their entropies: [references, B, L] -> [B, L]
-    reference = COMBINE[selection.combine](
-        jnp.stack([columns[name].astype(jnp.float32) for name in selection.columns()])
-    )
-    if selection.score == "excess":
-        return losses - reference
-    return -reference  # `reference` and `entropy`: low values train first
+        score = losses
+    elif selection.score == "random":
+        score = jax.random.uniform(key, losses.shape)
+    elif selection.score == "own_entropy":
+        assert entropies is not None
+        score = entropies[selection.entropy_top_k]
+    else:
+        # The other scores read the references' losses, or their entropies: [references, B, L] -> [B, L]
+        names = (history_name(selection.history),) if selection.history else selection.columns()
+        read = [columns[name].astype(jnp.float32) for name in names]
+        subtracted = read.pop() if selection.score == "difference" else 0.0
+        reference = COMBINE[selection.combine](jnp.stack(read))
+        score = {"excess": lambda: losses - reference, "difference": lambda: reference - subtracted}.get(
+            selection.score, lambda: reference
+        )()
+    return -score if selection.low_first else score
 
 
 def select(
@@ -202,24 +257,36 @@ def select(
     """
     if selection.threshold is not None:
         return valid & (scores > selection.threshold)
-    return select_share(scores, valid, selection.ratio if ratio is None else ratio, selection.scope)
+    share = selection.ratio if ratio is None else ratio
+    return select_share(scores, valid, share, selection.scope, selection.order == "middle")
 
 
 def select_share(
-    scores: Float[Array, "B L"], valid: Bool[Array, "B L"], ratio: float | Float[Array, ""], scope: str = "batch"
+    scores: Float[Array, "B L"],
+    valid: Bool[Array, "B L"],
+    ratio: float | Float[Array, ""],
+    scope: str = "batch",
+    middle: bool = False,
 ) -> Bool[Array, "B L"]:
-    """The `kept_count` highest-scored valid tokens of the batch, of each sequence, or of each device's rows.
+    """The `kept_count` highest-scored valid tokens of the batch, of each sequence, or of each device's rows; or as many
+    from the `middle`, with half of the others above them (rounded down).
 
     With scope `batch` this is the same set as `top_k_oracle`. Of equal scores those at lower positions are taken, so
     that the count is exact.
     """
-    keys = _ordered_bits(scores, valid)
-    if scope == "sequence":
-        return _largest(keys, kept_count(_totals(keys > 0), ratio))
-    # `batch` and `micro_batch` are the same here: the train step passes the one or the other.
-    # [B, L] -> [S, N]: the tokens of each device as one row. Devices then exchange counts, never scores.
-    keys, across = mesh.by_shard(keys), scope != "device"
-    return mesh.to_rows(_largest(keys, kept_count(_totals(keys > 0, across), ratio), across), scores.shape[1])
+    keys, across = _ordered_bits(scores, valid), False
+    if scope != "sequence":
+        # `batch` and `micro_batch` are the same here: the train step passes the one or the other.
+        # [B, L] -> [S, N]: the tokens of each device as one row. Devices then exchange counts, never scores.
+        keys, across = mesh.by_shard(keys), scope != "device"
+    total = _totals(keys > 0, across)
+    count = kept_count(total, ratio)
+    if middle:
+        above = (total - count) // 2
+        kept = _largest(keys, above + count, across) & ~_largest(keys, above, across)
+    else:
+        kept = _largest(keys, count, across)
+    return kept if scope == "sequence" else mesh.to_rows(kept, scores.shape[1])
 
 
 def top_k_oracle(
@@ -286,6 +353,24 @@ def _largest(keys: Array, count: Int[Array, "T 1"], across: bool = False) -> Boo
     return above | (equal & (earlier < count - _totals(above, across)))
 
 
+# ---- What selection needs of the model, beside its losses.
+
+
+def selection_entropies(selection: Selection | CombinedSelection | None) -> tuple[int, ...]:
+    """The k of each entropy of the model's own that selection reads; 0 stands for the whole vocabulary."""
+    return tuple(part.entropy_top_k for part in selection.parts if part.score == "own_entropy") if selection else ()
+
+
+def histories(selection: Selection | CombinedSelection | None) -> tuple[str, ...]:
+    """Which earlier states of the run selection compares with, each once."""
+    return tuple(dict.fromkeys(part.history for part in selection.parts if part.history)) if selection else ()
+
+
+def history_name(history: str) -> str:
+    """The name under which a batch holds the losses of an earlier state, beside the score columns."""
+    return f"history/{history}/loss"
+
+
 # ---- With gradient accumulation and filtered gradients.
 
 
@@ -336,7 +421,21 @@ def within_capacity(
     return mesh.to_rows(kept.reshape(shards, -1), length)
 
 
-# ---- From a saved run.
+# ---- In a saved run.
+
+
+def selection_record(selection: Selection | CombinedSelection | None) -> dict[str, Any] | None:
+    """A selection as run.json keeps it. Settings that earlier versions did not have are left out where they are at
+    their defaults, so that the runs of those versions can be continued."""
+
+    def without_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+        later = {"order": None, "minus": None, "entropy_top_k": 0, "history": None}
+        later |= {} if fields["history"] == "lagged" else {"lag": fields["lag"]}
+        return {name: value for name, value in fields.items() if name not in later or value != later[name]}
+
+    if isinstance(selection, CombinedSelection):
+        return {"parts": [without_defaults(to_json(part)) for part in selection.parts], "keeps": selection.keeps}
+    return without_defaults(to_json(selection)) if selection else None
 
 
 def selection_of(fields: Mapping[str, Any] | None) -> Selection | CombinedSelection | None:
@@ -370,7 +469,14 @@ def in_words(selection: Selection | CombinedSelection, ratio: str | None = None)
         amount = ratio or f"{100 * part.ratio:.4g}%"
         amount = amount if part.threshold is None else f"above {part.threshold:g}"
         several = f" ({part.combine} of {', '.join(part.references)})" if len(part.references) > 1 else ""
-        each.append(f"{amount} by {part.score}{several}")
+        score = {"own_entropy": "own entropy"}.get(part.score, part.score)
+        score += f" of the {part.entropy_top_k} likeliest" if part.entropy_top_k and part.score == "own_entropy" else ""
+        score += f" of {part.reference} minus {part.minus}" if part.minus else ""
+        score += {"average": " over the run's moving average", None: ""}.get(
+            part.history, f" over the run of {part.lag} to {2 * part.lag - 1} steps before"
+        )
+        order = f", {part.order} first" if part.order in ("high", "low") else ", the middle" if part.order else ""
+        each.append(f"{amount} by {score}{several}{order}")
     words = each[0]
     if isinstance(selection, CombinedSelection):
         low, high = share_bounds(selection)

@@ -26,6 +26,7 @@ from slm_jax.models.forward import Params
 from slm_jax.models.model_config import ModelConfig, model_config
 from slm_jax.models.trained_model import check_rows
 from slm_jax.run_directory import RunDirectory
+from slm_jax.score.selection import histories
 from slm_jax.train import plan_summary
 from slm_jax.train.missing import missing_inputs
 from slm_jax.train.optimizer import OptimizerConfig
@@ -148,6 +149,13 @@ def train(
                 f"{model.dropout:g}: set it to 0, or Selection.gradient to 'exact'",
             )
 
+        if "average" in histories(phase.selection) and not optimizer.ema:
+            raise UserError(
+                "selection-no-average",
+                f"phase {number} has Selection.history = 'average', and the run keeps no moving average: set "
+                "OptimizerConfig.ema, for example to 0.99",
+            )
+
     # --- Evaluators, bound to the model.
     names = [evaluator.name for evaluator in evaluators]
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -192,7 +200,7 @@ def train(
         # its phase began, those of step 0 too.
         milestones = plan.first_steps[0 if plan.phases[0].l2_to_init else 1 :].tolist()
         checkpoints = stack.enter_context(Checkpoints(run, keep_checkpoints, [*milestones, *pin_checkpoints]))
-        spec = StateSpec(model, optimizer, devices)
+        spec = StateSpec(model, optimizer, devices, lagged=plan.lag > 0)
         state, counters = start_state(checkpoints, start, spec, plan, allow_equal_reference)
         first = int(state.step)
         print(plan_summary.describe(run, model, plan, devices, first), flush=True)
@@ -211,6 +219,7 @@ def train(
                 l2_to_init=phase.l2_to_init,
                 ema=optimizer.ema,
                 weighting=phase.weights,
+                lag=plan.lag,
             )
             shapes_of_phase = shapes._replace(start=shapes.params if phase.l2_to_init else None)
             steps.append(compile_step(step_of_phase, devices, shapes_of_phase))

@@ -12,7 +12,7 @@ from slm_jax.configurable import Count, NotNegative, OneOf, Positive, configurab
 from slm_jax.data.mixture import MixtureComponent
 from slm_jax.errors import UserError
 from slm_jax.files import to_json
-from slm_jax.score.selection import CombinedSelection, Selection
+from slm_jax.score.selection import CombinedSelection, Selection, histories, selection_record
 from slm_jax.score.weighting import NORMALISERS, Weighting, check_rule, columns_of, record_of
 from slm_jax.train.schedules import Schedule, cosine_schedule, in_turn, over
 
@@ -131,8 +131,26 @@ class Phase:
             "normalise": self.normalise,
             "unselected_weight": self.unselected_weight,
         }
+        record = {name: value for name, value in to_json(self).items() if name not in weights}
+        record["selection"] = selection_record(self.selection)
         # Where they are off they are left out, as in runs of earlier versions, which can then be continued.
-        return {k: v for k, v in to_json(self).items() if k not in weights} | (weights if self.weights.on else {})
+        return record | (weights if self.weights.on else {})
+
+
+def history_lag(phases: Sequence[Phase]) -> int:
+    """Selection.lag, if a selection of the run compares with lagged parameters; else 0.
+
+    Raises:
+      UserError: `selection-two-lags`: two of the phases have different lags.
+    """
+    selections = [phase.selection for phase in phases if "lagged" in histories(phase.selection)]
+    lags = sorted({part.lag for selection in selections if selection for part in selection.parts})
+    if len(lags) > 1:
+        raise UserError(
+            "selection-two-lags",
+            f"phases have Selection.lag {lags[0]} and {lags[1]}: a run holds one history, so give all the same",
+        )
+    return lags[0] if lags else 0
 
 
 def values(scalar: optax.Schedule, steps: int) -> np.ndarray:

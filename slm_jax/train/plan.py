@@ -12,7 +12,7 @@ from slm_jax.data.corpus import Corpus
 from slm_jax.data.mixture import Mixture, Supply
 from slm_jax.data.scores import ScoreName
 from slm_jax.errors import UserError
-from slm_jax.train.phases import Phase, first_steps, learning_rate, values
+from slm_jax.train.phases import Phase, first_steps, history_lag, learning_rate, values
 from slm_jax.train.schedules import Schedule, over
 from slm_jax.train.step import NUM_SOURCES
 
@@ -25,6 +25,7 @@ class Plan:
       phases: resolved, so that each has its length in steps.
       first_steps: steps before each phase, [P + 1].
       total_steps: length of the run.
+      lag: Selection.lag, if the run holds a lagged history of its parameters, else 0.
       learning_rate: t -> the rate of the t-th step, t counted from 1.
       source_names: of all corpora; `Batch.source_ids` counts in this list.
 
@@ -60,6 +61,7 @@ class Plan:
         self.phases = tuple(phase.resolved(self.corpus.sequence_length) for phase in phases)
         self.first_steps = first_steps(self.phases)
         self.total_steps = int(self.first_steps[-1])
+        self.lag = history_lag(self.phases)
         self.learning_rate = learning_rate(self.phases, schedule)
         # --- Sources of all corpora as one list
         self.source_names = tuple(dict.fromkeys(n for corpus in self.corpora.values() for n in corpus.source_names))

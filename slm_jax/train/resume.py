@@ -72,6 +72,7 @@ class StateSpec:
     model: ModelConfig
     config: OptimizerConfig
     mesh: Mesh
+    lagged: bool = False
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -82,7 +83,7 @@ class StateSpec:
         return self.config.ema > 0
 
     def shapes(self) -> TrainState:
-        return state_shapes(self.model, self.optimizer, self.mesh, self.ema)
+        return state_shapes(self.model, self.optimizer, self.mesh, self.ema, self.lagged)
 
 
 # --- The run directory
@@ -123,6 +124,13 @@ def claim(
                 "resume-other-average",
                 f"{run} holds a run with OptimizerConfig.ema = {was['ema']:g}, now {now['ema']:g}: an average is kept "
                 f"from the first step or not at all; {remedy}",
+            )
+        was, now = (_lag(record["settings"]["phases"]) for record in (old, new))
+        if was != now:
+            raise UserError(
+                "resume-other-history",
+                f"{run} holds a run with Selection.lag = {was} for a lagged history, now {now} (0 for none): it is "
+                f"kept from the first step or not at all; {remedy}",
             )
         changed = [name for name, value in named["settings"].items() if old["settings"].get(name) != value]
         summary = run.summary()
@@ -301,6 +309,13 @@ def check_same_rows(
         first += before["steps"]
 
 
+def _lag(phases: Sequence[dict[str, Any]]) -> int:
+    """Selection.lag of recorded phases that have a lagged history, else 0."""
+    selections = [phase["selection"] for phase in phases if phase.get("selection")]
+    parts = [part for selection in selections for part in selection.get("parts", [selection])]
+    return next((part["lag"] for part in parts if part.get("history") == "lagged"), 0)
+
+
 def _same(before: Any, after: Any) -> bool:
     """Whether the values are equal; keys that only `after` has, from a later version, are ignored."""
     if isinstance(before, dict) and isinstance(after, dict):
@@ -366,7 +381,7 @@ def _state_at_0(start: Start, spec: StateSpec, plan: Plan) -> TrainState:
         loaded = load_model(run, spec.mesh, start.init_step)
         _check_initial(run, loaded.config, loaded.vocabulary_hash, spec.model, plan)
         params = loaded.params
-    return init_state(spec.model, spec.optimizer, spec.mesh, start.seed, params, spec.ema)
+    return init_state(spec.model, spec.optimizer, spec.mesh, start.seed, params, spec.ema, spec.lagged)
 
 
 def _check_initial(run: str, theirs: ModelConfig, vocabulary_hash: str, ours: ModelConfig, plan: Plan) -> None:
@@ -437,8 +452,14 @@ def _branched_state(run_dir: str, start: Start, spec: StateSpec, plan: Plan) -> 
     run, about = RunDirectory(run_dir), _check_branch(run_dir, start, spec.model, plan)
     its_optimizer = OptimizerConfig(**run.settings()["optimizer"])
     check_same_moments(to_json(its_optimizer), to_json(spec.config), run, "set train.init_mode = 'params'")
-    shapes = dataclasses.replace(spec, config=its_optimizer).shapes()
+    had_history = _lag(run.settings()["phases"]) > 0
+    shapes = dataclasses.replace(spec, config=its_optimizer, lagged=had_history).shapes()
     state = TrainState.of(restore_items(run, shapes.items(), int(about["step"])))
+    if not spec.lagged:
+        state = state._replace(history=None)
+    elif state.history is None:
+        copies = {name: jax.tree.map(jnp.copy, state.params) for name in ("older", "newer")}
+        state = state._replace(history=copies)
     if not spec.ema:
         state = state._replace(average=None)
     elif state.average is None:
@@ -474,7 +495,7 @@ def refuse_equal_reference(params: Params, plan: Plan) -> None:
     fingerprint = params_fingerprint(params)
     for phase in plan.phases:
         for part in phase.selection.parts if phase.selection else ():
-            if part.score != "excess":
+            if part.score != "excess" or part.history:
                 continue
             for component in phase.mixture:
                 columns = [plan.corpora[component.corpus].score(name) for name in part.references]

@@ -19,6 +19,8 @@ class TrainState(NamedTuple):
     average: moving average of the parameters, if the run keeps one.
     start: parameters at the beginning of the phase, if it has l2_to_init. Checkpoints leave them out: the checkpoint at
       the phase boundary has them.
+    history: `older` and `newer` parameters, if a selection of the run is lagged: those of the last two steps that are a
+      multiple of Selection.lag; at first both are the initial ones.
     """
 
     step: Int[Array, ""]
@@ -26,28 +28,33 @@ class TrainState(NamedTuple):
     opt_state: Any
     average: forward.Params | None = None
     start: forward.Params | None = None
+    history: dict[str, forward.Params] | None = None
 
     def items(self) -> dict[str, Any]:
         """The items of a checkpoint."""
         items = {"params": self.params, "rest": {"opt_state": self.opt_state, "step": self.step}}
-        return items | ({"average": self.average} if self.average else {})
+        items |= {"average": self.average} if self.average else {}
+        return items | ({"history": self.history} if self.history else {})
 
     @classmethod
     def of(cls, items: dict[str, Any]) -> "TrainState":
         rest = items["rest"]
-        return cls(rest["step"], items["params"], rest["opt_state"], items.get("average"))
+        return cls(rest["step"], items["params"], rest["opt_state"], items.get("average"), history=items.get("history"))
 
 
-def new_state(params: forward.Params, optimizer: optax.GradientTransformation, ema: bool = False) -> TrainState:
+def new_state(
+    params: forward.Params, optimizer: optax.GradientTransformation, ema: bool = False, lagged: bool = False
+) -> TrainState:
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+    history = {name: jax.tree.map(jnp.copy, params) for name in ("older", "newer")} if lagged else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average, history=history)
 
 
 def state_shapes(
-    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool = False
+    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool = False, lagged: bool = False
 ) -> TrainState:
     """The state as ShapeDtypeStructs with shardings, to allocate or restore into."""
-    shapes = jax.eval_shape(lambda: new_state(forward.init_params(model, jax.random.key(0)), optimizer, ema))
+    shapes = jax.eval_shape(lambda: new_state(forward.init_params(model, jax.random.key(0)), optimizer, ema, lagged))
     return sharded_shapes(shapes, mesh)
 
 
@@ -58,13 +65,14 @@ def init_state(
     seed: int,
     params: forward.Params | None = None,
     ema: bool = False,
+    lagged: bool = False,
 ) -> TrainState:
     """A state at step 0, created sharded; from `params` if given, else random from `seed`."""
-    shardings = jax.tree.map(lambda shape: shape.sharding, state_shapes(model, optimizer, mesh, ema))
+    shardings = jax.tree.map(lambda shape: shape.sharding, state_shapes(model, optimizer, mesh, ema, lagged))
     if params is not None:
-        return jax.jit(lambda p: new_state(p, optimizer, ema), out_shardings=shardings)(params)
+        return jax.jit(lambda p: new_state(p, optimizer, ema, lagged), out_shardings=shardings)(params)
 
     def random_state(key: jax.Array) -> TrainState:
-        return new_state(forward.init_params(model, key), optimizer, ema)
+        return new_state(forward.init_params(model, key), optimizer, ema, lagged)
 
     return jax.jit(random_state, out_shardings=shardings)(jax.random.key(seed))

@@ -5,6 +5,7 @@ A weighting (`Phase.weighting`) gives the tokens that train other weights.
 Devices and micro-batches exchange sums, never means, so that the result does not depend on how a batch is split.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -23,10 +24,13 @@ from slm_jax.score.selection import (
     Selection,
     competes_across_micro_batches,
     filtered_capacity,
+    histories,
+    history_name,
     select_tokens,
+    selection_entropies,
     within_capacity,
 )
-from slm_jax.score.token_loss import batch_loss_and_entropies, valid_tokens, weighted_loss
+from slm_jax.score.token_loss import batch_loss, batch_loss_and_entropies, valid_tokens, weighted_loss
 from slm_jax.score.weighting import ALIKE, Weighting, depends_on_model, entropies_of, rule_weights
 from slm_jax.train.filtered_gradient import filtered_vjp
 from slm_jax.train.state import TrainState
@@ -48,6 +52,7 @@ def make_step(
     l2_to_init: float = 0.0,
     ema: float = 0.0,
     weighting: Weighting = ALIKE,
+    lag: int = 0,
 ) -> Step:
     """Makes the step of one phase: (state, global batch) -> (state, metric sums).
 
@@ -62,6 +67,7 @@ def make_step(
       l2_to_init: see Phase; state.start then holds the parameters at the beginning of the phase.
       ema: see OptimizerConfig; state.average then holds the moving average.
       weighting: how much each token that trains counts.
+      lag: see Selection; state.history then holds earlier parameters, renewed every `lag` steps.
     """
     num_micro_batches = gradient_accumulation_steps
     # Where tokens of different micro-batches compete, a first pass without gradient (and without dropout) computes
@@ -75,10 +81,19 @@ def make_step(
         ratio = jnp.asarray(keep_ratio(t), jnp.float32) if keep_ratio else None
         params = state.params
 
+        # ---- Losses under earlier states of the run: one more forward pass for each that selection compares with.
+        for name in histories(selection):
+            past = state.average if name == "average" else (state.history or {}).get("older")
+            assert past is not None, f"the state holds no {name}"
+            under_past = functools.partial(batch_loss, past, model)
+            losses = _join_rows(jax.lax.map(under_past, _split_rows(batch, num_micro_batches)))
+            batch = batch._replace(scores=batch.scores | {history_name(name): losses})
+
         # ---- Weights, where they must be known before the gradient: [B, L], or None.
         weights, metric_sums = None, {}
         if look_ahead:
-            micro_batches, top_ks = _split_rows(batch, num_micro_batches), entropies_of(weighting.rule)
+            micro_batches = _split_rows(batch, num_micro_batches)
+            top_ks = (*selection_entropies(selection), *entropies_of(weighting.rule))
             own = jax.lax.map(lambda part: batch_loss_and_entropies(params, model, part, top_ks), micro_batches)
             losses, entropies = jax.tree.map(_join_rows, own)
             weights, metric_sums = token_weights(
@@ -114,8 +129,15 @@ def make_step(
         params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
         # Not ema * a + (1 - ema) * p: rounded, the two factors add up to less than 1, and the average would shrink.
         average = jax.tree.map(lambda a, p: a + (1 - ema) * (p - a), state.average, params) if ema else None
+        history = state.history
+        if history:
+            renew = functools.partial(jnp.where, t % lag == 0)
+            history = {
+                "older": jax.tree.map(renew, history["newer"], history["older"]),
+                "newer": jax.tree.map(renew, params, history["newer"]),
+            }
         metric_sums |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": learning_rate}
-        return TrainState(t, params, opt_state, average, state.start), metric_sums
+        return TrainState(t, params, opt_state, average, state.start, history), metric_sums
 
     return step
 
@@ -161,7 +183,7 @@ def micro_batch_gradient(
         # The weights were `known`; the sums need the losses.
         return gradient, token_weights(None, losses, batch, key, weighting=weighting, step=step)[1]
 
-    top_ks = entropies_of(weighting.rule) if weights is None else ()
+    top_ks = (*selection_entropies(selection), *entropies_of(weighting.rule)) if weights is None else ()
     if selection and selection.gradient == "filtered":
         losses, pullback, entropies = filtered_vjp(params, model, batch, capacity, top_ks)
     else:
@@ -193,13 +215,13 @@ def token_weights(
     A token without a finite score is never selected. A non-finite loss of the model itself is not hidden: its sum stops
     the run (`StepMetrics`), and so does a weight that is negative or not finite. `num_micro_batches`: the number of
     parts in which the gradient of this batch is computed; `ratio` replaces selection.ratio; `entropies` are those that
-    the weighting reads, `step` is the number of the step.
+    selection and weighting read, `step` is the number of the step.
     """
     # ---- Which tokens train.
     valid = valid_tokens(batch)
     trained, counts = valid, {}
     if selection is not None:
-        mask = select_tokens(selection, losses, batch.scores, valid, key, ratio)
+        mask = select_tokens(selection, losses, batch.scores, valid, key, ratio, entropies)
         trained = mask.selected
         if selection.gradient == "filtered":
             trained = within_capacity(selection, mask.scores, trained, num_micro_batches)

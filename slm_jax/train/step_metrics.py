@@ -12,7 +12,7 @@ from slm_jax.files import write_json_lines
 from slm_jax.metrics import MetricsWriter, mean
 from slm_jax.run_directory import RunDirectory
 from slm_jax.score.kept_losses import KeptLosses, write_kept_losses
-from slm_jax.score.selection import CombinedSelection, Selection
+from slm_jax.score.selection import CombinedSelection, Selection, histories
 
 
 class StepMetrics:
@@ -113,9 +113,11 @@ class StepMetrics:
             "tokens_per_second": positions / seconds,
         }
         if self.peak_flops:
-            # The backward pass is two thirds of a token's operations; the filtered one visits trained tokens only.
+            # The backward pass is two thirds of a token's operations; the filtered one visits trained tokens only. Each
+            # earlier state that selection compares with is one more forward pass.
             backward = float(trained) if selection and selection.gradient == "filtered" else positions
-            row["mfu"] = (positions + 2 * backward) / 3 * self.flops_per_token / seconds / self.peak_flops
+            forward = positions * (1 + len(histories(selection)))
+            row["mfu"] = (forward + 2 * backward) / 3 * self.flops_per_token / seconds / self.peak_flops
         if len(self.source_names) > 1:
             for i, name in enumerate(self.source_names):
                 row[f"loss/{name}"] = mean(sums["source_loss"][i], sums["source_valid"][i])

@@ -447,6 +447,13 @@ def selection_of(fields: Mapping[str, Any] | None) -> Selection | CombinedSelect
     return Selection(**fields)
 
 
+def recorded_lag(phases: Sequence[dict[str, Any]]) -> int:
+    """Selection.lag of recorded phases that have a lagged history, else 0."""
+    selections = [phase["selection"] for phase in phases if phase.get("selection")]
+    parts = [part for selection in selections for part in selection.get("parts", [selection])]
+    return next((part["lag"] for part in parts if part.get("history") == "lagged"), 0)
+
+
 # ---- In words, for people.
 
 

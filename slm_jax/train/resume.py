@@ -20,6 +20,7 @@ from slm_jax.models.forward import Params
 from slm_jax.models.model_config import FUNCTION_FIELDS, ModelConfig
 from slm_jax.models.trained_model import load_model
 from slm_jax.run_directory import RunDirectory
+from slm_jax.score.selection import recorded_lag
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.plan import Plan
 from slm_jax.train.state import TrainState, init_state, state_shapes
@@ -125,7 +126,7 @@ def claim(
                 f"{run} holds a run with OptimizerConfig.ema = {was['ema']:g}, now {now['ema']:g}: an average is kept "
                 f"from the first step or not at all; {remedy}",
             )
-        was, now = (_lag(record["settings"]["phases"]) for record in (old, new))
+        was, now = (recorded_lag(record["settings"]["phases"]) for record in (old, new))
         if was != now:
             raise UserError(
                 "resume-other-history",
@@ -309,13 +310,6 @@ def check_same_rows(
         first += before["steps"]
 
 
-def _lag(phases: Sequence[dict[str, Any]]) -> int:
-    """Selection.lag of recorded phases that have a lagged history, else 0."""
-    selections = [phase["selection"] for phase in phases if phase.get("selection")]
-    parts = [part for selection in selections for part in selection.get("parts", [selection])]
-    return next((part["lag"] for part in parts if part.get("history") == "lagged"), 0)
-
-
 def _same(before: Any, after: Any) -> bool:
     """Whether the values are equal; keys that only `after` has, from a later version, are ignored."""
     if isinstance(before, dict) and isinstance(after, dict):
@@ -452,14 +446,12 @@ def _branched_state(run_dir: str, start: Start, spec: StateSpec, plan: Plan) -> 
     run, about = RunDirectory(run_dir), _check_branch(run_dir, start, spec.model, plan)
     its_optimizer = OptimizerConfig(**run.settings()["optimizer"])
     check_same_moments(to_json(its_optimizer), to_json(spec.config), run, "set train.init_mode = 'params'")
-    had_history = _lag(run.settings()["phases"]) > 0
+    had_history = recorded_lag(run.settings()["phases"]) > 0
     shapes = dataclasses.replace(spec, config=its_optimizer, lagged=had_history).shapes()
     state = TrainState.of(restore_items(run, shapes.items(), int(about["step"])))
-    if not spec.lagged:
-        state = state._replace(history=None)
-    elif state.history is None:
+    if spec.lagged != had_history:
         copies = {name: jax.tree.map(jnp.copy, state.params) for name in ("older", "newer")}
-        state = state._replace(history=copies)
+        state = state._replace(history=copies if spec.lagged else None)
     if not spec.ema:
         state = state._replace(average=None)
     elif state.average is None:

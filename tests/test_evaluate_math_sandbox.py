@@ -156,6 +156,24 @@ def test_memory_ends():
 
 
 @needs_sandbox
+def test_memory_of_all_processes_together_ends():
+    """Eight processes of 300 MB each, which is little for one; what forked processes share counts once."""
+    each = "import os, time\nfor _ in range(3): os.fork()\nx = bytearray(3 * 10**8); x[::4096] = bytes(len(x[::4096]))"
+    assert run(f"{each}\ntime.sleep(100)").error == "MemoryError: its processes use more than 1024 MB together"
+    shared = (
+        "import os, time\nx = bytearray(3 * 10**8); x[::4096] = b'x' * len(x[::4096])\nfor _ in range(2): os.fork()"
+    )
+    assert run(f"{shared}\ntime.sleep(1)\nprint('done') if os.getpid() == 2 else None").ended == "done"
+
+
+@needs_sandbox
+def test_the_number_of_files_ends():
+    program = "import os\nfor n in range(200_000): os.close(os.open(str(n), os.O_CREAT))\nprint('done')"
+    assert run(program) == Ran("", "OSError: it has more than 10000 files", "error")
+    assert run(program.replace("200_000", "5_000")).output == "done\n"
+
+
+@needs_sandbox
 def test_files_end_and_lie_in_the_scratch_folder_alone():
     sandbox = Sandbox(120, scratch_mb=4)
     one = run("with open('big', 'wb') as f:\n    for _ in range(100): f.write(bytes(10**6)); f.flush()", sandbox)

@@ -2,8 +2,9 @@
 
 Each runs in bubblewrap: in separate namespaces, without network and unable to see other processes; on a separate file
 system, read-only except for a scratch folder in memory that vanishes with it; without environment and input; as nobody;
-within limits of memory, processor time, processes and file size (`sandbox_child`). At the limit of time or output the
-program is killed with all its processes.
+within limits of memory, processor time, processes and file size (`sandbox_child`). At the limit of time, of output, of
+the memory of all its processes together or of the number of its files (`sandbox_watch`) the program is killed with all
+its processes.
 
 A probe program tests the isolation before the first program runs. Where it fails, no program runs.
 """
@@ -29,6 +30,7 @@ from typing import Annotated, NamedTuple
 
 from slm_jax.configurable import Above, AtMost, Count, OneOf, configurable
 from slm_jax.errors import UserError
+from slm_jax.evaluate.math import sandbox_watch
 
 TRUST = "I accept that programs written by a model run on this machine"
 LONGEST_PROGRAM = 60_000  # bytes, less than a pipe holds
@@ -94,9 +96,9 @@ class Sandbox:
 
     Attributes:
       seconds: run time, and processor time of each of its processes.
-      memory_mb: memory of each process.
+      memory_mb: memory of each process, and of all of them together.
       processes: number of processes and threads.
-      scratch_mb: size of its folder; one file may fill half of it.
+      scratch_mb: size of its folder, which holds at most 10,000 files; one file may fill half of it.
       output_characters: maximum length of its output.
       trust: where bubblewrap does not work, programs run with these limits but without a sandbox, as you, if this is
         'I accept that programs written by a model run on this machine'.
@@ -222,7 +224,9 @@ def _supervise(command: Sequence[str], program: bytes, sandbox: Sandbox, folder:
     assert process.stdin and process.stdout and process.stderr
     deadline, most = time.monotonic() + sandbox.seconds, 4 * sandbox.output_characters
     written = {process.stdout: bytearray(), process.stderr: bytearray()}
-    limit_reached = None
+    limit_reached = passed = None
+    watches = sys.platform.startswith("linux")
+    look = time.monotonic() + sandbox_watch.SECONDS
     try:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(program)
@@ -232,12 +236,18 @@ def _supervise(command: Sequence[str], program: bytes, sandbox: Sandbox, folder:
                 selector.register(pipe, selectors.EVENT_READ, text)
             while selector.get_map() and limit_reached is None:
                 left = deadline - time.monotonic()
-                for key, _ in selector.select(max(0.0, left)):
+                for key, _ in selector.select(max(0.0, min(left, sandbox_watch.SECONDS) if watches else left)):
                     if piece := os.read(key.fd, 65536):
                         key.data.extend(piece)
                     else:
                         selector.unregister(key.fileobj)
-                if left <= 0:
+                if watches and time.monotonic() > look:  # also while it prints without end
+                    limits = (sandbox.memory_mb << 20, SCRATCH, sandbox.scratch_mb << 20)
+                    passed = sandbox_watch.exceeded(process.pid, *limits)
+                    look = time.monotonic() + sandbox_watch.SECONDS
+                if passed:
+                    limit_reached = "use"
+                elif left <= 0:
                     limit_reached = "time"
                 elif any(len(text) > most for text in written.values()):
                     limit_reached = "output"
@@ -253,6 +263,8 @@ def _supervise(command: Sequence[str], program: bytes, sandbox: Sandbox, folder:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
     output, error = (text.decode("utf-8", "replace")[: sandbox.output_characters] for text in written.values())
+    if passed:
+        return Ran(output, passed, "error")
     return _result(output, error, process.returncode, limit_reached, sandbox.seconds)
 
 

@@ -162,6 +162,7 @@ def test_who_competes_across_micro_batches(scope, ahead):
     [
         ("selection-references", "('a', 'a')", lambda: Selection(reference=["a", "a"])),
         ("selection-references", "Selection.reference ()", lambda: Selection(reference=[])),
+        ("selection-references", "'scores/web'", lambda: Selection(reference="scores/web")),
         ("setting-unknown-value", "'mean', 'min', 'max'", lambda: Selection(combine="median")),
         ("selection-parts", "CombinedSelection.parts has 1", lambda: CombinedSelection([Selection()])),
         ("setting-unknown-value", "'intersection', 'union'", lambda: CombinedSelection([LIKELY, CERTAIN], "xor")),

@@ -111,6 +111,11 @@ class Selection:
             raise UserError(
                 "selection-references", f"Selection.reference {names}: give at least one name, and each name once"
             )
+        if paths := [name for name in names if "/" in name]:
+            raise UserError(
+                "selection-references",
+                f"Selection.reference {paths[0]!r}: give the name of a score column alone, as score.name had it",
+            )
         if self.gradient == "filtered" and self.threshold is not None and self.capacity is None:
             raise UserError(
                 "selection-needs-capacity",

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import gin
 
-from slm_jax import config, startup
+from slm_jax import config, messages, startup
 from slm_jax import settings as settings_lib
 from slm_jax.declarations import declarations
 from slm_jax.errors import UserError
+from slm_jax.messages import DONE, FAILED, INTERRUPTED, USAGE
 from slm_jax.renamed import SYNONYMS
 
 # Stage -> the module that holds the function of that name (`analyze report` is analyze_report). It is imported when the
@@ -46,7 +47,6 @@ SHARED = (  # stages that several processes can run together
     *("train", "score", "evaluate", "evaluate_math", "generate", "import", "export"),
     *("analyze_inspect", "analyze_dynamics", "analyze_selection", "analyze_tokenizers"),
 )
-DONE, FAILED, USAGE = 0, 1, 2
 JOB = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
 _WRITABLE, _FOLDER = "make it writable, then run the same command again", "choose a path whose folders are folders"
 PATH_FAULTS = {  # number of an operating system's error -> remedy
@@ -58,8 +58,13 @@ PATH_FAULTS = {  # number of an operating system's error -> remedy
 }
 
 
+def command() -> int:
+    """`main` as a program: what libraries print goes to a log, and every fault is one line."""
+    return messages.command(main)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a stage; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Runs a stage; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="slm-jax",
         description="Train language models on the tokens that matter.",
@@ -159,6 +164,7 @@ def _unknown(stage: str, argument: str) -> str:
 
 
 def _run(stage: str, files: Sequence[str], bindings: Sequence[str], allow_imports: bool) -> int:
+    messages.begin(f"slm-jax {stage}")
     try:
         config.load(files, bindings, allow_imports=allow_imports)
         config.check_complete(stage)
@@ -212,7 +218,7 @@ def _call(stage: str) -> int:
         code = f"[os-{errno.errorcode[int(number[1])].lower()}]"
         return _fail(stage, f"{_text(error)}: {PATH_FAULTS[int(number[1])]} {code}", FAILED)
     except KeyboardInterrupt:
-        return _fail(stage, "interrupted; the same command continues", FAILED)
+        return _fail(stage, "interrupted; the same command continues", INTERRUPTED)
     return DONE
 
 
@@ -223,12 +229,12 @@ def _text(error: BaseException) -> str:
 
 
 def _fail(stage: str, message: str, code: int) -> int:
-    line = f"slm-jax {stage}: error: {message}"
+    line = f"slm-jax {stage}: error: {message}{messages.log_named()}"
     if processes := sys.modules.get("slm_jax.processes"):  # not imported: there are no others yet
         processes.fail(line, code)
-    print(line, file=sys.stderr)
+    messages.say(line)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -105,8 +105,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        # A lost process never finishes a save: the others must not wait for it.
-        if processes.count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+        # Several processes finish a save together. Where one was lost, was interrupted or found a mistake, the others
+        # never come: it must not wait for them. Only a loss that is not finite is found by all at once.
+        if processes.count() == 1 or error is None or isinstance(error, FloatingPointError):
             self.close()
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from slm_jax import messages
 from slm_jax.errors import UserError
 from slm_jax.renamed import with_new_keys
 
@@ -138,4 +139,5 @@ def lock(path: str | os.PathLike, busy: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError("in-use", busy) from error
+        messages.keep_log_beside(path)
         yield

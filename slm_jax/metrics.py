@@ -2,13 +2,12 @@
 
 import math
 import os
-import sys
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from slm_jax import processes
+from slm_jax import messages, processes
 from slm_jax.files import write_json_lines
 from slm_jax.jsonl import ResumableJsonl
 from slm_jax.run_directory import RunDirectory
@@ -71,9 +70,5 @@ def _plain(value: Any) -> Any:
 
 
 def progress(total: int, done: int, what: str, unit: str = "step") -> tqdm:
-    """A progress bar with rate and remaining time, shown by the first process; in a log, one state every 30 s."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    hidden = not processes.first()
-    return tqdm(
-        total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=interval, disable=hidden
-    )
+    """A progress bar with rate and remaining time, shown by the first process."""
+    return messages.progress_bar(total=total, initial=done, desc=what, unit=unit, disable=not processes.first())

@@ -24,7 +24,7 @@ import numpy as np
 from jax._src import distributed  # jax.distributed has no public access to its key-value store
 from jax.experimental import multihost_utils
 
-from slm_jax import files
+from slm_jax import files, messages
 from slm_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 60  # a process that is silent for this long counts as lost, and the others exit
@@ -57,7 +57,7 @@ def start(preemptible: bool) -> None:
         return
     jax.config.update("jax_enable_preemption_service", preemptible)
     waiting = f"waiting for all {number} processes of this job: start the same command in each of them"
-    patience = threading.Timer(PATIENCE_SECONDS, print, [waiting], {"file": sys.stderr, "flush": True})
+    patience = threading.Timer(PATIENCE_SECONDS, print, [waiting], {"file": messages.stderr(), "flush": True})
     patience.start()
     try:
         jax.distributed.initialize(**(named or {}), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
@@ -189,6 +189,7 @@ def lock(path: Path, busy: str) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         on_first(lambda: held.enter_context(files.lock(path, busy)))
+        messages.keep_log_beside(path, distributed.global_state.process_id)
         yield
 
 
@@ -220,9 +221,9 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         if _watcher:
-            traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"{reason}; the same command in all {count()} processes continues", 1)
+            traceback.print_exc()  # into the log
+            reason = f"{messages.in_one_line(error)}: the same command in all {count()} processes continues"
+            fail(f"{messages.name()}: error: {reason}{messages.log_named()}", messages.FAILED)
         raise
     if _watcher:
         jax.distributed.shutdown()  # waits for the others
@@ -241,7 +242,7 @@ def fail(line: str, code: int) -> None:
         _client().key_value_set(FAILURE, json.dumps({"line": line + where, "code": code}))
     except jax.errors.JaxRuntimeError as error:
         if "ALREADY_EXISTS" not in str(error):  # the process that would print it has ended
-            print(line, file=sys.stderr)
+            messages.say(line)
     _watcher.join(2 * FAREWELL_SECONDS)
     _leave(code)
 
@@ -253,7 +254,7 @@ def _end_when_another_fails() -> None:
     except jax.errors.JaxRuntimeError:  # the job is over, whether it succeeded or not
         return
     if first():
-        print(failure["line"], file=sys.stderr)
+        messages.say(failure["line"])
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.wait_at_barrier(FAILURE, 1000 * FAREWELL_SECONDS)
     if first():
@@ -263,8 +264,9 @@ def _end_when_another_fails() -> None:
 
 def _leave(code: int) -> None:
     """Exits without waiting for the others, unlike the usual exit."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    messages.end(code)
     os._exit(code)
 
 

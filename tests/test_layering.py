@@ -11,6 +11,7 @@ MAX_LINES = 500
 
 BOTTOM = {
     "errors",
+    "messages",
     "files",
     "jsonl",
     "renamed",
@@ -29,7 +30,7 @@ BOTTOM = {
 # What each module directly under the package, or each subpackage, may import besides itself.
 MAY_IMPORT = {
     **{module: BOTTOM for module in BOTTOM},
-    "data": {"errors", "files", "renamed", "config", "configurable"},
+    "data": {"errors", "messages", "files", "renamed", "config", "configurable"},
     "models": BOTTOM | {"data"},
     "score": BOTTOM | {"models", "data"},
     "train": BOTTOM | {"models", "data", "score"},

@@ -37,16 +37,17 @@ AXES = MeshConfig(data=2, fsdp=2, model=2)
 MESH = ("--gin.train.mesh=@MeshConfig()", *toy.settings(MeshConfig=dataclasses.asdict(AXES)))
 
 
-def start(folder: Path, *arguments: str, second: tuple[str, ...] = ()) -> list[toy.Command]:
-    """The command in two processes; `second`: arguments that only the second is given."""
+def start(folder: Path, *arguments: str, second: tuple[str, ...] = (), errors: bool = False) -> list[toy.Command]:
+    """The command in two processes; `second`: arguments that only the second is given; `errors`: standard error has
+    files of its own, errors0 and errors1."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
 
     def command(index: int) -> toy.Command:
         names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-        log = folder / f"log{index}"
-        return toy.Command(log, *arguments, *(second if index else ()), environment=names, devices=4)
+        log, apart = folder / f"log{index}", folder / f"errors{index}" if errors else None
+        return toy.Command(log, *arguments, *(second if index else ()), environment=names, devices=4, errors=apart)
 
     return [command(0), command(1)]
 

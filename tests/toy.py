@@ -22,6 +22,7 @@ import pyarrow
 import pytest
 
 from slm_jax import mesh as mesh_lib
+from slm_jax import messages
 from slm_jax.__main__ import main
 from slm_jax.data.corpus import Corpus, CorpusWriter
 from slm_jax.data.metadata import Metadata
@@ -178,15 +179,15 @@ def settings(**named: Any) -> list[str]:
 
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["slm_jax.__main__", "slm_jax.train.loop", "slm_jax.evaluate.evaluate", "tensorboardX"]
-)
+PRELOADED = ["slm_jax.__main__", "slm_jax.train.loop", "slm_jax.evaluate.evaluate", "tensorboardX"]
+_processes.set_forkserver_preload(PRELOADED)
 
 
 class Command:
     """`slm-jax ARGUMENTS` in a process of its own, forked from one that has imported everything but started no device.
 
-    environment: variables for it alone; devices: how many the CPU is shown as, one by default.
+    environment: variables for it alone; devices: how many the CPU is shown as, one by default; errors: file for its
+    standard error, which the log has by default.
     """
 
     def __init__(
@@ -196,9 +197,10 @@ class Command:
         folder: Path | None = None,
         environment: Mapping[str, str] | None = None,
         devices: int | None = None,
+        errors: Path | None = None,
     ):
         self.log = log
-        where = (str(log), str(folder or log.parent), dict(environment or {}), devices)
+        where = (str(log), str(errors or log), str(folder or log.parent), dict(environment or {}), devices)
         self._process = _processes.Process(target=_run_logged, args=(arguments, *where))
         self._process.start()
 
@@ -218,16 +220,15 @@ class Command:
 
 
 def _run_logged(
-    arguments: Sequence[str], log: str, folder: str, environment: Mapping[str, str], devices: int | None
+    arguments: Sequence[str], log: str, errors: str, folder: str, environment: Mapping[str, str], devices: int | None
 ) -> None:
     os.chdir(folder)
     os.environ.update(environment)
     if devices:
         jax.config.update("jax_num_cpu_devices", devices)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.exit(main(arguments))
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    os.dup2(1 if errors == log else os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.exit(messages.command(lambda: main(arguments)))
 
 
 class Shell:

@@ -8,7 +8,7 @@ PINNED := $(INSTALL) --require-hashes --no-build-isolation
 UV ?= uv
 PINS := requirements-build.txt requirements.txt requirements-docs.txt requirements-gpu-compiler.txt requirements-parity.txt
 
-.PHONY: demo test lint docs parity gpu-compiler pods pins clean
+.PHONY: demo test lint docs parity gpu-compiler pods pins campaign clean
 
 # Which tokens a model trains on, and what that does; `make demo QUICK=1` is shorter.
 demo: $(VENV)/.installed
@@ -64,6 +64,12 @@ $(VENV)/.installed: pyproject.toml requirements-build.txt requirements.txt
 	$(PINNED) -r requirements.txt
 	$(INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
+
+# Faults and hostile inputs by the hundred, some 20 minutes on two cores; its table goes into docs/reliability.md.
+SEED ?= 1
+campaign: $(VENV)/.installed
+	rm -f build/campaign.json
+	$(BIN)/python tests/campaign.py --seed=$(SEED) --page
 
 # Writes the hashes of all files of the pinned versions, for every platform; the old ones are dropped first. Needs uv.
 pins:

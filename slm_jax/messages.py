@@ -47,10 +47,10 @@ def say(line: str) -> None:
     _last_words("")
 
 
-def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> tqdm:
+def progress_bar(iterable: Iterable[Any] | None = None, desc: str | None = None, **settings: Any) -> tqdm:
     """A progress bar; where standard error is a file or a pipe, one state every 30 seconds, not sooner."""
     pace = {"mininterval": 0.5} if stderr().isatty() else {"mininterval": 30.0, "delay": 30.0}
-    return tqdm(iterable, file=stderr(), dynamic_ncols=True, **pace, **settings)
+    return tqdm(iterable, desc, file=stderr(), dynamic_ncols=True, **pace, **settings)
 
 
 def name() -> str:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from typing import Any
 
 import numpy as np

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -31,12 +32,13 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import test_configurable
 import toy
 from test_main import train_command
 from test_processes import start
 
-from slm_jax import checkpoint
+from slm_jax import checkpoint, messages
 from slm_jax.__main__ import main
 from slm_jax.data.corpus import Corpus
 from slm_jax.evaluate.math.sandbox import Sandbox
@@ -57,7 +59,7 @@ def judged(code: int, errors: str, output: str, same: Callable[[], bool]) -> str
     """What is wrong with how a command ended; '' if nothing is."""
     lines = errors.splitlines()
     if "Traceback" in errors + output:
-        return f"traceback: {lines[-1]}"
+        return f"traceback: {[line for line in lines if re.match('[A-Za-z.]+(Error|Exception|Stop|Interrupt)', line)]}"
     if code == 0:
         return "" if same() else "exit code 0 and another result"
     if len(lines) != 1 or not lines[0].startswith("slm-jax"):
@@ -66,15 +68,18 @@ def judged(code: int, errors: str, output: str, same: Callable[[], bool]) -> str
 
 
 def here(*arguments: str) -> tuple[int, str, str]:
-    """The command in this process: exit code, standard error, output."""
-    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+    """The command in this process: exit code, standard error, output. As in a process of its own, what libraries print
+    on standard error is not of it."""
+    output, errors, log = io.StringIO(), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(log), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(messages, "_own", errors)
         try:
             code = main(arguments)
         except Slow:
             raise
         except BaseException:
             code = 1
-            traceback.print_exc()
+            traceback.print_exc(file=errors)
     return code, errors.getvalue(), output.getvalue()
 
 
@@ -193,7 +198,7 @@ class Campaign:
                     (place / "s.gin").write_text(binding + "\n")
                 more.append(f"--gin_file={place}/s.gin" if in_file else f"--gin.{binding}")
                 code, errors, output = here(*self.train(place / "run"), *more)
-                return judged(code, errors, output, lambda: "has no effect" in output)
+                return judged(code, errors, output, lambda: "no effect" in output)
 
             yield binding, attempt
 

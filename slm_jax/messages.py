@@ -49,7 +49,7 @@ def say(line: str) -> None:
 
 def progress_bar(iterable: Iterable[Any] | None = None, desc: str | None = None, **settings: Any) -> tqdm:
     """A progress bar; where standard error is a file or a pipe, one state every 30 seconds, not sooner."""
-    pace = {"mininterval": 0.5} if stderr().isatty() else {"mininterval": 30.0, "delay": 30.0}
+    pace = {"mininterval": 0.5, "delay": 0.5} if stderr().isatty() else {"mininterval": 30.0, "delay": 30.0}
     return tqdm(iterable, desc, file=stderr(), dynamic_ncols=True, **pace, **settings)
 
 

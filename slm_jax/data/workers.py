@@ -29,9 +29,8 @@ from concurrent.futures import (
 )
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from slm_jax.errors import UserError
+from slm_jax.messages import progress_bar
 
 DEATHS = 2  # of workers at one task, after which it is not tried again
 
@@ -93,7 +92,7 @@ class Workers:
             running[self._executor.submit(run_task, function, work, task.key, *task.arguments)] = number, task
 
         # A bar for what takes no time is noise.
-        with tqdm(desc=say, total=total, unit=unit, unit_scale=True, delay=0.5) as bar:
+        with progress_bar(desc=say, total=total, unit=unit, unit_scale=True) as bar:
             while True:
                 while len(running) < self._slots() and (task := next(waiting, None)) is not None:
                     results.append(read_marker(work, task.key) or {})

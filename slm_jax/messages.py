@@ -19,7 +19,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -28,14 +28,14 @@ LOG = "libraries.log"
 # A shell that reads lines until this process ends, however it ends, and then prints the last of them.
 _LAST_WORDS = 'while IFS= read -r line; do words=$line; done; [ -z "$words" ] || printf "%s\\n" "$words" >&2'
 
-_own: TextIO | None = None  # the standard error of this command, while descriptor 2 is the log
+_own: Any = None  # the standard error of this command, while descriptor 2 is the log
 _log: Path | None = None
 _name = "slm-jax"
 _beside: Path | None = None  # where the log goes if anything is in it
 _shell: Any = None
 
 
-def stderr() -> TextIO:
+def stderr() -> Any:
     """Where our own lines go."""
     return _own or sys.stderr
 

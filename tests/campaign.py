@@ -189,15 +189,15 @@ class Campaign:
             if value.__class__ in (object, list, type):
                 value = rng.choice([[7, None], {"b": [1]}, -(10**40)])  # what gin can write
             binding = f"{names[owner]}.{setting}={value!r}".replace("=nan", "=1e999")
-            given = any(f".{names[owner]}.{setting}=" in argument for argument in self.train(self.folder))
+            others = ["--gin.train.optimizer=@OptimizerConfig()", "--gin.train.dry_run=True"]
+            given = any(f".{names[owner]}.{setting}=" in argument for argument in self.train(self.folder, *others))
             in_file = not given and rng.random() < 0.5  # the command line overrides a file
 
-            def attempt(binding=binding, in_file=in_file) -> str:
+            def attempt(binding=binding, in_file=in_file, others=others) -> str:
                 place = self.new()
-                more = ["--gin.train.optimizer=@OptimizerConfig()", "--gin.train.dry_run=True"]
                 if in_file:
                     (place / "s.gin").write_text(binding + "\n")
-                more.append(f"--gin_file={place}/s.gin" if in_file else f"--gin.{binding}")
+                more = [*others, f"--gin_file={place}/s.gin" if in_file else f"--gin.{binding}"]
                 code, errors, output = here(*self.train(place / "run"), *more)
                 return judged(code, errors, output, lambda: "no effect" in output)
 

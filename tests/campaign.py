@@ -411,9 +411,16 @@ class Campaign:
             ),
         }
         arguments, same = stages[stage]
-        begin, wait = time.monotonic(), after * {"train": 5.0, "score": 4.0, "prepare": 1.5}[stage]
+        wait = after * {"train": 5.0, "score": 4.0, "prepare": 1.5}[stage]
         command = self.command(place, *arguments)
-        code, output = command.when(lambda: time.monotonic() - begin > wait, getattr(signal, f"SIG{kind}"))
+        begun: list[float] = []
+
+        def due() -> bool:
+            if not begun and (place / "errors").exists():
+                begun.append(time.monotonic())
+            return bool(begun) and time.monotonic() - begun[0] > wait
+
+        code, output = command.when(due, getattr(signal, f"SIG{kind}"))
         time.sleep(0.2)  # the line of a killed process comes after its end
         errors = (place / "errors").read_text()
         if "Traceback" in errors + output or len(errors.splitlines()) > 1:

@@ -46,7 +46,8 @@ class Store:
         """The content of one file; None if it does not exist.
 
         Raises:
-            UserError: `file-unreadable`: it is there, and the system does not give it, or it is no file: a pipe would never end.
+            UserError: `file-unreadable`: it is there, and the system does not give it, or it is no file: a pipe would
+                never end.
         """
         if not self.remote and os.path.exists(path := os.path.join(self.path, key)) and not os.path.isfile(path):
             raise UserError("file-unreadable", f"{path} is no file: make it a readable file")

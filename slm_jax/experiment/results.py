@@ -167,7 +167,8 @@ def _rounded(value: Any) -> Any:
 def selection_quality(selected: Mapping[str, Mapping[str, float]], planted: Sequence[str]) -> dict[str, float] | None:
     """Of what was selected: `precision`, the share that was not planted; `recall`, the share of what was not planted
     that was selected; `planted`, the share of planted tokens that was selected. None where nothing was planted."""
-    kept = {name: about["selected"] * about["of_tokens"] for name, about in selected.items()}
+    # A source that no batch of these steps held has no share.
+    kept = {name: (about["selected"] or 0.0) * about["of_tokens"] for name, about in selected.items()}
     bad = [name for name in selected if name in planted]
     all_bad = sum(selected[name]["of_tokens"] for name in bad)
     if not all_bad:

@@ -30,7 +30,7 @@ def scored(corpus, tmp_path_factory) -> Corpus:
 def test_ideas_train(name, scored, reference, tmp_path, shell):
     text = (IDEAS / f"{name}.gin").read_text()
     assert f"--gin_file=configs/runs/ideas/{name}.gin" in text and f"'runs/ideas/{name}'" in text
-    start = toy.settings(train={"init_from": str(reference)}) if "fine_tuning.gin" in text else []
+    start = toy.settings(train={"init_from": str(reference)}) if "fine_tuning" in text else []
     code, output, errors = shell(
         *("train", f"--gin_file={IDEAS / f'{name}.gin'}", *toy.MODEL_SETTINGS, *toy.CONSTANT, *start),
         *toy.settings(

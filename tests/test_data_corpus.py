@@ -9,9 +9,10 @@ import pyarrow
 import pytest
 import toy
 
+from slm_jax.data import store as store_module
 from slm_jax.data.corpus import COLUMNS, Corpus, CorpusWriter
-from slm_jax.data.scores import ScoreName
-from slm_jax.data.store import SHARD_ROWS, Store, disk_full_is_an_answer
+from slm_jax.data.scores import ScoreName, create_score, open_score
+from slm_jax.data.store import SHARD_ROWS, SHARD_VALUES, Store, disk_full_is_an_answer
 from slm_jax.data.vocabulary import ByteVocabulary
 from slm_jax.errors import UserError
 
@@ -138,6 +139,27 @@ def test_a_score_is_written_in_ranges_and_read_beside_the_columns(corpus):
     assert read["scores/small/loss"][:, 0].tolist() == [1.0, 2.0]
     message = toy.refused("score-no-statistic", corpus.read, np.array([0]), ["scores/small/entropy"])
     assert "'entropy'" in message
+
+
+def test_marks_of_finished_rows_are_few_files_and_those_of_earlier_columns_are_read(tmp_path):
+    """A column of the rows of a large corpus: its marks are read when a run starts."""
+    store, rows = Store(tmp_path), 3 * SHARD_VALUES + 100
+    column = create_score(store, "large", ("loss",), "float32", REFERENCE, "content", (rows, LENGTH))
+    assert len(column.pending()) == -(-rows // SHARD_ROWS) and column.num_finished() == 0
+    for begin, end in [(0, 10), (SHARD_VALUES - 5, 2 * SHARD_VALUES + 5), (rows - 100, rows)]:
+        column._arrays["finished"][begin:end].write(np.ones(end - begin, np.uint8)).result()
+    again = open_score(store, "large", "content", partial=True)
+    assert again.num_finished() == again.finished().sum() == 10 + SHARD_VALUES + 10 + 100
+    assert again.pending()[0] == (0, SHARD_ROWS) and again.pending()[-1][1] <= rows - 100
+    assert len(list((tmp_path / "scores/large/finished").rglob("c/*"))) == 4
+    # Earlier versions wrote one file for 256 rows.
+    old = create_score(store, "old", ("loss",), "float32", REFERENCE, "content", (ROWS, LENGTH))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "SHARD_VALUES", SHARD_ROWS)
+        old._arrays["finished"] = store.create_array("scores/old/finished", "uint8", (ROWS,))
+    old.write(0, loss(ROWS, 1.0))
+    assert len(list((tmp_path / "scores/old/finished").rglob("c/*"))) == 2
+    assert open_score(store, "old", "content").complete
 
 
 def test_names_of_score_arrays():

@@ -7,13 +7,13 @@ scores/NAME/finished        zarr3 array [num_rows] of 0 and 1; set after the val
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from slm_jax.data.store import SHARD_ROWS, Store, read_result
+from slm_jax.data.store import SHARD_ROWS, SHARD_VALUES, Store, read_result
 from slm_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -83,26 +83,35 @@ class ScoreColumn:
     def read(self, statistic: str, rows: int) -> Float[np.ndarray, "rows L"]:
         """The first rows of one statistic; UserError `column-damaged`."""
         self.array(statistic)
-        return self._read(statistic, rows)
+        return self._read(statistic, 0, rows)
 
-    def _read(self, key: str, rows: int) -> np.ndarray:
-        where = f"column {key} of {self._path}, among rows 0 to {rows - 1},"
-        return read_result(self._arrays[key][:rows].read(), where, f"delete {self._path} and score again")
+    def _read(self, key: str, begin: int, end: int) -> np.ndarray:
+        where = f"column {key} of {self._path}, among rows {begin} to {end - 1},"
+        return read_result(self._arrays[key][begin:end].read(), where, f"delete {self._path} and score again")
+
+    def _marks(self) -> Iterator[Bool[np.ndarray, "rows"]]:
+        """Which rows have been written, some files of marks at a time."""
+        step = 4 * SHARD_VALUES
+        for begin in range(0, self.num_rows, step):
+            yield self._read("finished", begin, min(begin + step, self.num_rows)) > 0
 
     def finished(self) -> Bool[np.ndarray, "N"]:
         """Which rows have been written."""
-        return self._read("finished", self.num_rows) > 0
+        return np.concatenate([*self._marks(), np.empty(0, bool)])
+
+    def num_finished(self) -> int:
+        """How many rows have been written."""
+        return sum(int(np.count_nonzero(marks)) for marks in self._marks())
 
     @property
     def complete(self) -> bool:
-        return bool(self.finished().all())
+        return self.num_finished() == self.num_rows
 
     def pending(self) -> list[tuple[int, int]]:
         """Row ranges [begin, end) still to be written, each a whole chunk."""
-        unfinished = ~self.finished()
-        begins = range(0, self.num_rows, self.chunk_rows)
-        ranges = [(begin, min(begin + self.chunk_rows, self.num_rows)) for begin in begins]
-        return [(begin, end) for begin, end in ranges if unfinished[begin:end].any()]
+        begins = np.arange(0, self.num_rows, self.chunk_rows)
+        unfinished = np.logical_or.reduceat(~self.finished(), begins) if len(begins) else np.empty(0, bool)
+        return [(begin, min(begin + self.chunk_rows, self.num_rows)) for begin in begins[unfinished].tolist()]
 
     def write(self, start: int, values: Mapping[str, Float[np.ndarray, "B L"]]) -> None:
         """Writes rows [start, start + B) of every statistic; returns when they are on disk and marked as finished."""
@@ -140,7 +149,7 @@ def open_score(store: Store, name: str, fingerprint: str, partial: bool = False)
         )
     _check_corpus(store, name, manifest, fingerprint)
     column = ScoreColumn(store, name, manifest)
-    finished = int(column.finished().sum())
+    finished = column.num_finished()
     if finished < column.num_rows and not partial:
         raise UserError(
             "score-unfinished",

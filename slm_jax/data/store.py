@@ -15,6 +15,7 @@ from slm_jax.errors import UserError
 from slm_jax.files import parse_object
 
 SHARD_ROWS = 256  # rows in one file of a column; one row is the unit of reading
+SHARD_VALUES = 1 << 20  # of a column of single values
 
 # Shard indices stay in memory: random rows are read about twice as fast.
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
@@ -88,23 +89,24 @@ class Store:
         return sorted(name.decode("utf-8") for name in self._files().list(ts.KvStore.KeyRange(prefix, after)).result())
 
     def create_array(self, key: str, dtype: str, shape: tuple[int, ...], complete: bool = False) -> ts.TensorStore:
-        """A new zarr3 array, replacing what is there: one compressed chunk per row, `SHARD_ROWS` rows per file.
+        """A new zarr3 array, replacing what is there: one compressed chunk per row, `SHARD_ROWS` rows per file; of
+        single values, `SHARD_VALUES` per chunk and file.
 
         `complete`: every row will be written, so that one that is missing later was lost. Otherwise rows of zeros take
         no space, and rows that are not there are zeros.
         """
         fill = "NaN" if dtype.startswith("float") else False if dtype == "bool" else 0
-        row = [1 if len(shape) > 1 else SHARD_ROWS, *shape[1:]]  # a column of single values is read whole
+        row, rows = (1, SHARD_ROWS) if len(shape) > 1 else (SHARD_VALUES, SHARD_VALUES)
         inner = [
             {"name": "bytes", "configuration": {"endian": "little"}},
             {"name": "zstd", "configuration": {"level": 1}},
             {"name": "crc32c"},
         ]
-        codecs = [{"name": "sharding_indexed", "configuration": {"chunk_shape": row, "codecs": inner}}]
+        codecs = [{"name": "sharding_indexed", "configuration": {"chunk_shape": [row, *shape[1:]], "codecs": inner}}]
         metadata = {
             "shape": list(shape),
             "data_type": dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD_ROWS, *shape[1:]]}},
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, *shape[1:]]}},
             "codecs": codecs,
             "fill_value": fill,
             "attributes": {_COMPLETE: True} if complete else {},

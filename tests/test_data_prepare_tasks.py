@@ -6,6 +6,8 @@ import os
 import pathlib
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -192,3 +194,50 @@ def test_work_files_are_beside_the_corpus_or_where_they_are_told_to_be(inputs, t
         "vocabulary",
     }
     Corpus.open(tmp_path / "c").verify()
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_workers_makes_the_same_corpus(inputs, tmp_path, monkeypatch, capsys):
+    """A scheduler and three workers, of which two are killed while they work."""
+    pytest.importorskip("distributed")
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    file = tmp_path / "scheduler.json"
+    scheduler = ["scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
+    worker = ["worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    started: list[subprocess.Popen] = []
+
+    def start(*arguments: str) -> None:
+        command = [sys.executable, "-m", "dask", *arguments, "--host", "127.0.0.1"]
+        log = (tmp_path / f"{len(started)}.log").open("w")
+        started.append(subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log))
+
+    def kill(process: subprocess.Popen, count: int) -> None:
+        while len(list(tmp_path.glob("split/work/done/tokenize-*"))) < count and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+
+    monkeypatch.setattr(prepare_steps, "MIN_PART_BYTES", 10_000)
+    monkeypatch.setattr(prepare_steps, "MAX_PART_BYTES", 10_000)
+    try:
+        start(*scheduler)
+        while not file.exists():
+            assert started[0].poll() is None
+            time.sleep(0.05)
+        address = json.loads(file.read_text())["address"]
+        for _ in range(3):
+            start(*worker)
+        killers = [threading.Thread(target=kill, args=(started[1 + n], 1 + 9 * n)) for n in range(2)]
+        for killer in killers:
+            killer.start()
+        (made,) = prepare_cases.made(inputs, tmp_path, ["split"], cluster=address)
+        for killer in killers:
+            killer.join()
+        assert [process.poll() for process in started[:4]] == [None, -signal.SIGKILL, -signal.SIGKILL, None]
+        assert prepare_cases.digest(made[1]) == GOLDEN["split"]
+        assert f"Dask at {address}" in capsys.readouterr().out
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    source = Source("a", [str(inputs / "a0.jsonl")])
+    assert address in refused("prepare-no-cluster", prepare, tmp_path / "gone", [source], BYTES, cluster=address)

@@ -280,7 +280,7 @@ def _dask(address: str) -> Iterator[Workers]:
             "prepare-no-dask", "prepare.cluster needs Dask: install it with `pip install slm_jax[cluster]`"
         ) from error
     try:
-        client = Client(address, timeout="20s")
+        client = Client(address, timeout=10)
     except (OSError, TimeoutError, ValueError) as error:
         raise UserError(
             "prepare-no-cluster",

@@ -1,20 +1,28 @@
-"""How much of the speed of SentencePiece alone preparing a corpus keeps.
+"""How much of the speed of SentencePiece alone preparing a corpus keeps, and what it costs besides.
 
-    python benchmarks/prepare.py --text FILE.jsonl.gz --output FILE
+    python benchmarks/prepare.py --output FILE [--text FILE.jsonl ...]
 
-The stage `prepare`, from files to a finished corpus, in tokens per second against `encode` of the same texts with the
-same vocabulary: one process against one thread, a process per core against SentencePiece's own threads on as many.
-Reading, shuffling, packing, hashing and writing are part of the stage, and so is the start of its processes.
-The import of TensorFlow, seconds of every start, is not counted. Without --text it reads generated text.
+Processor seconds of the stage `prepare`, from files to a finished corpus, against those of SentencePiece's `encode` of
+the same texts in batches, with the same vocabulary and without anything else. The first row is of the tasks that read
+and tokenize, the second of the whole stage, with the start of its processes, on the same files; then both on ten times
+as many, which are links to the same files. `parent_share` is the part of the processor time that the parent takes,
+`memory_mb` what the largest worker held in memory, by task. Without --text it writes text of words of random frequency.
 """
 
+import argparse
 import contextlib
 import io
 import itertools
+import json
 import os
+import random
+import resource
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import measure
 import sentencepiece
@@ -23,71 +31,102 @@ from slm_jax.data.prepare import prepare
 from slm_jax.data.sentencepiece_vocabulary import train_sentencepiece
 from slm_jax.data.sources import Source, read_documents
 from slm_jax.data.vocabularies import VocabularyConfig
-from slm_jax.experiment.worlds.write_world import experiment_world
+from slm_jax.data.workers import Workers, peak_memory_mb
 
-TRAINING_DOCUMENTS = 2000
+TRAINING_DOCUMENTS, BASELINE_DOCUMENTS, BATCH = 2000, 4000, 500
 
 
-def compare(
-    files: Sequence[str], vocab_size: int, processes: int, folder: Path, rounds: measure.Rounds
-) -> list[measure.Row]:
-    """Rows of tokens per second for 1 and for `processes` processes, each against as many threads."""
-    source = Source("text", files)
-    texts = [document["text"] for document in read_documents(source) if not document["skipped"]]
-    spread = itertools.islice(texts, 0, None, max(1, len(texts) // TRAINING_DOCUMENTS))
-    model = train_sentencepiece(spread, vocab_size, folder / "vocabulary.model").model
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    num_tokens = sum(len(ids) for ids in processor.encode(texts, num_threads=processes))
-    numbers = itertools.count()
+def write_text(path: Path, documents: int) -> None:
+    """Documents of about 700 tokens: words of random letters, frequent ones more often, as in a language."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlucmfw", k=rng.randint(2, 10))) for _ in range(20_000)]
+    weights = list(itertools.accumulate(1 / rank for rank in range(1, len(words) + 1)))
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(documents):
+            text = " ".join(rng.choices(words, cum_weights=weights, k=rng.randint(100, 700)))
+            file.write(json.dumps({"text": text, "url": f"https://example.org/{number}"}) + "\n")
 
-    def stage(processes: int) -> Callable[[], None]:
-        def run() -> None:
-            config = VocabularyConfig(path=str(folder / "vocabulary.model"))
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                prepare(folder / f"corpus{next(numbers)}", [source], config, processes=processes)
 
-        return run
+def baseline(files: Sequence[str], model: Path) -> float:
+    """Tokens per processor second of `encode`."""
+    rows = (row["text"] for row in read_documents(Source("text", files)) if not row["skipped"])
+    texts = list(itertools.islice(rows, BASELINE_DOCUMENTS))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    tokens, begin = 0, time.process_time()
+    for first in range(0, len(texts), BATCH):
+        tokens += sum(map(len, processor.encode(texts[first : first + BATCH], out_type="numpy", num_threads=1)))
+    return tokens / (time.process_time() - begin)
 
-    cases = []
-    for count in sorted({1, processes}):
-        cases.append(measure.Case(f"sentencepiece, {count} threads", _encode(processor, texts, count), num_tokens))
-        cases.append(measure.Case(f"prepare, {count} processes", stage(count), num_tokens))
-    values = measure.interleaved(cases, rounds)
-    about = {
-        "tokens": num_tokens,
-        "characters": sum(map(len, texts)),
-        "documents": len(texts),
-        "vocab_size": vocab_size,
+
+def run(files: Sequence[str], model: Path, processes: int, corpus: Path) -> dict[str, Any]:
+    """Prepares the files once: tokens per processor second, and costs by task."""
+    tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    original = Workers.run
+
+    def recorded(self, work, function, *rest):
+        results = original(self, work, function, *rest)
+        tasks[function.__name__] += results
+        return results
+
+    def seconds() -> tuple[float, float]:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time(), children.ru_utime + children.ru_stime
+
+    Workers.run = recorded
+    before, wall = seconds(), time.monotonic()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            made = prepare(corpus, [Source("text", files)], VocabularyConfig(path=str(model)), processes=processes)
+    finally:
+        Workers.run = original
+    own, children = (after - earlier for after, earlier in zip(seconds(), before, strict=True))
+    tokens = made.manifest["num_tokens"]
+    return {
+        "tokens": tokens,
+        "documents": made.manifest["num_documents"],
+        "tokenize": tokens / sum(result["cpu_seconds"] for result in tasks["tokenize"]),
+        "prepare": tokens / (own + children),
+        "parent_share": round(own / (own + children), 4),
+        "wall_seconds": round(time.monotonic() - wall, 1),
+        "cpu_seconds": {name: round(sum(r["cpu_seconds"] for r in results), 2) for name, results in tasks.items()},
+        "memory_mb": {name: max(result["memory_mb"] for result in results) for name, results in tasks.items()},
+        "parent_mb": peak_memory_mb(),
     }
-    pairs = [(f"prepare, {n} processes", f"sentencepiece, {n} threads") for n in sorted({1, processes})]
-    rows = [measure.row(name, values[name], base, values[base], "tokens/s", **about) for name, base in pairs]
-    return rows + [measure.row(base, values[base], base, values[base], "tokens/s", **about) for _, base in pairs]
-
-
-def _encode(processor: sentencepiece.SentencePieceProcessor, texts: list[str], threads: int) -> Callable[[], None]:
-    """One text after the other, as anybody would; or all at once by SentencePiece's threads."""
-    if threads == 1:
-        return lambda: [None for text in texts if processor.encode(text) is None]
-    return lambda: [None for ids in processor.encode(texts, num_threads=threads) if ids is None]
 
 
 def main() -> None:
-    parser = measure.parser(__doc__, repeats=3)
-    parser.add_argument("--text", nargs="+", default=[], help="files of JSON lines with the field text, or .txt")
+    parser: argparse.ArgumentParser = measure.parser(__doc__, repeats=1)
+    parser.add_argument("--text", nargs="+", default=[], help="files of JSON lines with the field text")
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=max(2, os.cpu_count() or 1))
+    parser.add_argument("--links", type=int, default=10, help="how many times the files are read in the last two rows")
     arguments = parser.parse_args()
-    documents = 40_000
+    documents = 20_000
     if arguments.quick:
-        documents, arguments.vocab_size, arguments.repeats = 3000, 1024, 1
-    load = measure.load_average()
-    rounds = measure.Rounds(arguments.repeats, arguments.clock)
-    with tempfile.TemporaryDirectory() as folder:
+        documents, arguments.vocab_size, arguments.links = 600, 1024, 2
+    load, rows = measure.load_average(), []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        files = [Path(file).absolute() for file in arguments.text] or [folder / "text.jsonl"]
         if not arguments.text:
-            experiment_world(folder, documents=documents, kinds=["noise"], share=0.36)
-        files = arguments.text or [f"{folder}/crawl.jsonl"]
-        rows = compare(files, arguments.vocab_size, arguments.processes, Path(folder), rounds)
-    measure.report(rows, arguments.output, load, arguments.clock)
+            write_text(files[0], documents)
+        texts = (row["text"] for row in read_documents(Source("text", list(map(str, files)))) if not row["skipped"])
+        train_sentencepiece(itertools.islice(texts, TRAINING_DOCUMENTS), arguments.vocab_size, folder / "text.model")
+        for links in (1, arguments.links):
+            linked = []
+            for number, file in itertools.product(range(links), files):
+                linked.append(folder / f"{links}.{number:03}.{file.name}")
+                linked[-1].symlink_to(file)
+            # Before and after, since a machine's speed drifts.
+            speeds = [baseline(list(map(str, files)), folder / "text.model")]
+            found = run(list(map(str, linked)), folder / "text.model", arguments.processes, folder / f"corpus{links}")
+            speeds.append(baseline(list(map(str, files)), folder / "text.model"))
+            about = {name: value for name, value in found.items() if name not in ("tokenize", "prepare")}
+            for name in ("tokenize", "prepare"):
+                title = f"{name}, {found['documents']} documents"
+                base = [sum(speeds) / 2]
+                rows.append(measure.row(title, [found[name]], "sentencepiece", base, "tokens/s", **about))
+    measure.report(rows, arguments.output, load, "cpu")
 
 
 if __name__ == "__main__":

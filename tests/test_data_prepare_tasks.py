@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -175,6 +176,35 @@ def test_a_file_that_changes_while_it_is_read(inputs, tmp_path, monkeypatch):
     assert str(path) in refused("file-changed", prepare, tmp_path / "c", [Source("a", [str(path)])], BYTES, processes=1)
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "bytes"])
+def test_a_dry_run_estimates_and_writes_nothing(trained, tmp_path, capsys):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshr", k=rng.randint(2, 9))) for _ in range(2000)]
+    for number in range(12):
+        rng = random.Random(number)
+        lines = [json.dumps({"text": " ".join(rng.choices(words, k=100))}) for _ in range(120 + 160 * (number % 2))]
+        (tmp_path / f"{number:02}.jsonl").write_text("\n".join(lines))
+    source, config = Source("a", [f"{tmp_path}/*.jsonl"]), VocabularyConfig(size=600) if trained else BYTES
+    before = set(tmp_path.rglob("*"))
+    assert prepare(tmp_path / "c", [source], config, 128, dry_run=True) is None
+    assert set(tmp_path.rglob("*")) == before
+    printed = capsys.readouterr().out
+    assert "nothing was written" in printed and "12 files" in printed and str(tmp_path / "c" / "work") in printed
+    made = prepare(tmp_path / "c", [source], config, 128, processes=1)
+
+    def number(pattern: str) -> float:
+        found = re.search(pattern, printed)
+        assert found, printed
+        return float(found[1].replace(",", ""))
+
+    tokens, documents, rows = (number(rf"([\d,]+) {name}") for name in ("tokens of", "documents in", "rows"))
+    assert made.manifest["num_documents"] == pytest.approx(documents, rel=0.02)
+    assert made.manifest["num_tokens"] == pytest.approx(tokens, rel=0.1 if trained else 0.02)
+    assert made.num_rows == pytest.approx(rows, rel=0.1 if trained else 0.02)
+    size = sum(path.stat().st_size for path in (tmp_path / "c").rglob("*") if path.is_file()) / 1e6
+    assert size == pytest.approx(number(r"([\d.]+) MB for the corpus"), rel=0.3)
+
+
 def test_work_files_are_beside_the_corpus_or_where_they_are_told_to_be(inputs, tmp_path):
     source = Source("a", [str(inputs / "a0.jsonl")])
     assert "gs://bucket/c" in refused("prepare-no-work", prepare, "gs://bucket/c", [source], BYTES)
@@ -212,7 +242,7 @@ def test_a_cluster_that_loses_workers_makes_the_same_corpus(inputs, tmp_path, mo
         started.append(subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log))
 
     def kill(process: subprocess.Popen, count: int) -> None:
-        while len(list(tmp_path.glob("split/work/done/tokenize-*"))) < count and process.poll() is None:
+        while len(list((tmp_path / "split" / "work" / "done").glob("tokenize-*"))) < count and process.poll() is None:
             time.sleep(0.005)
         process.kill()
 

@@ -135,7 +135,9 @@ def test_a_prefix_does_not_merge_with_the_text_and_its_spans():
 
 
 def test_the_light_modules_import_no_tensorflow_and_no_jax():
-    modules = "corpus metadata packing prepare prepare_steps prepare_tasks preprocess readers scores".split()
+    modules = (
+        "corpus metadata packing prepare prepare_estimate prepare_steps prepare_tasks preprocess readers scores".split()
+    )
     modules += "seqio_records seqio_tasks sorted_runs sources store vocabularies workers".split()
     program = "import sys, " + ", ".join(f"slm_jax.data.{module}" for module in modules)
     program += "\nprint(sorted({'tensorflow', 'seqio', 'tensorflow_datasets', 'jax'} & set(sys.modules)))"

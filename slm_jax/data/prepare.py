@@ -21,6 +21,7 @@ from slm_jax.data import readers
 from slm_jax.data.corpus import MANIFEST, Corpus
 from slm_jax.data.metadata import Metadata
 from slm_jax.data.packing import PACKINGS
+from slm_jax.data.prepare_estimate import print_estimate
 from slm_jax.data.prepare_steps import Steps, scan_files
 from slm_jax.data.prepare_tasks import Job
 from slm_jax.data.sources import FIRST_RECORDS, Source, has_field
@@ -47,7 +48,8 @@ def prepare(
     plain_share: Annotated[float, Above(0), Below(1)] = 0.1,
     cluster: str | None = None,
     work: str | os.PathLike | None = None,
-) -> Corpus:
+    dry_run: bool = False,
+) -> Corpus | None:
     """Reads documents, tokenizes, shuffles and packs them, and writes one corpus, or two that share no document.
 
     Args:
@@ -68,6 +70,8 @@ def prepare(
         this machine. They need the same paths to the files and to the corpus.
       work: directory for files that are needed until the corpus is complete, about twice its size. None puts them into
         the corpus; for a corpus in a bucket, name one.
+      dry_run: read a sample of the documents and print how many tokens there would be, and what time and disk it would
+        take; nothing is written, and there is no corpus to return.
 
     Raises:
       UserError: unusable settings, files or records; a corpus made with other settings; a full disk.
@@ -85,7 +89,7 @@ def prepare(
     job = Job(first.path, sources, sequence_length, packing, seed, metadata)
     maker = _Maker(processes or os.cpu_count() or 1, cluster, work)
     if plain is None:
-        return maker.make(job, vocabulary)
+        return maker.estimate(job, vocabulary) if dry_run else maker.make(job, vocabulary)
 
     # Two corpora: first the one with metadata, then the plain one, in the vocabulary of the first.
     rest = replace(job, corpus=Store(plain).path, metadata=None, texts=(0.0, plain_share))
@@ -93,6 +97,9 @@ def prepare(
         raise UserError(
             "prepare-same-directory", f"prepare: corpus and plain are both {plain}: give each its own directory"
         )
+    if dry_run:
+        maker.estimate(replace(job, texts=(plain_share, 1.0)), vocabulary)
+        return maker.estimate(rest, vocabulary)
     if there := with_new_keys(Store(plain).read_json(MANIFEST)):  # refuse it before making the first corpus
         settings = _settings(rest, maker.identities(job), None, vocabulary)
         _existing(Store(plain), settings | {"vocabulary": there.get("settings", {}).get("vocabulary")})
@@ -138,6 +145,13 @@ def _settings(
     return settings
 
 
+def _known(config: VocabularyConfig) -> Vocabulary | None:
+    """The vocabulary, unless it is to be trained."""
+    if config.path:
+        return load_vocabulary(config.path)
+    return ByteVocabulary() if config.kind == "bytes" else None
+
+
 class _Maker:
     """Makes the corpora of one call, which have the same files."""
 
@@ -152,11 +166,16 @@ class _Maker:
                 self._identities = [list(threads.map(readers.identity, source.paths())) for source in job.sources]
         return self._identities
 
+    def estimate(self, job: Job, config: VocabularyConfig) -> None:
+        """Prints what one corpus would be."""
+        known = _known(config)
+        _check_fields(job)
+        _announce(job, known, config, "a dry run")
+        print_estimate(job, known, config, self._processes, str(self._work_directory(Store(job.corpus))))
+
     def make(self, job: Job, config: VocabularyConfig) -> Corpus:
         """Makes one corpus, or returns the existing one if it was made from the same settings."""
-        store = Store(job.corpus)
-        known = load_vocabulary(config.path) if config.path else None
-        known = ByteVocabulary() if known is None and config.kind == "bytes" else known
+        store, known = Store(job.corpus), _known(config)
         work = self._work_directory(store)
         if store.read(MANIFEST) is not None:
             existing = _existing(store, _settings(job, self.identities(job), known, config))

@@ -118,10 +118,8 @@ def print_estimate(job: Job, known: Vocabulary | None, config: VocabularyConfig,
     print(f"  about {tokens:,.0f} tokens of {documents:,.0f} documents in {rows:,.0f} rows, with {which}")
     print(f"  {_duration(seconds / cores)} on {cores} cores like this one, {_duration(seconds / CORES)} on {CORES}")
     disk += PER_ROW * rows + PER_DOCUMENT * documents
-    print(
-        f"  disk: {_size(runs)} for work files in {work}, {_size(disk)} for the corpus, {_size(4 * column)} for each score "
-        "column (float32)"
-    )
+    places = f"{_size(runs)} for work files in {work}, {_size(disk)} for the corpus"
+    print(f"  disk: {places}, {_size(4 * column)} for each score column (float32)")
     print("prepare: a dry run, nothing was written")
 
 

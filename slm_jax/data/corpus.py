@@ -320,13 +320,16 @@ def create_columns(store: Store, num_rows: int, sequence_length: int, vocabulary
 def write_block(store: Store, begin: int, block: Mapping[str, np.ndarray]) -> None:
     """Writes rows from `begin` on, [B, L] per column. Processes that write at the same time write whole files: `begin`
     and B are multiples of `SHARD_ROWS`, except at the end of the corpus."""
-    writing = []
-    for name in COLUMNS:
-        array = store.open_array(f"columns/{name}")
-        assert array is not None
-        writing.append(array[begin : begin + len(block[name])].write(block[name]))
-    for future in writing:
-        future.result()
+    arrays = {name: store.open_array(f"columns/{name}", cached=False) for name in COLUMNS}
+    some = 4 * SHARD_ROWS  # at a time, since TensorStore copies what it is about to write
+    for first in range(0, len(block["tokens"]), some):
+        writing = []
+        for name, array in arrays.items():
+            assert array is not None
+            rows = block[name][first : first + some]
+            writing.append(array[begin + first : begin + first + len(rows)].write(rows))
+        for future in writing:
+            future.result()
 
 
 def complete(

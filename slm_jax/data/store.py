@@ -19,6 +19,7 @@ SHARD_VALUES = 1 << 20  # of a column of single values
 
 # Shard indices stay in memory: random rows are read about twice as fast.
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
+_UNCACHED = ts.Context({"cache_pool": {"total_bytes_limit": 0}})  # for what is written once
 # Failures of reading that say nothing about the content.
 _ELSEWHERE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
 _COMPLETE = "slm_jax_complete"  # attribute of an array of which every row was written
@@ -115,15 +116,16 @@ class Store:
         spec["store_data_equal_to_fill_value"] = complete
         return ts.open(spec, create=True, delete_existing=True, context=_CONTEXT).result()
 
-    def open_array(self, key: str, immutable: bool = False) -> ts.TensorStore | None:
-        """An existing array or None. `immutable`: once read, it is not checked again for changes."""
+    def open_array(self, key: str, immutable: bool = False, cached: bool = True) -> ts.TensorStore | None:
+        """An existing array or None. `immutable`: once read, it is not checked again for changes. `cached`: parts of it
+        stay in memory."""
         spec = {"driver": "zarr3", "kvstore": self._kvstore(key)}
-        recheck = "open" if immutable else True
+        recheck, context = "open" if immutable else True, _CONTEXT if cached else _UNCACHED
         try:
-            array = ts.open(spec, open=True, context=_CONTEXT, recheck_cached_data=recheck).result()
+            array = ts.open(spec, open=True, context=context, recheck_cached_data=recheck).result()
             if array.spec().to_json()["metadata"].get("attributes", {}).get(_COMPLETE):
                 spec |= {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
-                array = ts.open(spec, open=True, context=_CONTEXT, recheck_cached_data=recheck).result()
+                array = ts.open(spec, open=True, context=context, recheck_cached_data=recheck).result()
             return array
         except ValueError as error:
             if "NOT_FOUND" in str(error):

@@ -226,11 +226,19 @@ def test_work_files_are_beside_the_corpus_or_where_they_are_told_to_be(inputs, t
     Corpus.open(tmp_path / "c").verify()
 
 
+def wait_for(path: pathlib.Path) -> None:
+    begin = time.monotonic()
+    while not path.exists():
+        assert time.monotonic() - begin < 120
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_a_cluster_that_loses_workers_makes_the_same_corpus(inputs, tmp_path, monkeypatch, capsys):
     """A scheduler and three workers, of which two are killed while they work."""
     pytest.importorskip("distributed")
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    here = pathlib.Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
     file = tmp_path / "scheduler.json"
     scheduler = ["scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
     worker = ["worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny", "--no-dashboard"]
@@ -250,9 +258,7 @@ def test_a_cluster_that_loses_workers_makes_the_same_corpus(inputs, tmp_path, mo
     monkeypatch.setattr(prepare_steps, "MAX_PART_BYTES", 10_000)
     try:
         start(*scheduler)
-        while not file.exists():
-            assert started[0].poll() is None
-            time.sleep(0.05)
+        wait_for(file)
         address = json.loads(file.read_text())["address"]
         for _ in range(3):
             start(*worker)
@@ -265,6 +271,15 @@ def test_a_cluster_that_loses_workers_makes_the_same_corpus(inputs, tmp_path, mo
         assert [process.poll() for process in started[:4]] == [None, -signal.SIGKILL, -signal.SIGKILL, None]
         assert prepare_cases.digest(made[1]) == GOLDEN["split"]
         assert f"Dask at {address}" in capsys.readouterr().out
+
+        # Without the scheduler.
+        (tmp_path / "lock").touch()
+        killer = threading.Thread(target=lambda: (wait_for(tmp_path / "t.pid"), started[0].kill()))
+        killer.start()
+        with start_workers(1, address) as pool:
+            line = refused("prepare-cluster-lost", pool.run, tmp_path, sleep, [Task("t", "it", ())], "", 1, "")
+        killer.join()
+        assert address in line and capsys.readouterr().err.count("Traceback") == 0
     finally:
         for process in started:
             process.kill()

@@ -6,6 +6,7 @@ rename: it is done or not done, whoever was killed meanwhile.
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import pathlib
@@ -62,9 +63,9 @@ class Workers:
         reused: number of tasks that an earlier call had done.
     """
 
-    def __init__(self, executor: Executor, slots: Callable[[], int]):
-        """slots: how many tasks may be submitted at a time."""
-        self._executor, self._slots = executor, slots
+    def __init__(self, executor: Executor, slots: Callable[[], int], name: str = ""):
+        """slots: how many tasks may be submitted at a time; name: of a cluster."""
+        self._executor, self._slots, self._name = executor, slots, name
         self.reused: Counter[str] = Counter()
 
     def run(
@@ -112,8 +113,8 @@ class Workers:
                     except CancelledError as error:
                         raise UserError(
                             "prepare-cluster-lost",
-                            "the cluster no longer answers: start it again, then the same command; finished tasks are "
-                            "kept",
+                            f"the cluster at {self._name} no longer answers: start it again, then the same command; "
+                            "finished tasks are kept",
                         ) from error
                     except Exception as error:
                         if not _worker_died(error):
@@ -288,6 +289,8 @@ def _dask(address: str) -> Iterator[Workers]:
         raise UserError(
             "prepare-no-dask", "prepare.cluster needs Dask: install it with `pip install slm_jax[cluster]`"
         ) from error
+    for name in ("distributed.client", "distributed.core", "distributed.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # that the scheduler is gone is said in one line
     try:
         client = Client(address, timeout=10)
     except (OSError, TimeoutError, ValueError) as error:
@@ -303,4 +306,4 @@ def _dask(address: str) -> Iterator[Workers]:
     with client, client.get_executor(pure=False) as executor:
         print(f"prepare: Dask at {address}, {threads()} workers, watch {client.dashboard_link}")
         # Some more than there are workers, so that none waits; workers may join at any time.
-        yield Workers(executor, lambda: 2 + 2 * threads())
+        yield Workers(executor, lambda: 2 + 2 * threads(), address)

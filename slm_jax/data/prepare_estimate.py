@@ -24,7 +24,7 @@ from slm_jax.errors import UserError
 
 SAMPLE_FILES, FILE_CHARACTERS, FILE_DOCUMENTS = 8, 500_000, 500  # of a source
 STRINGS = 100  # bytes of a document's source and URL, about
-REST = 1.25  # processor time of everything over that of reading and tokenizing, measured by benchmarks/prepare.py
+REST = 1.15  # processor time of all of prepare over that of reading and tokenizing, see benchmarks/prepare.py
 CORES = 96
 PER_ROW, PER_DOCUMENT = 100, 40  # bytes: headers, checksums and index of four columns; documents.parquet
 

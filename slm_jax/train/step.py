@@ -118,9 +118,9 @@ def make_step(
             gradient, sums = jax.lax.scan(accumulate, zeros, parts)
             metric_sums |= jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
-        # ---- Update. The only division, by a sum over the global batch.
-        divisor = normaliser(weighting, metric_sums)
-        gradient = jax.tree.map(lambda g: g / divisor, gradient)
+        # ---- Update. The only division, by a sum over the global batch. It is written for each array, since XLA rounds
+        # differently where one divisor serves all, and runs of earlier versions would not resume to the bit.
+        gradient = jax.tree.map(lambda g: g / normaliser(weighting, metric_sums), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         if l2_to_init:
             # Added to the updates, not to the gradient: like weight decay, it is not scaled by AdamW's moments.

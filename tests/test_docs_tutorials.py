@@ -1,6 +1,7 @@
 """Every command of the tutorials runs, in its order, with little text; the page on models has a test of its own."""
 
 import json
+import random
 import re
 import shlex
 import shutil

@@ -69,17 +69,20 @@ def read_batch(
       rows: number of each row in its corpus.
       score_columns: columns to read as scores, for example "scores/reference/loss".
       source_maps: for each corpus, the run's id of each of its source ids; None keeps the corpus' ids.
+
+    Returns:
+      A Batch of [B, L] numpy arrays, in the order of `rows`.
     """
     names = (*COLUMNS, *score_columns)
-    # One read per corpus, of all its rows at once; they are then put in their places in the batch.
+    # One read per corpus, of all its rows at once, whose results then go to their places in the batch.
     merged: dict[str, np.ndarray] = {}  # [B, L] per column
     for i, corpus in enumerate(corpora):
         mine = np.flatnonzero(which == i)  # places in the batch
         if not len(mine):
             continue
-        read = corpus.read(rows[mine], names)
+        read = corpus.read(rows[mine], names)  # [len(mine), L] per column
         if source_maps is not None:
-            read["source_ids"] = source_maps[i][read["source_ids"]]
+            read["source_ids"] = source_maps[i][read["source_ids"]]  # the corpus' ids -> the run's, per token
         for name in names:
             if name not in merged:
                 merged[name] = np.empty((len(which), corpus.sequence_length), read[name].dtype)

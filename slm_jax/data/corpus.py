@@ -1,10 +1,15 @@
 """A corpus is a table of N rows of L tokens, and a score is a column of it. Opens, reads, verifies and writes corpora.
 
 manifest.json       format version, fingerprint, counts, settings; written last, so its presence means complete
-columns/NAME        zarr3 arrays [N, L]: tokens, segment_ids, loss_mask, source_ids
+columns/            zarr3 arrays [N, L], in files of `SHARD_ROWS` rows:
+  tokens            ids, uint16 or uint32 by the size of the vocabulary
+  segment_ids       uint16: which document of its row a token belongs to, from 1; 0 is padding
+  loss_mask         bool: whether the token's loss counts
+  source_ids        uint8: index into the manifest's `source_names`
 documents.parquet   one row per document: id, source, url, row, start, length, bytes (and metadata, if it has any)
 vocabulary/         the vocabulary that the tokens belong to
-scores/NAME/        score columns, see scores.py
+scores/NAME/        score columns: zarr3 arrays [N, L], one per statistic, for example loss; see scores.py
+work/               work files until the corpus is complete, unless prepare.work names another place
 """
 
 import hashlib
@@ -76,7 +81,7 @@ class Corpus:
         """
         store = Store(path)
         manifest = with_new_keys(store.read_json(MANIFEST))
-        # Three mistakes leave no manifest; each has another remedy.
+        # A missing manifest has three causes, each with its own remedy.
         if manifest is None:
             if not store.keys():
                 raise UserError(
@@ -113,7 +118,8 @@ class Corpus:
             One [B, L] array per column.
 
         Raises:
-            UserError: `column-damaged`.
+            UserError: `column-damaged`, `corpus-no-column`.
+            IndexError: a row outside the corpus.
         """
         rows = np.asarray(rows)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_rows):
@@ -269,7 +275,7 @@ class Corpus:
 
 
 def block_digest(block: Mapping[str, np.ndarray]) -> bytes:
-    """SHA-256 of `SHARD_ROWS` rows (fewer at the end of a corpus): of their columns, one after the other."""
+    """SHA-256 of the columns of one block, one after the other: `SHARD_ROWS` rows, fewer at the end of a corpus."""
     digest = hashlib.sha256()
     for name in COLUMNS:
         digest.update(np.ascontiguousarray(block[name]).data)
@@ -277,10 +283,10 @@ def block_digest(block: Mapping[str, np.ndarray]) -> bytes:
 
 
 class Fingerprint:
-    """Hash of the content: of the digests of its blocks, which can be computed in parallel.
+    """Hash of a corpus' content. It covers the digests of the blocks, so that workers can hash blocks in parallel.
 
     Args:
-        format_version: the fingerprint of format 1 is made of one hash per column, over all rows.
+        format_version: format 1 has one hash per column over all rows instead, which only one process can compute.
     """
 
     def __init__(self, format_version: int = FORMAT_VERSION):
@@ -289,7 +295,7 @@ class Fingerprint:
         self._hashes = {name: hashlib.sha256() for name in names}
 
     def update(self, block: Mapping[str, np.ndarray]) -> None:
-        """Adds a block of rows; see `block_digest`."""
+        """Adds the next block of rows, [B, L] per column; see `block_digest`."""
         if self._version > 1:
             self.add(block_digest(block))
         else:
@@ -297,13 +303,14 @@ class Fingerprint:
                 digest.update(np.ascontiguousarray(block[name]).data)
 
     def add(self, digests: bytes) -> None:
-        """Adds blocks by their digests, one after the other."""
+        """Adds the next blocks by their digests, concatenated."""
         self._hashes["blocks"].update(digests)
 
     def hexdigest(self, sequence_length: int, vocabulary_hash: str, source_names: Iterable[str]) -> str:
+        """The fingerprint, 64 hexadecimal digits: of the rows, and of what gives their ids a meaning."""
         content = {name: digest.hexdigest() for name, digest in self._hashes.items()}
         content |= {
-            "row_length": sequence_length,  # its first name: another key would change every fingerprint
+            "row_length": sequence_length,  # the name in earlier versions: another key would change every fingerprint
             "vocabulary": vocabulary_hash,
             "source_names": list(source_names),
         }
@@ -311,17 +318,17 @@ class Fingerprint:
 
 
 def create_columns(store: Store, num_rows: int, sequence_length: int, vocabulary: Vocabulary) -> None:
-    """Empty columns, in place of what is there."""
+    """Creates the four columns, [num_rows, sequence_length] each, and discards any that are there."""
     dtypes = {"tokens": token_dtype(vocabulary).name, **COLUMN_DTYPES}
     for name in COLUMNS:
         store.create_array(f"columns/{name}", dtypes[name], (num_rows, sequence_length), complete=True)
 
 
 def write_block(store: Store, begin: int, block: Mapping[str, np.ndarray]) -> None:
-    """Writes rows from `begin` on, [B, L] per column. Processes that write at the same time write whole files: `begin`
-    and B are multiples of `SHARD_ROWS`, except at the end of the corpus."""
+    """Writes rows from `begin` on, [B, L] per column. Several processes may write at the same time if each writes whole
+    files: `begin` and B must be multiples of `SHARD_ROWS`, except at the end of the corpus."""
     arrays = {name: store.open_array(f"columns/{name}", cached=False) for name in COLUMNS}
-    some = 4 * SHARD_ROWS  # at a time, since TensorStore copies what it is about to write
+    some = 4 * SHARD_ROWS  # rows at a time: TensorStore copies them before it writes
     for first in range(0, len(block["tokens"]), some):
         writing = []
         for name, array in arrays.items():
@@ -340,7 +347,16 @@ def complete(
     source_names: Sequence[str],
     more: Mapping[str, Any],
 ) -> Corpus:
-    """Writes vocabulary and manifest, which make a corpus of columns and documents; `more` is for the manifest."""
+    """Turns columns and documents that are on disk into a corpus, by writing the vocabulary and the manifest.
+
+    Args:
+        store: of the corpus.
+        fingerprint: to which all rows were added.
+        shape: (num_rows, sequence_length).
+        vocabulary: of the tokens.
+        source_names: the source of each value of `source_ids`.
+        more: further entries of the manifest, such as counts and settings.
+    """
     for name, file in vocabulary.files().items():
         store.write(f"vocabulary/{name}", file)
     about = {"kind": vocabulary.kind, "size": vocabulary.size, "content_hash": vocabulary.content_hash}
@@ -352,13 +368,13 @@ def complete(
         "source_names": list(source_names),
         "vocabulary": about,
     }
-    # Last: a corpus that was cut short has no manifest, and `open` refuses it.
+    # Last: without a manifest, `open` refuses the corpus as unfinished.
     store.write_json(MANIFEST, {**more, **manifest})
     return Corpus.open(store.path)
 
 
 class CorpusWriter:
-    """Writes a corpus from arrays in one process: rows in order, then `finish`."""
+    """Writes a corpus from arrays in one process: call `write` for each block of rows in order, then `finish`."""
 
     def __init__(self, store: Store, num_rows: int, sequence_length: int, vocabulary: Vocabulary):
         self._store, self._vocabulary, self._shape = store, vocabulary, (num_rows, sequence_length)

@@ -3,9 +3,9 @@
 Rho-1 (arXiv 2404.07965) Eq 3-5: excess loss = own loss - reference loss; the top k % train. Appendix H: the
 intersection or union of two selections.
 
-With the default scope the selected set is the one that `jax.lax.top_k` finds over the flattened global batch, ties
-included; `top_k_oracle` computes it that way, and tests compare the two. top_k would gather all scores on every device;
-the bisection used here (`_largest`) exchanges three counts in each of 16 rounds instead.
+With the default scope the selected set is that of `jax.lax.top_k` over the flattened global batch, ties included (tests
+compare it with `top_k_oracle`). top_k would gather all scores on every device; the bisection used here (`_largest`)
+exchanges three counts in each of 16 rounds. Shapes: G groups (shards or rows) of N tokens; T totals, G of them or 1.
 """
 
 import dataclasses
@@ -229,7 +229,7 @@ def token_scores(
     key: PRNGKeyArray,
     entropies: Mapping[int, Float[Array, "B L"]] | None = None,
 ) -> Float[Array, "B L"]:
-    """Score of each token in float32, high = train first. `columns` holds what `selection.columns()` names."""
+    """Score of each token in float32; high scores train first. `columns` holds the columns of `selection.columns()`."""
     losses = jax.lax.stop_gradient(losses).astype(jnp.float32)
     if selection.score == "loss":
         score = losses
@@ -330,12 +330,12 @@ def _ordered_bits(scores: Float[Array, "G N"], valid: Bool[Array, "G N"]) -> jax
 
 
 def _totals(x: Bool[Array, "G N"], across: bool = False) -> Int[Array, "T 1"]:
-    """Number of True in each group, T = G, or `across` all groups, T = 1."""
+    """Number of True in each group (T = G), or `across` all groups (T = 1)."""
     return jnp.sum(x, axis=(0, 1) if across else 1, keepdims=True, dtype=jnp.int32)
 
 
 def _largest(keys: Array, count: Int[Array, "T 1"], across: bool = False) -> Bool[Array, "G N"]:
-    """True for the `count` largest keys of each group (or `across` all groups), equal ones in order of position.
+    """True for the `count` largest keys of each group, or `across` all groups; of equal ones, the first by position.
 
     Bisection finds the count-th largest key without sorting: each round settles two of its bits, by counting the keys
     that reach three candidates. Devices exchange three counts per round, and one each for the ties.
@@ -358,7 +358,7 @@ def _largest(keys: Array, count: Int[Array, "T 1"], across: bool = False) -> Boo
     return above | (equal & (earlier < count - _totals(above, across)))
 
 
-# ---- What selection needs of the model, beside its losses.
+# ---- What a selection needs of the model and the run, besides the losses.
 
 
 def selection_entropies(selection: Selection | CombinedSelection | None) -> tuple[int, ...]:
@@ -415,18 +415,18 @@ def within_capacity(
     """The selected tokens that a filtered backward pass has room for: the highest-scored `filtered_capacity` of each
     device and micro-batch (micro-batch m has the rows m, m + num_micro_batches, ...)."""
     shards, length = mesh.num_shards(), scores.shape[1]
-    # [B, L] -> [S, N] -> [S, micro-batches, N / micro-batches] -> one group for each device and micro-batch
+    # [B, L] -> [S, N] -> [S, micro-batches, rows, L] -> [G, N], one group for each device and micro-batch
     keys = mesh.by_shard(_ordered_bits(scores, selected))
     keys = keys.reshape(shards, -1, num_micro_batches, length).swapaxes(1, 2)
     groups = keys.reshape(shards * num_micro_batches, -1)
     capacity = filtered_capacity(selection, scores.shape, num_micro_batches)
     kept = _largest(groups, jnp.full((len(groups), 1), capacity, jnp.int32))
-    # and all the way back to [B, L]
+    # [G, N] -> [S, micro-batches, rows, L] -> [S, N] -> [B, L]
     kept = kept.reshape(keys.shape).swapaxes(1, 2)
     return mesh.to_rows(kept.reshape(shards, -1), length)
 
 
-# ---- In a saved run.
+# ---- A selection in run.json.
 
 
 def selection_record(selection: Selection | CombinedSelection | None) -> dict[str, Any] | None:
@@ -459,7 +459,7 @@ def recorded_lag(phases: Sequence[dict[str, Any]]) -> int:
     return next((part["lag"] for part in parts if part.get("history") == "lagged"), 0)
 
 
-# ---- In words, for people.
+# ---- A selection in words, for the plan and reports.
 
 
 def share_bounds(selection: Selection | CombinedSelection) -> tuple[float, float]:

@@ -5,10 +5,12 @@ Everything per token is stored at the token that it describes:
 The hidden state that predicts it is at t - 1. This module is the one place that shifts between the two.
 
 Tokens go through the head in chunks, and only those that are needed: the forward pass visits tokens that have a loss,
-the backward pass tokens whose loss has a gradient. Each device works on its own tokens (`mesh.by_shard`), and all run
-as many chunks as the device with the most tokens: a head sharded over the vocabulary needs every device in each chunk.
+the backward pass tokens whose loss has a gradient. Each shard of the batch works on its own tokens (`mesh.by_shard`),
+and all run as many chunks as the shard with the most tokens: a head split over the vocabulary needs all devices in each
+chunk.
 
-Shapes: S devices with N = B * L / S tokens each; C tokens in a chunk; M = N + C places for results.
+Shapes: S shards of the batch (over the axes data and fsdp) with N = B * L / S tokens each; C tokens in a chunk;
+M = N + C places for results.
 """
 
 import functools
@@ -80,7 +82,7 @@ def from_predictors(x: Array) -> Array:
 
 
 def at_tokens(x: Float[Array, "S N"], length: int) -> Float[Array, "B L"]:
-    """Moves values at predicting positions, one row per device, to the predicted tokens of rows of `length`."""
+    """Moves values at predicting positions, one row per shard, to the predicted tokens of rows of `length`."""
     # [S, N] -> [B, L]
     return from_predictors(mesh.to_rows(x, length))
 
@@ -112,7 +114,7 @@ def token_loss_and_entropies(
     token, for each k of `top_ks`: over the k likeliest tokens with their probabilities scaled to sum to 1, or over the
     whole vocabulary where k is 0. The entropies are not differentiable.
     """
-    # [B, L] -> [S, N]: the tokens of each device as one row, each target at the position that predicts it
+    # [B, L] -> [S, N]: the tokens of each shard as one row, each target at the position that predicts it
     targets, wanted = (mesh.by_shard(predictors(x)) for x in (tokens, predicted(segment_ids)))
     size = vocab_size or head.shape[1]
     found: list[jax.Array] = _losses(mesh.by_shard(hidden), head, targets, wanted, size, tuple(top_ks))
@@ -149,7 +151,7 @@ def row_loss(
     weights: Float[Array, "S N"],
     vocab_size: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "S N"]]:
-    """`weighted_loss` of N hidden states on each of S devices; targets and weights are at the predicting positions."""
+    """`weighted_loss` of N hidden states in each of S shards; targets and weights are at the predicting positions."""
     size = vocab_size or head.shape[1]
     both: tuple[jax.Array, jax.Array] = _weighted(hidden, head, targets, weights, weights != 0, size)
     return both
@@ -289,7 +291,7 @@ def _gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Losses [S, N] where wanted, and the gradients of sum(weights * losses) in h [S, N, D] and head [D, V].
 
-    d loss / d logits = softmax - one-hot. Each device sums its own part of d_head; they are added once, at the end.
+    d loss / d logits = softmax - one-hot. Each shard sums its own part of d_head; the parts are added once, at the end.
     """
     chunks, matrix = _TokenChunks.of(wanted, head), _gathered(head, h.dtype)
     columns = jnp.arange(head.shape[1])
@@ -307,7 +309,7 @@ def _gradients(
         d_head += jnp.einsum("scd,scv->sdv", rows, d_logits, preferred_element_type=jnp.float32)
         return _put(losses, loss, start), _put(d_h, d_rows, start), d_head
 
-    # One [D, V] sum per device, in float32: thousands of tokens are added, and bfloat16 would drop the small ones.
+    # [S, D, V]: one sum per shard, in float32: thousands of tokens are added, and bfloat16 would drop the small ones.
     parts = jnp.zeros((h.shape[0], *head.shape), jnp.float32)
     parts = mesh.constrain(parts, mesh.P(("data", "fsdp"), None, "model"))
     losses, d_h, parts = chunks.run(chunk, (chunks.buffer(), chunks.buffer(h.shape[2], dtype=h.dtype), parts))
@@ -316,7 +318,7 @@ def _gradients(
 
 
 class _TokenChunks(NamedTuple):
-    """The wanted tokens of each device, compacted and visited `width` at a time."""
+    """The wanted tokens of each shard, moved to the front and visited `width` at a time."""
 
     wanted: Bool[Array, "S N"]
     order: Int[Array, "S M"]  # positions of the wanted tokens, ascending, then N for every empty place
@@ -327,13 +329,14 @@ class _TokenChunks(NamedTuple):
         columns = head.shape[1] // mesh.axis_size("model")  # of the logits that one device computes
         width = min(CHUNK_TOKENS, max(128, CHUNK_LOGITS // columns), wanted.shape[1])
         empty = wanted.shape[1]
-        order = jnp.argsort(~wanted, axis=1, stable=True)  # the wanted ones first
+        order = jnp.argsort(~wanted, axis=1, stable=True)  # [S, N], the wanted ones first
         order = jnp.where(jnp.arange(empty) < jnp.sum(wanted, axis=1, keepdims=True), order, empty)
         # [S, N] -> [S, M]: the last chunk may reach past N. `take` reads nothing at position N, and returns 0 there.
         return cls(wanted, jnp.pad(order, ((0, 0), (0, width)), constant_values=empty), width)
 
     def run(self, chunk: Callable, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """results = chunk(results, start, size) over the wanted tokens of the device with the most of them."""
+        """Repeats results = chunk(results, start, size) until every shard has visited its wanted tokens."""
+        # Of the shard with the most of them; the others visit empty places at the end.
         count = jnp.max(jnp.sum(self.wanted, axis=1, dtype=jnp.int32))
         if self.width < QUARTERED:
             return jax.lax.fori_loop(
@@ -345,7 +348,7 @@ class _TokenChunks(NamedTuple):
         return jax.lax.fori_loop(0, left, lambda i, x: chunk(x, whole * self.width + i * quarter, quarter), results)
 
     def index(self, start: jax.Array, size: int) -> Int[Array, "S C"]:
-        """Positions of the tokens of one chunk."""
+        """Positions of the tokens of one chunk, N for empty places."""
         return jax.lax.dynamic_slice_in_dim(self.order, start, size, axis=1)
 
     def buffer(self, *features: int, dtype=jnp.float32) -> jax.Array:

@@ -1,8 +1,9 @@
-"""How much each token that trains counts: rules from what is known of a token to a weight. Pure functions.
+"""How much each token that trains counts: a rule computes its weight from its loss, entropy, position or columns.
 
-A rule is any function, or dataclass with `__call__`, whose parameters are some of `VALUES`. It gets these values by
-name and returns weights [B, L], not negative. Only what it names is computed: a rule without `own_loss` and
+A rule is a pure function, or a dataclass with `__call__`, whose parameters are some of `VALUES`. It gets these values
+by name and returns weights [B, L], 0 or more. Only what it names is computed: a rule without `own_loss` and
 `own_entropy` costs nothing, because its weights are known before the losses. No gradient flows through a weight.
+A rule of your own goes into your own module and Phase.weighting: see docs/tutorials/new_idea.md.
 
 A rule may have two attributes: `columns`, the names of the score columns that it reads, as `scores/NAME/STATISTIC`, and
 `entropy_top_k`, if its `own_entropy` is that of the k likeliest tokens.
@@ -26,6 +27,7 @@ from slm_jax.files import to_json
 
 Rule = Callable[..., Any]
 OF_THE_MODEL = ("own_loss", "own_entropy")
+# columns is a dict of [B, L] arrays, step a scalar, the others are [B, L]; see `rule_weights`.
 VALUES = (*OF_THE_MODEL, "columns", "positions", "segment_ids", "step")
 NORMALISERS = ("weights", "tokens")
 
@@ -101,7 +103,7 @@ class Focal:
     """w = (1 - p(token))^gamma: the focal loss (arXiv 1708.02002, Eq 4), here without gradient through the weight.
 
     Attributes:
-      gamma: how strongly tokens that the model predicts well are held back; 0 gives every token weight 1.
+      gamma: the higher, the less a token counts that the model predicts well; 0 gives every token weight 1.
     """
 
     gamma: NotNegative = 2.0
@@ -119,7 +121,7 @@ class ExcessSigmoid:
 
     Attributes:
       reference: name of the corpus' score column.
-      temperature: in nats, over which the weight rises from 0.27 to 0.73 on either side of the offset.
+      temperature: in nats; the weight is 0.27 one temperature below the offset, and 0.73 one above.
       offset: excess loss at which the weight is one half, in nats.
     """
 
@@ -143,7 +145,7 @@ class PositionTanh:
     context, count less (marin-community/marin, issue 5306, with scale 10).
 
     Attributes:
-      scale: in tokens; the weight is 0.76 there.
+      scale: position at which the weight is 0.76, in tokens.
     """
 
     scale: Positive = 10.0
@@ -172,7 +174,7 @@ class ColumnWeight:
         return columns[self.columns[0]]
 
 
-# ---- What a rule needs, and its weights.
+# ---- What a rule reads, and the weights it returns.
 
 
 def takes(rule: Rule) -> tuple[str, ...]:
@@ -186,7 +188,7 @@ def depends_on_model(rule: Rule | None) -> bool:
 
 
 def entropies_of(rule: Rule | None) -> tuple[int, ...]:
-    """The k of the entropy that a rule reads, if it reads one; 0 stands for the whole vocabulary."""
+    """The k of the entropy that a rule reads, or (); a k of 0 stands for the whole vocabulary."""
     return (entropy_top_k(rule),) if rule is not None and "own_entropy" in takes(rule) else ()
 
 
@@ -200,7 +202,7 @@ def columns_of(rule: Rule | None) -> tuple[str, ...]:
 
 
 def check_rule(rule: Rule) -> None:
-    """Refuses a rule with a parameter that is not one of VALUES, or one that names no columns and reads them.
+    """Refuses a rule with a parameter that is not one of VALUES, or one that reads columns without naming them.
 
     Raises:
       UserError: `weighting-parameter`, `weighting-no-columns`.
@@ -230,10 +232,10 @@ def rule_weights(
     """The weights of a rule, float32, for all tokens, whether they train or not.
 
     Args:
-      rule: see the beginning of this file.
+      rule: see the module docstring.
       losses: the model's own; None if the rule does not depend on them.
       entropies: by k, at least those of `entropies_of(rule)`.
-      batch: of which micro-batch or batch the losses are.
+      batch: the batch or micro-batch of these losses, with the score columns of `columns_of(rule)`.
       step: number of the step in the run, from 1.
 
     Raises:
@@ -257,11 +259,11 @@ def rule_weights(
     return jax.lax.stop_gradient(weights.astype(jnp.float32))
 
 
-# ---- In words, for people.
+# ---- A rule by name and in words, for run.json, the plan and reports.
 
 
 def name_of(rule: Rule) -> str:
-    """Its name, with its module unless it is one of this file."""
+    """The rule's name, with its module unless that is this one."""
     owner = rule if inspect.isfunction(rule) else type(rule)
     return owner.__qualname__ if owner.__module__ == __name__ else f"{owner.__module__}.{owner.__qualname__}"
 
@@ -275,7 +277,7 @@ def record_of(rule: Rule | None) -> dict[str, Any] | None:
 
 
 def weighting_in_words(phase: Mapping[str, Any]) -> Sequence[str]:
-    """Of a phase as run.json keeps it, for example `weights Focal(gamma=2.0), divided by their sum`; nothing where
+    """The weighting of a phase in run.json, for example [`weights Focal(gamma=2.0), divided by their sum`]; [] where
     every token that trains has weight 1."""
     words, rule = [], phase.get("weighting")
     if rule:

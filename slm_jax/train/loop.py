@@ -49,7 +49,10 @@ from slm_jax.train.step_metrics import StepMetrics, write_evaluation
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """HeldOut and the like, which this package cannot import."""
+    """What the loop needs of an evaluator, such as HeldOut; `evaluate` itself may not be imported here.
+
+    `bind` returns a function from parameters to pairs (name, value), see `write_evaluation`.
+    """
 
     @property
     def name(self) -> str: ...
@@ -58,7 +61,7 @@ class Evaluator(Protocol):
 
 
 def _peak(model: ModelConfig, phases: Sequence[Phase]) -> float:
-    """The peak learning rate of a run that names none, by the size of its model."""
+    """The peak learning rate of a run that sets none, from the number of its parameters."""
     vocab_size = model.vocab_size or Corpus.open(phases[0].mixture[0].corpus).vocab_size
     count = dataclasses.replace(model, vocab_size=vocab_size).parameter_count()
     peak = peak_by_size(count)
@@ -224,7 +227,7 @@ def train(
             shapes_of_phase = shapes._replace(start=shapes.params if phase.l2_to_init else None)
             steps.append(compile_step(step_of_phase, devices, shapes_of_phase))
 
-        # --- What happens between steps.
+        # --- Metrics, evaluation and checkpoints, between steps.
         writer = stack.enter_context(contextlib.closing(MetricsWriter(run, first)))
         chip = chip_of(devices.devices.flat[0].device_kind)
         peak_flops = chip.peak_flops * devices.size if chip else None  # unknown for chips without a data sheet
@@ -246,9 +249,9 @@ def train(
             # The end of the run is the end of its last phase.
             return done in plan.first_steps[1:] or (every > 0 and done % every == 0)
 
-        # --- Data: this host's rows of each batch, read ahead in a background thread.
+        # --- Data: this host's rows of each batch [B, L], read ahead in a background thread.
         def load(step: int) -> Batch:
-            # Any host can compute any row of any step, so the hosts share the rows without talking to each other.
+            # Any host can compute any row of any step, so the hosts divide the rows without communication.
             batch_size = plan.phases[plan.phase_index(step)].batch_size
             return mesh_lib.to_devices(devices, batch_size, lambda rows: plan.batch(step, rows))
 
@@ -270,7 +273,7 @@ def train(
             if step in (first, begin):
                 if step == begin and phase.reset_optimizer:
                     state = state._replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
-                phase_start = None
+                phase_start = None  # the parameters with which the phase began, if l2_to_init needs them
                 if phase.l2_to_init and step == begin:
                     phase_start = jax.tree.map(jnp.copy, state.params)  # a copy: the step reuses the memory of params
                 elif phase.l2_to_init:

@@ -1,4 +1,8 @@
-"""A run is a list of phases. The step alone determines its phase and its learning rate."""
+"""A run is a list of phases. The step alone determines its phase and its learning rate.
+
+`learning_rate` and `keep_ratio` make one function of the step each, t -> value with t counted from 1, from the
+`Schedule`s that phases set (schedules.py).
+"""
 
 import dataclasses
 import math
@@ -31,8 +35,8 @@ class Phase:
       weighting: how much each of these tokens counts, in place of 1: DFT, EAFT, Focal, ExcessSigmoid, PositionTanh,
         ColumnWeight, or a function of your own, see slm_jax/score/weighting.py. No gradient flows through the weights.
       normalise: what the sum of weight * loss over the global batch is divided by: the sum of the `weights`, or the
-        number of `tokens` that have one. The two differ by a factor of the learning rate that AdamW takes out again,
-        as long as gradients are not clipped.
+        number of `tokens` that have one. The gradients differ by a factor; AdamW cancels it if it is constant and
+        gradients are not clipped.
       unselected_weight: weight of the tokens that the selection leaves out; 0 leaves them out entirely.
       keep_ratio: a Schedule over the phase in place of Selection.ratio.
       schedule: learning rate from this phase on, until a later phase sets its own; None continues the previous
@@ -122,6 +126,7 @@ class Phase:
 
     @property
     def weights(self) -> Weighting:
+        """The settings `weighting`, `normalise` and `unselected_weight`, as the train step takes them."""
         return Weighting(self.weighting, self.normalise, self.unselected_weight)
 
     def record(self) -> dict[str, Any]:
@@ -133,7 +138,7 @@ class Phase:
         }
         record = {name: value for name, value in to_json(self).items() if name not in weights}
         record["selection"] = selection_record(self.selection)
-        # Where they are off they are left out, as in runs of earlier versions, which can then be continued.
+        # Left out where they are off: run.json is then that of earlier versions, and their runs can be continued.
         return record | (weights if self.weights.on else {})
 
 
@@ -154,7 +159,7 @@ def history_lag(phases: Sequence[Phase]) -> int:
 
 
 def values(scalar: optax.Schedule, steps: int) -> np.ndarray:
-    """The values of a scalar at t = 1, ..., steps."""
+    """The values of a schedule at t = 1, ..., steps: [steps]."""
     return np.asarray(scalar(np.arange(1, steps + 1)) * np.ones(steps))
 
 
@@ -187,7 +192,8 @@ def learning_rate(phases: Sequence[Phase], schedule: Schedule | None) -> optax.S
 
 
 def keep_ratio(phases: Sequence[Phase], number: int) -> optax.Schedule | None:
-    """t -> fraction of the valid tokens to train on, t counted as for the learning rate; None where it is constant."""
+    """t -> fraction of the valid tokens that trains in phase `number`, t counted from 1 at the beginning of the run;
+    None if the phase sets no keep_ratio."""
     phase = phases[number]
     if phase.keep_ratio is None:
         return None

@@ -1,8 +1,10 @@
 """The train step: losses -> scores -> selection -> weights -> gradient -> update, as one pure function, and its jit.
 
 The loss of a step is sum(weights * losses) / sum(weights), over the global batch: Rho-1 Eq 4 with weights of 0 and 1.
-A weighting (`Phase.weighting`) gives the tokens that train other weights.
+`Phase.weighting` gives the tokens that train other weights, and `Phase.normalise` can divide by their number instead.
 Devices and micro-batches exchange sums, never means, so that the result does not depend on how a batch is split.
+
+Shapes: M micro-batches of R = B / M rows each.
 """
 
 import functools
@@ -86,6 +88,7 @@ def make_step(
             past = state.average if name == "average" else (state.history or {}).get("older")
             assert past is not None, f"the state holds no {name}"
             under_past = functools.partial(batch_loss, past, model)
+            # [B, L] -> [M, R, L], one micro-batch at a time, -> [B, L]
             losses = _join_rows(jax.lax.map(under_past, _split_rows(batch, num_micro_batches)))
             batch = batch._replace(scores=batch.scores | {history_name(name): losses})
 
@@ -95,7 +98,7 @@ def make_step(
             micro_batches = _split_rows(batch, num_micro_batches)
             top_ks = (*selection_entropies(selection), *entropies_of(weighting.rule))
             own = jax.lax.map(lambda part: batch_loss_and_entropies(params, model, part, top_ks), micro_batches)
-            losses, entropies = jax.tree.map(_join_rows, own)
+            losses, entropies = jax.tree.map(_join_rows, own)  # [M, R, L] -> [B, L] each
             weights, metric_sums = token_weights(
                 selection, losses, batch, key, num_micro_batches, ratio, weighting, entropies, t
             )
@@ -113,13 +116,13 @@ def make_step(
                 return jax.tree.map(jnp.add, total, gradient), sums
 
             zeros = jax.tree.map(jnp.zeros_like, params)
-            # (batch, weights, keys), each [B, ...] -> [micro-batches, B / micro-batches, ...]
+            # batch and weights: [B, L] -> [M, R, L]; keys [M]
             parts = (*_split_rows((batch, weights), num_micro_batches), jax.random.split(key, num_micro_batches))
             gradient, sums = jax.lax.scan(accumulate, zeros, parts)
-            metric_sums |= jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+            metric_sums |= jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)  # [M, ...] -> [...]
 
-        # ---- Update. The only division, by a sum over the global batch. It is written for each array, since XLA rounds
-        # differently where one divisor serves all, and runs of earlier versions would not resume to the bit.
+        # ---- Update. The only division, by a sum over the global batch. The divisor is computed once per array: if all
+        # shared one, XLA would round differently, and runs of earlier versions would not resume to the bit.
         gradient = jax.tree.map(lambda g: g / normaliser(weighting, metric_sums), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         if l2_to_init:
@@ -163,8 +166,8 @@ def micro_batch_gradient(
     filtered: the whole backward pass runs at the positions that predict a selected token, up to `capacity` of them on
       each device. The gradient is approximate, see filtered_gradient.py; dropout is not supported.
 
-    `weights` are those of a first pass over all micro-batches, if there was one. That pass has already measured the
-    metric sums, so they are {} here.
+    `weights` are those of the look-ahead pass over all micro-batches, if there was one. It has already measured the
+    metric sums, so this function returns {} for them. With `weights` None, they are computed here.
     """
     dropout_key = jax.random.fold_in(key, 1) if model.dropout else None
 
@@ -180,7 +183,7 @@ def micro_batch_gradient(
             return weighted_loss(hidden, head, batch.tokens, known, model.vocab_size, valid)
 
         gradient, losses = jax.grad(loss_sum, has_aux=True)(params)
-        # The weights were `known`; the sums need the losses.
+        # `token_weights` computes the same weights again; it is called for its metric sums, which need the losses.
         return gradient, token_weights(None, losses, batch, key, weighting=weighting, step=step)[1]
 
     top_ks = (*selection_entropies(selection), *entropies_of(weighting.rule)) if weights is None else ()
@@ -213,9 +216,18 @@ def token_weights(
     """Losses -> scores -> selection -> the weight of each token's loss, and the metric sums that follow from it.
 
     A token without a finite score is never selected. A non-finite loss of the model itself is not hidden: its sum stops
-    the run (`StepMetrics`), and so does a weight that is negative or not finite. `num_micro_batches`: the number of
-    parts in which the gradient of this batch is computed; `ratio` replaces selection.ratio; `entropies` are those that
-    selection and weighting read, `step` is the number of the step.
+    the run (`StepMetrics`), and so does a weight that is negative or not finite.
+
+    Args:
+      selection: None if every valid token trains.
+      losses: the model's own.
+      batch: with the score columns that selection and weighting read.
+      key: of random scores.
+      num_micro_batches: the number of parts in which the gradient of this batch is computed.
+      ratio: replaces selection.ratio.
+      weighting: how much each token that trains counts.
+      entropies: by k, those that selection and weighting read.
+      step: number of the step in the run, from 1.
     """
     # ---- Which tokens train.
     valid = valid_tokens(batch)
@@ -258,7 +270,9 @@ def weigh(
 
 
 def normaliser(weighting: Weighting, metric_sums: MetricSums) -> Float[Array, ""]:
-    """What the summed gradient of the global batch is divided by. If no token trained, the gradient is 0, not NaN."""
+    """The divisor of the summed gradient of the global batch: the sum of the weights, or the number of the tokens that
+    train (of all valid tokens, if `unselected` gives the others a weight). Never 0: without tokens, the gradient is 0.
+    """
     if weighting.on and weighting.normalise == "weights":
         return jnp.where(metric_sums["weight_sum"] == 0, 1.0, metric_sums["weight_sum"])
     return jnp.maximum(metric_sums["valid_tokens" if weighting.unselected else "trained_tokens"], 1.0)

@@ -12,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import toy
 from toy import refused
@@ -146,8 +147,19 @@ def test_killed_at_any_moment_and_started_again(corpus, files, tmp_path):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not there():
             time.sleep(0.002)
+        workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        begin = time.monotonic()
+        while any(map(works, workers)):  # they end with it
+            assert time.monotonic() - begin < 60
+            time.sleep(0.02)
+
+    def works(worker: psutil.Process) -> bool:
+        try:
+            return worker.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
     kill_when(lambda: any(path.glob("work/done/tokenize-*")))
     shards = {shard: shard.stat().st_mtime_ns for shard in path.glob("work/done/tokenize-*.json")}

@@ -287,7 +287,8 @@ def _dask(address: str) -> Iterator[Workers]:
         from distributed import Client
     except ImportError as error:
         raise UserError(
-            "prepare-no-dask", "prepare.cluster needs Dask: install it with `pip install slm_jax[cluster]`"
+            "prepare-no-dask",
+            "prepare.cluster needs Dask: install it with `pip install distributed`, on the workers too",
         ) from error
     for name in ("distributed.client", "distributed.core", "distributed.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # that the scheduler is gone is said in one line

@@ -1,4 +1,8 @@
-"""Checkpoints through Orbax: saved asynchronously, restored onto any mesh, with fallback from damaged ones."""
+"""Checkpoints through Orbax: saved asynchronously, restored onto any mesh, with fallback from damaged ones.
+
+A checkpoint holds items, which are pytrees of arrays, and `about`, a description in JSON with their fingerprints. The
+items of a train run are those of `TrainState.items` (train/state.py); `save` in train/loop.py writes its description.
+"""
 
 import hashlib
 import logging

@@ -1,4 +1,4 @@
-"""The state that a training run carries from step to step."""
+"""The state that a training run carries from step to step, and the items of it that a checkpoint holds."""
 
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from slm_jax.models.model_config import ModelConfig
 class TrainState(NamedTuple):
     """Parameters and optimizer state after `step` steps. Everything else follows from the step and the seed.
 
+    step: number of finished steps.
+    params: float32, see models/forward.py.
+    opt_state: of optax, without the learning rate: the moments.
     average: moving average of the parameters, if the run keeps one.
     start: parameters at the beginning of the phase, if it has l2_to_init. Checkpoints leave them out: the checkpoint at
       the phase boundary has them.
@@ -31,13 +34,14 @@ class TrainState(NamedTuple):
     history: dict[str, forward.Params] | None = None
 
     def items(self) -> dict[str, Any]:
-        """The items of a checkpoint."""
+        """The items of a checkpoint, all but `start`; `save` in loop.py adds model, vocabulary hash and counters."""
         items = {"params": self.params, "rest": {"opt_state": self.opt_state, "step": self.step}}
         items |= {"average": self.average} if self.average else {}
         return items | ({"history": self.history} if self.history else {})
 
     @classmethod
     def of(cls, items: dict[str, Any]) -> "TrainState":
+        """The state whose `items` these are."""
         rest = items["rest"]
         return cls(rest["step"], items["params"], rest["opt_state"], items.get("average"), history=items.get("history"))
 

@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE
     bindings = [_binding(stage, argument) for argument in rest]
     if runs and (binding := config.words_binding(stage, runs)):
-        bindings.append(binding)
+        bindings.insert(0, binding)  # a setting by its name overrides a word
         if stage == "prepare" and not known.gin_file:  # files alone need no settings of a source
             bindings.insert(0, "Source.name='text'")
     elif runs or None in bindings:

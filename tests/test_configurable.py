@@ -115,7 +115,7 @@ def test_every_wrong_value_is_refused_in_one_line_that_names_the_setting(shell):
 
 
 def test_every_number_has_a_range():
-    free = {"threshold", "high", "at_most", "at_least"}  # bounds on quantities that may have any sign
+    free = {"threshold", "offset", "high", "at_most", "at_least"}  # bounds on quantities that may have any sign
     for name, _, setting, kinds in surface():
         for kind, marks in kinds:
             assert kind not in (int, float) or marks or setting in free, f"{name}.{setting} has no range"

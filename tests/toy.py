@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gin
 import jax
 import numpy as np
 import pyarrow
@@ -244,10 +245,15 @@ class Shell:
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function of a module gives in that process."""
-        return self._pool.submit(function, *arguments).result()
+        return self._pool.submit(_call, function, *arguments).result()
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    gin.clear_config()  # settings of the command before
+    return function(*arguments)
 
 
 def _run_captured(arguments: Sequence[str], folder: str) -> tuple[int, str, str]:

@@ -48,12 +48,12 @@ class Selection:
       score: `excess` (own loss minus reference loss, high first; the paper's), `loss` (own loss, high first),
         `own_entropy` (of the model's own prediction, high first: ESLM, arXiv 2505.19893), `difference` (the loss of
         `reference` minus that of `minus`, high first: Token Cleaning, arXiv 2502.01968), `reference` and `entropy` (the
-        reference's, low first: Rho-1 §3.4), or `random`.
+        reference's loss and entropy, low first: Rho-1 §3.4), or `random`.
       ratio: fraction of the valid tokens that trains, in (0, 1].
       threshold: if given, tokens whose score is above it train instead of a fraction. Scores that are low first are
         negated, so -2.0 keeps reference losses below 2.0.
-      order: which values of the score train first: `high` or `low` ones, or those in the `middle`, that is as many of
-        the tokens above are left out as of those below. None is the score's own order.
+      order: which values of the score train first: `high`, `low`, or those in the `middle`, with as many tokens left
+        out above as below. None uses the score's own order.
       scope: which tokens compete: those of the global `batch` (the paper's reading), of a `micro_batch` over all
         devices, of a `sequence` (row), or of the rows on one `device`. With gradient accumulation, `batch` and
         `device` need an additional forward pass over all micro-batches; `micro_batch` and `sequence` do not.
@@ -66,13 +66,14 @@ class Selection:
       capacity: fraction of a device's positions that a filtered backward pass has room for; None is `ratio`, plus a
         tenth where several devices share one selection. Beyond it the lowest scores are dropped, and counted.
       minus: for `difference`, the score column whose loss is subtracted.
-      entropy_top_k: for `own_entropy`, how many of the likeliest tokens it is taken over, their probabilities scaled to
-        sum to 1; 0 takes all.
-      history: for `excess`, an earlier state of the run as the reference, in place of a column: its moving `average`
-        (OptimizerConfig.ema), or the `lagged` one of Selection.lag. Each step has one more forward pass. In the first
-        step of a run the two are equal, so the selection is arbitrary. ssToken (arXiv 2510.18250) keeps `low` ones.
-      lag: for a `lagged` history, N: the parameters of N to 2N - 1 steps ago, renewed every N steps. The state of the
-        run holds two copies of them.
+      entropy_top_k: for `own_entropy`, the number of likeliest tokens to compute it over, with probabilities scaled to
+        sum to 1; 0 uses all tokens.
+      history: for `excess`, an earlier state of the run as the reference, instead of a column: its moving `average`
+        (OptimizerConfig.ema), or `lagged` parameters (Selection.lag). Each step runs one more forward pass. In the
+        first step of a run both models are equal, so the selection is arbitrary. ssToken (arXiv 2510.18250) keeps `low`
+        values.
+      lag: for a `lagged` history, N: the parameters of N to 2N - 1 steps ago, renewed every N steps. The training state
+        holds two copies of the parameters for it.
     """
 
     score: Annotated[str, OneOf(SCORES)] = "excess"
@@ -94,8 +95,8 @@ class Selection:
         if (self.minus is not None) != (self.score == "difference"):
             raise UserError(
                 "selection-minus",
-                f"Selection.score is {self.score!r} and Selection.minus {self.minus!r}: 'difference' needs the column "
-                "that is subtracted, the other scores have none",
+                f"Selection.score is {self.score!r} and Selection.minus {self.minus!r}: set Selection.minus, the "
+                "column to subtract, for the score 'difference' and for no other",
             )
         if self.history and self.score != "excess":
             raise UserError(

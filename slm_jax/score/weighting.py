@@ -6,7 +6,7 @@ by name and returns weights [B, L], 0 or more. Only what it names is computed: a
 A rule of your own goes into your own module and Phase.weighting: see docs/tutorials/new_idea.md.
 
 A rule may have two attributes: `columns`, the names of the score columns that it reads, as `scores/NAME/STATISTIC`, and
-`entropy_top_k`, if its `own_entropy` is that of the k likeliest tokens.
+`entropy_top_k`, the k if its `own_entropy` is over the k likeliest tokens.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ NORMALISERS = ("weights", "tokens")
 
 
 class Weighting(NamedTuple):
-    """How the tokens that train are weighted.
+    """The weights of a phase.
 
-    rule: None gives each of them weight 1.
-    normalise: what the sum of weight * loss is divided by: the sum of the `weights`, or the number of `tokens`.
-    unselected: weight of the valid tokens that a selection leaves out.
+    rule: None gives every trained token weight 1.
+    normalise: divisor of the sum of weight * loss: the sum of the `weights`, or the number of `tokens`.
+    unselected: weight of the valid tokens that a selection drops.
     """
 
     rule: Rule | None = None
@@ -50,10 +50,10 @@ class Weighting(NamedTuple):
         return self.rule is not None or self.unselected > 0
 
 
-ALIKE = Weighting()  # every token that trains has weight 1
+ALIKE = Weighting()  # every trained token has weight 1
 
 
-# ---- Rules of papers.
+# ---- Rules from papers.
 
 
 @configurable
@@ -71,14 +71,14 @@ class DFT:
 @configurable
 @dataclasses.dataclass(frozen=True)
 class EAFT:
-    """w = (H_k / ln k)^power, with H_k the entropy of the model's k likeliest next tokens, their probabilities scaled
-    to sum to 1: entropy-adaptive fine-tuning (arXiv 2601.02151, §3).
+    """w = (H_k / ln k)^power, with H_k the entropy over the model's k likeliest next tokens, whose probabilities are
+    scaled to sum to 1: entropy-adaptive fine-tuning (arXiv 2601.02151, §3).
 
     The paper divides by the number of tokens: Phase.normalise = 'tokens'.
 
     Attributes:
-      top_k: how many tokens, at least 2; the paper's 20 by default.
-      power: 1 in the paper; with 0 every token has weight 1.
+      top_k: number of tokens, k, at least 2; 20 in the paper.
+      power: exponent, 1 in the paper; 0 gives every token weight 1.
     """
 
     top_k: Count = 20
@@ -86,7 +86,7 @@ class EAFT:
 
     def __post_init__(self) -> None:
         if self.top_k < 2:
-            raise UserError("weighting-top-k", "EAFT.top_k is 1: the entropy of one token is 0; take 2 or more")
+            raise UserError("weighting-top-k", "EAFT.top_k is 1: one token has no entropy; set it to 2 or more")
 
     @property
     def entropy_top_k(self) -> int:
@@ -103,7 +103,7 @@ class Focal:
     """w = (1 - p(token))^gamma: the focal loss (arXiv 1708.02002, Eq 4), here without gradient through the weight.
 
     Attributes:
-      gamma: the higher, the less a token counts that the model predicts well; 0 gives every token weight 1.
+      gamma: how strongly tokens that the model predicts well are down-weighted; 0 gives every token weight 1.
     """
 
     gamma: NotNegative = 2.0
@@ -141,8 +141,8 @@ class ExcessSigmoid:
 @configurable
 @dataclasses.dataclass(frozen=True)
 class PositionTanh:
-    """w = tanh(position / scale), positions counted from 0 in each document: the first tokens, which have little
-    context, count less (marin-community/marin, issue 5306, with scale 10).
+    """w = tanh(position / scale), with positions counted from 0 in each document: the first tokens, which have little
+    context, get a lower weight (marin-community/marin, issue 5306, with scale 10).
 
     Attributes:
       scale: position at which the weight is 0.76, in tokens.
@@ -157,11 +157,11 @@ class PositionTanh:
 @configurable
 @dataclasses.dataclass(frozen=True)
 class ColumnWeight:
-    """w = a column of the corpus: weights that were computed elsewhere, for example 0.01 on repeats
-    (marin-community/marin, pull request 2310).
+    """w = a column of the corpus: weights computed elsewhere, for example 0.01 on repeats (marin-community/marin, pull
+    request 2310).
 
     Attributes:
-      column: NAME/STATISTIC of the score column, all of whose values must be 0 or more where a token has a loss.
+      column: NAME/STATISTIC of the score column; its values must be 0 or more wherever a token has a loss.
     """
 
     column: str
@@ -183,7 +183,7 @@ def takes(rule: Rule) -> tuple[str, ...]:
 
 
 def depends_on_model(rule: Rule | None) -> bool:
-    """Whether the weights follow from the model's own losses or entropies. Otherwise they are known before these."""
+    """Whether the weights depend on the model's own losses or entropies; otherwise they are known before the losses."""
     return rule is not None and any(name in OF_THE_MODEL for name in takes(rule))
 
 
@@ -211,13 +211,13 @@ def check_rule(rule: Rule) -> None:
         if name not in VALUES:
             raise UserError(
                 "weighting-parameter",
-                f"Phase.weighting: {name_of(rule)} takes {name!r}: a rule can take {', '.join(VALUES)}; its settings "
-                "are the fields of a dataclass with __call__",
+                f"Phase.weighting: {name_of(rule)} has a parameter {name!r}: use {', '.join(VALUES)}; for settings, "
+                "make the rule a dataclass with __call__",
             )
     if "columns" in takes(rule) and not columns_of(rule):
         raise UserError(
             "weighting-no-columns",
-            f"Phase.weighting: {name_of(rule)} takes columns and names none: set its attribute "
+            f"Phase.weighting: {name_of(rule)} has a parameter 'columns' but names none: set its attribute "
             "columns = ('scores/NAME/STATISTIC',)",
         )
 
@@ -229,7 +229,7 @@ def rule_weights(
     batch: Batch,
     step: Int[Array, ""],
 ) -> Float[Array, "B L"]:
-    """The weights of a rule, float32, for all tokens, whether they train or not.
+    """The weights of a rule, float32, for all tokens, trained or not.
 
     Args:
       rule: see the module docstring.
@@ -277,8 +277,8 @@ def record_of(rule: Rule | None) -> dict[str, Any] | None:
 
 
 def weighting_in_words(phase: Mapping[str, Any]) -> Sequence[str]:
-    """The weighting of a phase in run.json, for example [`weights Focal(gamma=2.0), divided by their sum`]; [] where
-    every token that trains has weight 1."""
+    """The weighting of a phase of run.json, for example `weights Focal(gamma=2.0), divided by their sum`; empty if
+    every trained token has weight 1."""
     words, rule = [], phase.get("weighting")
     if rule:
         settings = ", ".join(f"{name}={value!r}" for name, value in rule["settings"].items())

@@ -1,8 +1,8 @@
 """Stage `average`: makes a model from a mean of several checkpoints, or from the moving average of a run.
 
-Averaged checkpoints of a run at a constant learning rate imitate a decay that was never run: a gradient taken
-before checkpoint i counts with the sum of the weights of the checkpoints from i on, and the weights can be chosen so
-that this sum falls as a learning rate would (WSM, arXiv 2507.17634).
+An average of checkpoints trained at a constant learning rate can imitate a decay that was never run: a gradient taken
+between checkpoints i - 1 and i contributes with the summed weights of checkpoints i, i + 1, ..., and the weights can be
+chosen so that this sum falls like a decaying learning rate (WSM, arXiv 2507.17634).
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def average(
     Args:
       run: run directory of the checkpoints.
       output: directory of the result, with one checkpoint.
-      steps: which checkpoints to average; by default all that are kept.
+      steps: steps of the checkpoints to average; by default all that are kept.
       decay: weights that imitate a `linear`, `cosine` or `sqrt` (1 - sqrt) decay of the learning rate from the first
         checkpoint to the last; by default all weights are equal, which for evenly spaced checkpoints is `linear`.
       moving: take the moving average that the run kept (OptimizerConfig.ema) instead, at the one step given or the
@@ -61,16 +61,16 @@ def average(
             f"{run} has no checkpoint of step {missing[0]}: it has {', '.join(map(str, there))}",
         )
     if moving and len(steps) != 1:
-        raise UserError(
-            "average-one-step", f"average.moving takes the average at one step, average.steps names {len(steps)}"
-        )
+        raise UserError("average-one-step", f"average.moving needs one step, average.steps has {len(steps)}: name one")
     if moving and not directory.settings().get("optimizer", {}).get("ema"):
         raise UserError(
             "average-not-kept",
-            f"{run} kept no moving average: train with OptimizerConfig.ema, or average its checkpoints",
+            f"{run} has no moving average: train with OptimizerConfig.ema, or average its checkpoints",
         )
     if moving and decay:
-        raise UserError("average-moving-decay", "average.decay weights checkpoints, average.moving takes one: drop one")
+        raise UserError(
+            "average-moving-decay", "average.decay weights checkpoints, average.moving uses one: set only one"
+        )
     config_lib.print_unused()
     about = read_about(run, steps[-1])
     # Runs of earlier versions have no vocabulary.

@@ -115,13 +115,13 @@ def train(
       gradient_accumulation_steps: number of micro-batches that a batch is split into: same result, less memory.
       checkpoint_every: steps between checkpoints; 0 writes them at phase boundaries only.
       keep_checkpoints: number of latest checkpoints to keep; those at phase boundaries are always kept.
-      pin_checkpoints: steps whose checkpoints are written and always kept too: those that branches start from.
+      pin_checkpoints: further steps at which a checkpoint is written and always kept, to start branches from.
       log_every: steps between rows of metrics.jsonl.
       evaluate_every: steps between evaluations, which are also made at step 0 and at the end of each phase.
       evaluators: HeldOut, MultipleChoice or Samples.
       max_nonfinite_scores: maximum fraction of non-finite scores in a batch before the run stops.
-      dry_run: print the plan, draw it as <run_dir>/plan.png, and stop; or list all that is missing for it. Its mesh may
-        be larger than this machine.
+      dry_run: print the plan, draw it as <run_dir>/plan.png, and stop; if inputs are missing, list them instead. The
+        mesh may be larger than this machine.
       allow_equal_reference: train on excess loss even though reference and initial model are the same. The excess is
         then 0 at first; in bfloat16 up to some hundredths, because two programs round differently.
     """
@@ -129,7 +129,7 @@ def train(
     model, optimizer = model or model_config(), optimizer or OptimizerConfig()
     phases = phases or [Phase()]  # pyright: ignore[reportCallIssue] (gin's)
     if dry_run and (missing := missing_inputs(phases, evaluators, init_from)):
-        print("\n".join([f"train: {run_dir} reads what is not there:", *(f"  {line}" for line in missing)]), flush=True)
+        print("\n".join([f"train: inputs of {run_dir} are missing:", *(f"  {line}" for line in missing)]), flush=True)
         raise UserError(
             "train-missing-inputs", f"{len(missing)} of its inputs are missing, listed above: make them first"
         )

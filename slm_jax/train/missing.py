@@ -1,4 +1,4 @@
-"""What a run reads and is not there yet, all at once, each with the command that makes it where a gin file tells."""
+"""All missing inputs of a run at once, each with the command that makes it if a gin file names it."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""Optimizers without their learning rate: AdamW, or others of optax by name.
+"""Optimizers without their learning rate: AdamW, or others from optax by name.
 
 The learning rate is a function of the global step and is applied by the train step, so that resetting the optimizer
 state at a phase boundary does not restart the schedule.
@@ -16,14 +16,14 @@ from slm_jax.configurable import AtLeast, Below, NotNegative, OneOf, Positive, c
 from slm_jax.models.forward import Params
 
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor")
-# What each kernel reduces over and what it gives, counted from the end: a stacked kernel has its layer first.
+# Input and output axes of each kernel, counted from the end, because the kernels of all layers are stacked.
 MUON_AXES = {
     **dict.fromkeys(("query", "key", "value"), MuonDimensionNumbers((-3,), (-2, -1))),  # [layer, D, H, K]
     "out": MuonDimensionNumbers((-3, -2), (-1,)),  # [layer, H, K, D]
     **dict.fromkeys(("gate", "up", "down"), MuonDimensionNumbers((-2,), (-1,))),  # [layer, D, F] or [layer, F, D]
 }
 MUON_RMS = (
-    0.2  # of an update, as that of AdamW: its learning rates and weight decay carry over (arXiv 2502.16982, Eq 4)
+    0.2  # RMS of an update, as with AdamW, so learning rates and weight decay carry over (arXiv 2502.16982, Eq 4)
 )
 
 
@@ -37,8 +37,8 @@ class OptimizerConfig:
       name: `adamw`; `muon` for the kernels of layers, with AdamW for embedding, head and norms (updates are scaled to
         the size of AdamW's, arXiv 2502.16982, so its learning rate carries over); `lion` (arXiv 2302.06675: a learning
         rate 3 to 10 times smaller, b2 0.99); `adafactor` (arXiv 1804.04235: a factored second moment and no first, so
-        memory for moments almost vanishes; b1 and b2 are not used).
-      b1: decay of the first moment; of muon's momentum too.
+        moments take almost no memory; b1 and b2 are not used).
+      b1: decay of the first moment, and of muon's momentum.
       b2: decay of the second moment.
       eps: added to the square root of the second moment.
       moment_dtype: `float32` or `bfloat16` for the first moment; bfloat16 saves 2 bytes a parameter.
@@ -68,11 +68,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     elif config.name == "lion":
         scaling = optax.scale_by_lion(config.b1, config.b2, mu_dtype=dtype)
     elif config.name == "adafactor":
-        # Without the size of the parameters, which would give each its own learning rate.
+        # Without scaling by the size of the parameters, which would give each its own learning rate.
         scaling = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0))
     else:
-        # optax's muon applies a learning rate and its sign: 1.0 here, and the sign back. Its own partition is not used,
-        # because what it leaves to Adam would have Nesterov momentum.
+        # optax's muon applies the learning rate and the sign: pass 1.0 and undo the sign. Its own partition is not
+        # used, because it would update the other parameters by Adam with Nesterov momentum.
         axes = {"muon_weight_dimension_numbers": _muon_axes, "consistent_rms": MUON_RMS}
         orthogonal = optax.chain(muon(1.0, beta=config.b1, mu_dtype=dtype, **axes), optax.scale(-1.0))
         scaling = optax.partition({True: orthogonal, False: adam}, _has_muon_axes)

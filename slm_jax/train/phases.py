@@ -32,13 +32,13 @@ class Phase:
       mixture: the corpora to draw rows from; by default one MixtureComponent.
       batch_size: rows of the global batch.
       selection: a Selection or CombinedSelection; None trains on every token (causal).
-      weighting: how much each of these tokens counts, in place of 1: DFT, EAFT, Focal, ExcessSigmoid, PositionTanh,
-        ColumnWeight, or a function of your own, see slm_jax/score/weighting.py. No gradient flows through the weights.
-      normalise: what the sum of weight * loss over the global batch is divided by: the sum of the `weights`, or the
-        number of `tokens` that have one. The gradients differ by a factor; AdamW cancels it if it is constant and
+      weighting: the weight of each trained token's loss, instead of 1: DFT, EAFT, Focal, ExcessSigmoid, PositionTanh,
+        ColumnWeight, or your own function, see slm_jax/score/weighting.py. No gradient flows through the weights.
+      normalise: divisor of the sum of weight * loss over the global batch: the sum of the `weights`, or the number of
+        `tokens` that have one. The gradients differ by a factor; AdamW cancels it if it is constant and
         gradients are not clipped.
-      unselected_weight: weight of the tokens that the selection leaves out; 0 leaves them out entirely.
-      keep_ratio: a Schedule over the phase in place of Selection.ratio.
+      unselected_weight: weight of the tokens that the selection drops; 0 leaves them out entirely.
+      keep_ratio: a Schedule over the phase that replaces Selection.ratio.
       schedule: learning rate from this phase on, until a later phase sets its own; None continues the previous
         schedule.
       reset_optimizer: reset the moments at the beginning of the phase.
@@ -75,13 +75,13 @@ class Phase:
             raise UserError(
                 "phase-unselected-weight",
                 f"Phase.unselected_weight is {self.unselected_weight:g} without a selection: set Phase.selection, "
-                "which says which tokens it is for",
+                "which decides the tokens that it applies to",
             )
         if self.unselected_weight and self.selection and self.selection.gradient == "filtered":
             raise UserError(
                 "phase-unselected-weight",
-                f"Phase.unselected_weight is {self.unselected_weight:g}, and a filtered gradient has no room for "
-                "tokens that are not selected: set Selection.gradient to 'exact'",
+                f"Phase.unselected_weight is {self.unselected_weight:g}, but a filtered gradient skips tokens that are "
+                "not selected: set Selection.gradient to 'exact'",
             )
         mixture = self.mixture or [MixtureComponent()]  # pyright: ignore[reportCallIssue] (gin's)
         object.__setattr__(self, "mixture", tuple(mixture))

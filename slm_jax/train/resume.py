@@ -25,18 +25,18 @@ from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.plan import Plan
 from slm_jax.train.state import TrainState, init_state, state_shapes
 
-DECAYED = 0.5  # a learning rate below this fraction of its peak is low for new data
+DECAYED = 0.5  # below this fraction of its peak, a learning rate is low for new data
 RESULT_SETTINGS = ("phases", "schedule", "optimizer")  # a finished run cannot change these
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run without checkpoints starts.
+    """The start of a run that has no checkpoints.
 
     seed: of random parameters.
     init_from: another run, or None.
-    init_step: which of its checkpoints.
-    whole_state: load moments, step and counters too: this run is then a branch of that one.
+    init_step: step of the other run's checkpoint.
+    whole_state: load moments, step and counters too, so that this run is a branch of the other one.
     """
 
     seed: int
@@ -112,7 +112,7 @@ def claim(
     if (steps := run.checkpoint_steps()) and (old := run.record()):
         done, remedy = steps[-1], "choose another train.run_dir"
         if "identity" not in old or "phases" not in old.get("settings", {}):
-            raise UserError("resume-other-run", f"{run} holds a model, but no train run: {remedy}")
+            raise UserError("resume-other-run", f"{run} holds a model that is not a train run: {remedy}")
         named = with_names_of(old, new)
         check_same_identity(old["identity"], named["identity"], run, remedy)
         check_same_rows(old["settings"]["phases"], named["settings"]["phases"], done, run, remedy)
@@ -123,15 +123,15 @@ def claim(
         if (was["ema"] > 0) != (now["ema"] > 0):
             raise UserError(
                 "resume-other-average",
-                f"{run} holds a run with OptimizerConfig.ema = {was['ema']:g}, now {now['ema']:g}: an average is kept "
-                f"from the first step or not at all; {remedy}",
+                f"{run} holds a run with OptimizerConfig.ema = {was['ema']:g}, now {now['ema']:g}: an average must "
+                f"start at the first step; {remedy}",
             )
         was, now = (recorded_lag(record["settings"]["phases"]) for record in (old, new))
         if was != now:
             raise UserError(
                 "resume-other-history",
-                f"{run} holds a run with Selection.lag = {was} for a lagged history, now {now} (0 for none): it is "
-                f"kept from the first step or not at all; {remedy}",
+                f"{run} holds a run with Selection.lag = {was} for a lagged history, now {now} (0 for none): a history "
+                f"must start at the first step; {remedy}",
             )
         changed = [name for name, value in named["settings"].items() if old["settings"].get(name) != value]
         summary = run.summary()
@@ -254,10 +254,10 @@ def check_same_identity(was: dict[str, Any], now: dict[str, Any], run: RunDirect
 
 
 def check_same_moments(was: dict[str, Any], now: dict[str, Any], run: RunDirectory | str, remedy: str) -> None:
-    """Compares what decides the moments of a state: settings of two optimizers, as JSON.
+    """Compares the settings of two optimizers, as JSON, that determine their moments.
 
     Raises:
-      UserError: `resume-other-optimizer`: they keep other moments.
+      UserError: `resume-other-optimizer`: the moments are different.
     """
     for name in ("name", "moment_dtype"):
         if was[name] != now[name]:
@@ -333,17 +333,17 @@ def learning_rate_change(run: RunDirectory, step: int, plan: Plan) -> str:
 
 
 def ways_to_extend(run: RunDirectory, step: int, plan: Plan) -> str:
-    """How a finished run whose learning rate had decayed can train on, if the plan leaves it low or jumps; else ''."""
+    """Ways to extend a finished run whose learning rate has decayed, if the plan stays low or jumps; else ''."""
     rates = {row["step"]: row["learning_rate"] for row in run.metrics() if "learning_rate" in row}
     peak = max(rates.values(), default=0.0)
     begins = step in plan.first_steps and plan.phases[plan.phase_index(step)].schedule
     if begins or rates.get(step, peak) > DECAYED * peak:
         return ""
     return (
-        f"{run} ended at {rates[step] / peak:.0%} of its peak learning rate, {peak:.3g}. Three ways to train on: "
-        f"re-warm, a new phase from step {step} with Phase.schedule = @cosine_schedule(); anneal further, with "
-        "@anneal_schedule(); or, in a new run, @infinite_schedule(), whose constant rate can be extended any number of "
-        "times and annealed at each end (docs/tutorials/continual.md)"
+        f"{run} ended at {rates[step] / peak:.0%} of its peak learning rate, {peak:.3g}. Three ways to extend it: "
+        f"re-warm, with a new phase from step {step} and Phase.schedule = @cosine_schedule(); anneal further, with "
+        "@anneal_schedule(); or start a new run with @infinite_schedule(), whose constant part can be extended any "
+        "number of times and annealed at each end (docs/tutorials/continual.md)"
     )
 
 
@@ -422,7 +422,7 @@ def _check_branch(run_dir: str, start: Start, model: ModelConfig, plan: Plan) ->
     if "phases" not in record.get("settings", {}):
         raise UserError(
             "branch-not-trained",
-            f"{run} is not a train run, or has no run.json, and what it trained on is unknown: set train.init_mode = "
+            f"{run} is not a train run or has no run.json, so its training data is unknown: set train.init_mode = "
             "'params'",
         )
     new = {
@@ -478,7 +478,7 @@ def phase_start_params(run: RunDirectory, start: Start, spec: StateSpec, plan: P
 
 
 def refuse_equal_reference(params: Params, plan: Plan) -> None:
-    """Refuses a model as its own reference: every excess loss would be 0, and the selection arbitrary.
+    """Refuses a model as its own reference: every excess loss would be 0 and the selection arbitrary.
 
     Raises:
       UserError: `reference-is-initial-model`: all references of a selection by excess loss are the model with these

@@ -1,8 +1,8 @@
-"""What all processes of a sandboxed program use together, which no limit of a single process bounds.
+"""Limits on all processes of a sandboxed program together, which limits per process cannot enforce.
 
-Control groups could bound it, but only where the user may make them; without privileges nothing limits the number of
-files of a tmpfs made by bubblewrap either. So it is watched from outside, some times a second, and the program is
-killed. What it can use in between is small: about 100 MB and 10,000 files.
+Control groups could enforce them, but creating one often needs privileges; nor can the number of files in bubblewrap's
+tmpfs be limited without privileges. So usage is checked from outside, 20 times a second, and a program over a limit is
+killed. What it can use between two checks is small: about 100 MB and 10,000 files.
 """
 
 import contextlib
@@ -11,18 +11,18 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-SECONDS = 0.05  # between two looks
+SECONDS = 0.05  # between two checks
 MOST_FILES = 10_000  # in the scratch folder; each takes about a kilobyte of the kernel's memory
 
 
 def exceeded(pid: int, memory_bytes: int, scratch: str, scratch_bytes: int) -> str | None:
-    """Names the limit that the program passes; None if it keeps to all of them.
+    """The limit that the program exceeds, as an error message; None if it exceeds none.
 
     Args:
       pid: the first process, whose descendants are the program's.
-      memory_bytes: of all processes together; pages that they share count once.
+      memory_bytes: limit for all processes together; shared pages count once.
       scratch: path of the scratch folder inside the sandbox.
-      scratch_bytes: its size, by which it is told from a folder of the same name outside.
+      scratch_bytes: its size, which distinguishes it from a folder of the same name outside.
     """
     pids = list(_descendants(pid))
     # Resident sizes count shared pages once per process and are quick to read; proportional ones are exact and slow.
@@ -39,7 +39,7 @@ def exceeded(pid: int, memory_bytes: int, scratch: str, scratch_bytes: int) -> s
 
 
 def _descendants(pid: int) -> Iterator[int]:
-    """The process and all that it started, also indirectly; parents first."""
+    """The process and all its descendants, parents first."""
     yield pid
     with contextlib.suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -48,17 +48,17 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _resident(pid: int) -> int:
-    """Bytes of the process in memory, without files that it maps."""
+    """Resident bytes of the process, without mapped files."""
     return _kilobytes(f"/proc/{pid}/status", r"Rss(?:Anon|Shmem):\s+(\d+)")
 
 
 def _proportional(pid: int) -> int:
-    """Likewise, of a page that n processes share one nth; as `_resident` where the kernel does not tell."""
+    """As `_resident`, but a page shared by n processes counts 1/n; `_resident` if the kernel does not report it."""
     return _kilobytes(f"/proc/{pid}/smaps_rollup", r"Pss_(?:Anon|Shmem):\s+(\d+)") or _resident(pid)
 
 
 def _kilobytes(file: str, pattern: str) -> int:
     try:
         return 1024 * sum(map(int, re.findall(pattern, Path(file).read_text())))
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0

@@ -69,9 +69,8 @@ class Selection:
       entropy_top_k: for `own_entropy`, the number of likeliest tokens to compute it over, with probabilities scaled to
         sum to 1; 0 uses all tokens.
       history: for `excess`, an earlier state of the run as the reference, instead of a column: its moving `average`
-        (OptimizerConfig.ema), or `lagged` parameters (Selection.lag). Each step runs one more forward pass. In the
-        first step of a run both models are equal, so the selection is arbitrary. ssToken (arXiv 2510.18250) keeps `low`
-        values.
+        (OptimizerConfig.ema), or `lagged` parameters (Selection.lag). Costs one more forward pass per step. In a run's
+        first step both models are equal and the selection arbitrary. ssToken (arXiv 2510.18250) keeps `low` values.
       lag: for a `lagged` history, N: the parameters of N to 2N - 1 steps ago, renewed every N steps. The training state
         holds two copies of the parameters for it.
     """

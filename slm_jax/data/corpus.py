@@ -1,7 +1,7 @@
 """A corpus is a table of N rows of L tokens, and a score is a column of it. Opens, reads, verifies and writes corpora.
 
 manifest.json       format version, fingerprint, counts, settings; written last, so its presence means complete
-columns/            zarr3 arrays [N, L], in files of `SHARD_ROWS` rows:
+columns/            zarr3 arrays [N, L], one compressed chunk per row, `SHARD_ROWS` rows per file:
   tokens            ids, uint16 or uint32 by the size of the vocabulary
   segment_ids       uint16: which document of its row a token belongs to, from 1; 0 is padding
   loss_mask         bool: whether the token's loss counts

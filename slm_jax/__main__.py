@@ -48,18 +48,18 @@ SHARED = (  # stages that several processes can run together
     *("analyze_inspect", "analyze_dynamics", "analyze_selection", "analyze_tokenizers"),
 )
 JOB = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
-_WRITABLE, _FOLDER = "make it writable, then run the same command again", "choose a path whose folders are folders"
+_WRITABLE, _FOLDER = "make it writable, then run the same command again", "choose a path whose parents are folders"
 PATH_FAULTS = {  # number of an operating system's error -> remedy
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG), _WRITABLE),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), _FOLDER),
-    errno.ENOENT: "check the path, and where its links lead",
-    errno.ELOOP: "its links lead in a circle; choose another path",
+    errno.ENOENT: "check the path, and the target of its links",
+    errno.ELOOP: "its links form a loop; choose another path",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 
 def command() -> int:
-    """`main` as a program: what libraries print goes to a log, and every fault is one line."""
+    """`main` as a program: libraries print to a log, and every error is one line."""
     return messages.command(main)
 
 
@@ -151,7 +151,7 @@ def _binding(stage: str, argument: str) -> str | None:
 
 
 def _unknown(stage: str, argument: str) -> str:
-    """What is wrong with an argument, with the nearest one that there is."""
+    """The message for an unknown argument, with the nearest known one."""
     name, equals, value = argument.removeprefix("--").partition("=")
     texts, flags = config.text_settings(stage), config.flags(stage)
     own = {other: f"--{other}" for other in (*texts, *config.text_lists(stage), *config.number_settings(stage), *flags)}
@@ -171,7 +171,7 @@ def _run(stage: str, files: Sequence[str], bindings: Sequence[str], allow_import
     except UserError as error:
         return _refuse(stage, _text(error))
     startup.before_jax()
-    # Imported only now: JAX takes seconds, and a mistake in the arguments needs none of it.
+    # Imported only here: JAX takes seconds, which a mistake in the arguments should not cost.
     from slm_jax import processes
     from slm_jax.compile.topology import silence_missing_chips
 
@@ -181,7 +181,7 @@ def _run(stage: str, files: Sequence[str], bindings: Sequence[str], allow_import
 
 
 def _refuse(stage: str, message: str) -> int:
-    """Fails before the stage begins. Other processes of this job, whose settings may be right, end with this one."""
+    """Fails before the stage begins. The other processes of a job end too, even if their settings are right."""
     if stage in SHARED and any(name in os.environ for name in JOB):
         from slm_jax import processes
 
@@ -197,7 +197,7 @@ def _call(stage: str) -> int:
     try:
         if stage in SHARED:
             processes.start(preemptible=stage == "train")
-            if stage != "train":  # which compares more, with its corpora open
+            if stage != "train":  # train compares more, once its corpora are open
                 processes.same(lambda: {"settings": gin.config_str(), "code": config.environment()["versions"]})
         with disk_full_is_an_answer(f"the results of {stage}", "free some space, then the same command continues"):
             gin.get_configurable(stage)()

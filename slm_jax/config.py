@@ -33,7 +33,7 @@ RECORDED_PACKAGES = ("slm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpo
 _imports_allowed = False  # whether gin files of this process may import Python modules
 _open_files: list[str] = []  # the gin file being read, after the files that include it
 _read_files: dict[str, str] = {}  # text of every gin file that was read, by path
-_included: set[str] = set()  # those that another file includes
+_included: set[str] = set()  # files that another file includes
 
 
 def load(files: Sequence[str] = (), bindings: Sequence[str] = (), *, allow_imports: bool = False) -> None:
@@ -84,7 +84,7 @@ def _parse(files: Sequence[str], bindings: Sequence[str]) -> None:
         raise UserError(error.code, str(error).splitlines()[0]) from None
     except (ValueError, SyntaxError, OSError, ImportError, tokenize.TokenError) as error:
         raise UserError(*_explain(error)) from error
-    # Values that gin would only hand over when the stage runs. References and macros are checked then.
+    # Check values here that gin would pass only when the stage runs; references and macros are checked then.
     for (_, selector), settings in gin.config._CONFIG.items():  # pyright: ignore[reportAttributeAccessIssue]
         declaration = declarations().get(selector.split(".")[-1])
         if declaration is None or declaration.selector != selector:  # a user's own
@@ -96,7 +96,7 @@ def _parse(files: Sequence[str], bindings: Sequence[str]) -> None:
 
 
 def with_quotes(binding: str) -> str:
-    """A binding of the command line, `train.run_dir=runs/mine`, with the quotes that gin wants around a text."""
+    """A binding of the command line, `train.run_dir=runs/mine`, with the quotes that gin needs around text."""
     name, _, value = binding.partition("=")
     owner, _, setting = name.strip().split("/")[-1].rpartition(".")
     declaration = declarations().get(owner.split(".")[-1])
@@ -184,7 +184,7 @@ def _explain(error: Exception) -> tuple[str, str]:
     parameter = re.search(r"Configurable '([\w.]+)' doesn't (?:have a parameter named|include kwarg) '(\w+)'", text)
     if macro:
         return "gin-unknown-macro", f"macro %{macro[1]} has no value{_first_use(macro[1])}: add {macro[1]} = VALUE"
-    if isinstance(error, tokenize.TokenError):  # only the end of the file tells
+    if isinstance(error, tokenize.TokenError):  # raised at the end of the file
         file = next(reversed(_read_files), "a setting")
         return "gin-syntax", f"gin cannot read {file}: it ends inside a value; close its bracket or quotes"
     if unknown:
@@ -208,12 +208,12 @@ def _explain(error: Exception) -> tuple[str, str]:
 
 
 def gin_folders() -> list[str]:
-    """Folders of the gin files that were read, in the order of reading."""
+    """Folders of the gin files read so far, in the order of reading."""
     return list(dict.fromkeys(str(Path(path).parent) for path in _read_files))
 
 
 def _first_use(macro: str) -> str:
-    """Where a gin file reads a macro first, as text; nothing if only the command line does."""
+    """The first use of a macro in a gin file, as text; empty if only the command line uses it."""
     for path, text in _read_files.items():
         for number, line in enumerate(text.splitlines(), 1):
             if re.search(rf"%{re.escape(macro)}(?![\w/.])", line.split("#")[0]):
@@ -227,8 +227,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _nearest_setting(owner: str, name: str) -> str:
-    """The setting that an unknown name of a configurable may mean: one of its own that is spelt alike or whose sentence
-    has the words, or one of that name elsewhere."""
+    """The setting that an unknown name of a configurable may mean: one of its own with a similar name or with these
+    words in its description, or a setting of this name elsewhere."""
     if name in SYNONYMS:
         return f": did you mean {SYNONYMS[name].removeprefix(f'{owner}.')!r}?"
     own = {setting.name: setting.sentence for setting in settings_of(owner)}
@@ -272,8 +272,8 @@ def _types(stage: str) -> dict[str, Any]:
 
 
 def words_binding(stage: str, words: Sequence[str]) -> str | None:
-    """The binding of words after the stage's name, where one is obvious: `slm-jax analyze report RUN RUN`,
-    `slm-jax prepare FILE FILE`, `slm-jax experiment RECIPE`; None where there is none, or it takes fewer."""
+    """The binding for plain arguments after the stage's name: `slm-jax analyze report RUN RUN`, `slm-jax prepare FILE
+    FILE`, `slm-jax experiment RECIPE`; None if the stage takes none, or fewer."""
     parameters = declarations()[stage].parameters
     if "runs" in parameters:
         return f"{stage}.runs={list(words)!r}"
@@ -284,7 +284,7 @@ def words_binding(stage: str, words: Sequence[str]) -> str | None:
 
 
 class _Names(config_parser.ParserDelegate):
-    """Reads bindings for their names alone."""
+    """Parses bindings for their names only."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None: ...
 
@@ -294,10 +294,10 @@ class _Names(config_parser.ParserDelegate):
 def print_unused() -> None:
     """Prints the settings that nothing has read; call it once a stage has built its settings.
 
-    A setting of the command line has a line of its own, those of a gin file share one. Files that are included are
-    shared by stages: of them the line names only the configurables.
+    Each setting of the command line has its own line; those of a gin file share one. Included files are shared by
+    stages, so their line names only the configurables.
     """
-    used = set()  # of each setting that was read: its name, in all scopes that a call in that scope reads
+    used = set()  # names of the settings that were read, in all scopes that a call in that scope reads
     for (scope, selector), settings in gin.config._OPERATIVE_CONFIG.items():  # pyright: ignore[reportAttributeAccessIssue]
         scopes = ["/".join(scope.split("/")[:depth]) + "/" for depth in range(1, scope.count("/") + 2)] if scope else []
         names = [f"{selector.split('.')[-1]}.{setting}" for setting in settings]
@@ -320,7 +320,7 @@ def print_unused() -> None:
                 if not is_used(name):
                     unread[owner if path in _included else name] = statement.location.line_num
         if path in _included and unread:
-            print(f"{path}: of this shared file, nothing that this stage builds reads {', '.join(unread)}", flush=True)
+            print(f"{path} (included): nothing that this stage builds reads {', '.join(unread)}", flush=True)
         elif unread:
             listed = ", ".join(f"{name} (line {line})" for name, line in unread.items())
             print(
@@ -331,7 +331,7 @@ def print_unused() -> None:
 
 def environment(more_packages: Sequence[str] = ()) -> dict[str, Any]:
     """Versions, commit, command and platform: what one needs to repeat a run."""
-    import importlib.metadata  # here: the check of a command's arguments does without it
+    import importlib.metadata  # not needed to check a command's arguments
 
     versions = {}
     for package in (*RECORDED_PACKAGES, *more_packages):

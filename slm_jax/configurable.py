@@ -90,7 +90,7 @@ def configurable(target: Any, allowlist: Sequence[str] | None = None) -> Any:
         return configurable(target.__name__)(target)
 
     def register(made: Any) -> Any:
-        # declarations.py has told gin of it if settings were read before this module was imported.
+        # declarations.py has registered it if settings were read before this module was imported.
         gin.config._REGISTRY._selector_map.pop(f"{made.__module__}.{target}", None)  # pyright: ignore[reportAttributeAccessIssue]
         with gin.unlock_config():
             decorate: Any = gin.configurable(target, allowlist=allowlist)  # whose annotation takes no name

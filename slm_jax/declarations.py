@@ -1,7 +1,7 @@
-"""What `@configurable` declares in the source of this package, read without importing it.
+"""The declarations marked `@configurable` in this package, read from the source without importing it.
 
-Importing the stages imports JAX, which takes seconds. Names, annotations, defaults and docstrings of settings are in
-the source, which `--help` and the check of a command's arguments read as a syntax tree.
+Importing the stages imports JAX, which takes seconds. So `--help` and the check of a command's arguments read names,
+annotations, defaults and docstrings of settings from the syntax tree.
 """
 
 import ast
@@ -23,7 +23,7 @@ import gin
 from slm_jax import configurable as configurable_lib
 
 PACKAGE = Path(__file__).parent
-# What annotations may name besides the classes and constants of this package.
+# Names that annotations may use besides the classes and constants of this package.
 _KNOWN: dict[str, Any] = {
     **{kind.__name__: kind for kind in (int, float, str, bool, tuple, dict, Sequence, Mapping)},
     **{"Annotated": typing.Annotated, "Any": typing.Any, "Callable": Callable, "os.PathLike": os.PathLike},
@@ -33,11 +33,11 @@ _OPERATORS = {ast.LShift: operator.lshift, ast.Mult: operator.mul, ast.Pow: oper
 
 
 class Unreadable(Exception):
-    """An expression of the source that only Python can evaluate."""
+    """An expression that cannot be read from the syntax tree."""
 
 
 class _Source(str):
-    """A default that only Python can evaluate: shown as it is written."""
+    """A default that cannot be read from the syntax tree, shown as it is written."""
 
     __repr__ = str.__str__
 
@@ -50,10 +50,10 @@ class Declaration:
       name: its name for gin.
       module: the dotted name of its module.
       doc: its docstring.
-      signature: parameters with annotations as `typing` has them and defaults as values; another class of this package
-        is an empty class of its name, and an annotation that only Python can evaluate is Any.
-      takes_fields_of: the dataclass to which a function passes further settings, if it does.
-      makes: name of the class that a call returns; empty if it is not one of this package.
+      signature: parameters with `typing` annotations and default values; a class of this package is represented by an
+        empty class of the same name, and an annotation that cannot be read is Any.
+      takes_fields_of: the dataclass to which a function passes further settings, if any.
+      makes: name of the class that a call returns, or empty if it is not a class of this package.
     """
 
     name: str
@@ -65,12 +65,12 @@ class Declaration:
 
     @property
     def selector(self) -> str:
-        """The name under which gin registers it."""
+        """Its full name in gin's registry."""
         return f"{self.module}.{self.name}"
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """All settings by name, those that are passed on last and with the default Ellipsis."""
+        """All settings by name; those that are passed on come last, with the default Ellipsis."""
         own = self.signature.parameters.values()
         found = {p.name: p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD}
         further = self.takes_fields_of.signature.parameters if self.takes_fields_of else {}
@@ -78,7 +78,7 @@ class Declaration:
 
 
 class _Module:
-    """The top level of a module of this package: what each name is."""
+    """The top level of a module of this package: name -> syntax tree."""
 
     def __init__(self, name: str):
         parts = name.split(".")[1:]
@@ -105,7 +105,7 @@ def _class(name: str) -> type:
 
 
 def _value(node: ast.AST | None, module: _Module) -> Any:
-    """The value of an expression: a constant, or an annotation. Of a dictionary, its keys with None."""
+    """The value of an expression: a constant, or an annotation. A dictionary has its keys, with values None."""
     read = functools.partial(_value, module=module)
     match node:
         case ast.Constant(value=value):
@@ -184,7 +184,7 @@ def _parameters(node: ast.ClassDef | ast.FunctionDef, module: _Module) -> Iterat
 
 @functools.cache
 def declarations() -> dict[str, Declaration]:
-    """Name -> declaration, of everything in this package that gin may bind."""
+    """Name -> declaration, for everything in this package that gin may bind."""
     collects = gc.isenabled()
     gc.disable()  # syntax trees are many objects without cycles: the collector would take a third of the time
     try:
@@ -212,7 +212,7 @@ def _declarations() -> dict[str, Declaration]:
 
 
 def table(name: str, module: str) -> tuple[Any, ...]:
-    """The items, or keys, of a constant of a module; none if the source does not show them."""
+    """The items or keys of a module's constant; empty if they cannot be read from the source."""
     node = _module(module).nodes.get(name)
     try:
         value = None if node is None else _named(name, _module(module))
@@ -222,10 +222,10 @@ def table(name: str, module: str) -> tuple[Any, ...]:
 
 
 def register() -> None:
-    """Tells gin of every declaration whose module is not imported: the first call imports it.
+    """Registers every declaration whose module is not imported with gin; the first call imports the module.
 
-    gin then reads settings without any module of the package. Importing the module replaces the entry
-    (configurable.py), and what gin has bound by then applies to it.
+    gin can then read settings without importing a module of the package. Importing the module replaces the entry
+    (configurable.py), and existing bindings apply to it.
     """
     registry = gin.config._REGISTRY  # pyright: ignore[reportAttributeAccessIssue]
     for declaration in declarations().values():

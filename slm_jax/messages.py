@@ -1,12 +1,12 @@
-"""Standard error of a command: our own lines only. What libraries print there goes to a log.
+"""Keeps a command's standard error to its own lines; what libraries print goes to a log.
 
-Orbax, tensorboardX, TensorFlow, gRPC and JAX's distributed service print from threads and from C++, at any time:
-through Python's `sys.stderr`, through `logging`, or straight to file descriptor 2. Only the descriptor catches all of
-them, so a command keeps a copy of it for its own lines and points descriptor 2 to a file. Handlers of `logging`,
-`warnings` and `threading.excepthook` would miss C++, which is what reports a lost process.
+Orbax, tensorboardX, TensorFlow, gRPC and JAX's distributed service print at any time, from threads and from C++:
+through Python's `sys.stderr`, through `logging`, or directly to file descriptor 2. Only redirecting the descriptor
+catches all of it, so a command keeps a copy of the descriptor for its own lines and points descriptor 2 to a file.
+Handlers of `logging`, `warnings` and `threading.excepthook` would miss C++, which reports lost processes.
 
-The file begins in the temporary folder. A command that holds a lock moves it beside the lock, so into the run directory
-or the corpus, as `libraries.log`; the line that reports a fault names it. Stages called from Python, in a notebook or a
+The file starts in the temporary folder. A command that holds a lock moves it next to the lock, that is into the run
+directory or the corpus, as `libraries.log`; the error line names it. Stages called from Python, in a notebook or a
 test, redirect nothing. Imports no JAX.
 """
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes of commands
 LOG = "libraries.log"
-# A shell that reads lines until this process ends, however it ends, and then prints the last of them.
+# A shell that reads lines until this process ends for any reason, and then prints the last of them.
 _LAST_WORDS = 'while IFS= read -r line; do words=$line; done; [ -z "$words" ] || printf "%s\\n" "$words" >&2'
 
 _own: Any = None  # the standard error of this command, while descriptor 2 is the log
@@ -36,30 +36,30 @@ _shell: Any = None
 
 
 def stderr() -> Any:
-    """Where our own lines go."""
+    """The stream for the command's own lines."""
     return _own or sys.stderr
 
 
 def say(line: str) -> None:
-    """Prints a line on standard error, if anything still reads that. It may be the last line of this process."""
+    """Prints a line on standard error, unless that is closed. It may be the last line of this process."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=stderr(), flush=True)
     _last_words("")
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, desc: str | None = None, **settings: Any) -> tqdm:
-    """A progress bar; where standard error is a file or a pipe, one state every 30 seconds, not sooner."""
+    """A progress bar; if standard error is a file or a pipe, it prints at most once in 30 seconds."""
     pace = {"mininterval": 0.5, "delay": 0.5} if stderr().isatty() else {"mininterval": 30.0, "delay": 30.0}
     return tqdm(iterable, desc, file=stderr(), dynamic_ncols=True, **pace, **settings)
 
 
 def name() -> str:
-    """What the lines of this command begin with."""
+    """The prefix of this command's lines."""
     return _name
 
 
 def command(run: Callable[[], int]) -> int:
-    """Runs a command as a program. Whatever goes wrong is one line on standard error; returns the exit code.
+    """Runs a command as a program. Any failure is one line on standard error; returns the exit code.
 
     Args:
       run: the command; returns its exit code.
@@ -69,7 +69,7 @@ def command(run: Callable[[], int]) -> int:
     _log, _own = Path(path), os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     os.dup2(handle, 2)
     os.close(handle)
-    faulthandler.enable()  # after a crash in C++ the log has the lines of Python that led to it
+    faulthandler.enable()  # after a crash in C++, the log has the Python traceback
     with contextlib.suppress(OSError):  # a machine without a shell
         _shell = subprocess.Popen(
             ["/bin/sh", "-c", _LAST_WORDS],
@@ -77,7 +77,7 @@ def command(run: Callable[[], int]) -> int:
             stdout=subprocess.DEVNULL,
             stderr=_own,
             text=True,
-            start_new_session=True,  # Ctrl-C at a terminal is not meant for it
+            start_new_session=True,  # Ctrl-C at a terminal must not reach it
         )
     begin(_name)
     try:
@@ -95,14 +95,14 @@ def command(run: Callable[[], int]) -> int:
         say(f"{_name}: error: unexpected: {in_one_line(error)}: please report it{log_named()} [unexpected]")
     try:
         sys.stdout.flush()
-    except OSError:  # the interpreter would complain of it once more
+    except OSError:  # otherwise the interpreter would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     end(code)
     return code
 
 
 def begin(name: str) -> None:
-    """Sets how the lines of this command begin, and what is said if it ends before it can say anything."""
+    """Sets the prefix of this command's lines, and the line to print if it is killed."""
     global _name
     _name = name
     _last_words(
@@ -116,20 +116,21 @@ def in_one_line(error: BaseException) -> str:
 
 
 def keep_log_beside(lock: Path, process: int = 0) -> None:
-    """Messages of libraries go to `libraries.log` in the folder of this lock, which the command holds."""
+    """Sends libraries' messages to `libraries.log` in the folder of this lock, which the command holds."""
     global _beside
     ending = LOG if process == 0 else f"{process}.{LOG}"
     _beside = lock.with_name(lock.name.removesuffix("lock") + ending)
 
 
 def log_named() -> str:
-    """Words for the end of a line: where the messages of libraries are; nothing if there are none."""
+    """The end of an error line: where libraries' messages are, or nothing if there are none."""
     _move_log()
     return f"; libraries' messages are in {_log}" if _log and os.fstat(2).st_size else ""
 
 
 def end(code: int) -> None:
-    """After the last line of a command: removes a log in the temporary folder, unless it has messages of a fault."""
+    """Call after a command's last line: removes a log in the temporary folder, unless the command failed and the log
+    is not empty."""
     _last_words("")
     moved = _move_log()
     if _log and not moved and (code == DONE or not os.fstat(2).st_size):
@@ -137,7 +138,7 @@ def end(code: int) -> None:
 
 
 def _move_log() -> bool:
-    """Moves the log, if anything is in it, beside the lock; whether it is there."""
+    """Moves a log that is not empty next to the lock; returns whether it is there."""
     global _log
     sys.stderr.flush()
     if _log is None or _beside is None or not os.fstat(2).st_size:

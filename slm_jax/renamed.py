@@ -32,7 +32,7 @@ SETTINGS = {
     "solve.batch_rows": "evaluate_math.batch_size",
 }
 
-# What other programs call a setting -> its name here, for messages.
+# Name of a setting in other programs -> its name here, for messages.
 SYNONYMS = {
     **dict.fromkeys(("lr", "learning_rate", "max_lr", "peak_lr"), "cosine_schedule.peak"),
     **dict.fromkeys(("warmup_steps", "num_warmup_steps", "warmup_ratio"), "cosine_schedule.warmup"),

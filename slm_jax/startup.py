@@ -1,4 +1,4 @@
-"""What a command sets before it imports JAX: where compiled programs are kept, and on CPU how memory is allocated."""
+"""Settings that a command makes before it imports JAX: the compilation cache and, on CPU, the memory allocator."""
 
 import contextlib
 import ctypes
@@ -11,17 +11,17 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 MAX_CACHE_BYTES = 4 << 30
-# Devices of accelerators: GPUs of NVIDIA, and TPUs.
+# Device files of NVIDIA GPUs and TPUs.
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
-# Options of glibc's mallopt: keep freed memory, in one arena, and take none through mmap.
+# Options of glibc's mallopt: keep freed memory, use one arena, and no mmap.
 MALLOPT = {-1: (1 << 31) - 1, -2: 1 << 28, -4: 0, -8: 1}  # TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX
 
 
 def before_jax(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets what JAX reads when it is imported; variables that are set stay.
+    """Sets the environment variables that JAX reads on import, except those that are already set.
 
-    Compiled programs are kept in a folder of the user's cache, so that the next command with the same shapes starts in
-    seconds. JAX_ENABLE_COMPILATION_CACHE=0 turns it off, JAX_COMPILATION_CACHE_DIR names another folder.
+    Compiled programs are kept in the user's cache folder, so that the next command with the same shapes starts in
+    seconds. JAX_ENABLE_COMPILATION_CACHE=0 turns this off, JAX_COMPILATION_CACHE_DIR sets another folder.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in environment:
         home = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -38,13 +38,13 @@ def before_jax(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def on_cpu(environment: MutableMapping[str, str] = os.environ) -> bool:
-    """Whether JAX will compute on the CPU: it is told to, or there is nothing else."""
+    """Whether JAX will compute on the CPU, because JAX_PLATFORMS says so or there is no accelerator."""
     platforms = environment.get("JAX_PLATFORMS")
     return platforms == "cpu" if platforms else not any(map(glob.glob, ACCELERATORS))
 
 
 def cpu() -> str:
-    """A short name of the kind of CPU: architecture, and a hash of the instructions it has."""
+    """A short name for the type of CPU: its architecture and a hash of its instruction sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         features = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]

@@ -16,7 +16,7 @@ from slm_jax.data.vocabulary import Vocabulary
 # Names of the roles in public data sets.
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
-_MARKER = re.compile(r"<\|\w+\|>")  # what a vocabulary may have as a control token
+_MARKER = re.compile(r"<\|\w+\|>")  # may be a control token of a vocabulary
 
 # A tool's result as ToRA's responses quote it. The model itself writes the fence that opens it, to ask for the result.
 _RESULT = re.compile(r"(?<=```output)\n(?:(?:.*?\n)??```\n?|.*)", re.DOTALL)
@@ -70,8 +70,8 @@ TEMPLATES = {
 
 
 def markers(turns: Sequence[Turn], template: Template) -> list[tuple[int, int]]:
-    """Characters [begin, end) of the markers in `written(turns, template)`, such as <|im_start|>, that the template
-    wrote: those in the words of a turn stay text."""
+    """Character ranges [begin, end) of the template's markers, such as <|im_start|>, in `written(turns, template)`.
+    Markers inside a turn stay text."""
     found, at = [], 0
     last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     for number, turn in enumerate(turns[: last + 1]):
@@ -137,7 +137,7 @@ def _learned(content: str, begin: int, end: int, template: Template, ends: bool)
 
 
 class ChatVocabulary(Vocabulary):
-    """A vocabulary for prompts that a template wrote: the markers in a text become control tokens, as in `prepare`."""
+    """A vocabulary for prompts formatted by a template: markers in a text become control tokens, as in `prepare`."""
 
     def __init__(self, vocabulary: Vocabulary):
         self._vocabulary = vocabulary

@@ -69,7 +69,7 @@ PACKINGS = {"split": pack_split, "complete": pack_complete, "whole": pack_whole}
 
 
 def pack_from(place: int, packing: str, lengths: Integer[np.ndarray, "D"], sequence_length: int) -> Pieces:
-    """Packs documents that follow others, so that a corpus is packed in parts.
+    """Packs documents that follow others, so that a corpus can be packed in parts.
 
     Args:
         place: where they begin, in tokens of the rows one after the other: the end of the last piece before.

@@ -2,7 +2,7 @@
 
 The work is cut into tasks (`prepare_tasks`, in the order of `prepare_steps`), which worker processes or a cluster run
 (`workers`); this process holds counts only. A stage that was killed continues when it is started again with the same
-settings, and the corpus is the same to the byte, whoever did the work.
+settings, and the corpus is identical to the byte, whichever workers did the work.
 """
 
 import contextlib
@@ -66,12 +66,12 @@ def prepare(
       plain: where to write a second corpus, of documents without metadata that are left out of the first, in the same
         vocabulary: MeCo's cooldown. None writes one corpus only.
       plain_share: fraction of the documents, chosen by a hash of their text, for the second corpus.
-      cluster: address of a Dask scheduler, such as 'tcp://host:8786', whose workers do the work instead of processes on
-        this machine. They need the same paths to the files and to the corpus.
-      work: directory for files that are needed until the corpus is complete, about twice its size. None puts them into
-        the corpus; for a corpus in a bucket, name one.
-      dry_run: read a sample of the documents and print how many tokens there would be, and what time and disk it would
-        take; nothing is written, and there is no corpus to return.
+      cluster: address of a Dask scheduler, such as 'tcp://host:8786', whose workers run the tasks instead of processes
+        on this machine. They need the same paths to the files and to the corpus.
+      work: directory for work files, about twice the size of the corpus, which are removed when it is complete. None
+        puts them into the corpus; a corpus in a bucket needs one.
+      dry_run: read a sample of the documents and print the expected number of tokens, time and disk space; write
+        nothing and return None.
 
     Raises:
       UserError: unusable settings, files or records; a corpus made with other settings; a full disk.
@@ -109,7 +109,7 @@ def prepare(
 
 
 def _mention_long_rows(vocabulary: str | None, sequence_length: int) -> None:
-    """Says so if rows are longer than the model whose vocabulary they take reads."""
+    """Prints a note if rows are longer than the model whose vocabulary they use can read."""
     record = os.path.join(vocabulary or "", "run.json")
     if vocabulary and os.path.isfile(record):
         longest = (read_json(record).get("settings", {}).get("model") or {}).get("max_length")
@@ -153,7 +153,7 @@ def _known(config: VocabularyConfig) -> Vocabulary | None:
 
 
 class _Maker:
-    """Makes the corpora of one call, which have the same files."""
+    """Makes the corpora of one call, which read the same files."""
 
     def __init__(self, processes: int, cluster: str | None, work: str | os.PathLike | None):
         self._processes, self._cluster, self._work = processes, cluster, work
@@ -167,7 +167,7 @@ class _Maker:
         return self._identities
 
     def estimate(self, job: Job, config: VocabularyConfig) -> None:
-        """Prints what one corpus would be."""
+        """Prints the estimate of one corpus."""
         known = _known(config)
         _check_fields(job)
         _announce(job, known, config, "a dry run")
@@ -266,7 +266,7 @@ def _begin(work: pathlib.Path, store: Store, settings: dict[str, Any]) -> None:
         raise UserError(
             "prepare-other-settings",
             f"{store.path} was half prepared with other settings ({changed}): run with those again, or delete {work} "
-            "to start afresh",
+            "to start over",
         )
 
 

@@ -1,4 +1,4 @@
-"""What `prepare` would make and take, estimated from a sample of the documents before anything is written."""
+"""Estimates the size of a corpus, and the time and disk to prepare it, from a sample of its documents."""
 
 import itertools
 import os
@@ -23,16 +23,17 @@ from slm_jax.data.vocabulary import ByteVocabulary, Vocabulary
 from slm_jax.errors import UserError
 
 SAMPLE_FILES, FILE_CHARACTERS, FILE_DOCUMENTS = 8, 500_000, 500  # of a source
-STRINGS = 100  # bytes of a document's source and URL, about
-REST = 1.15  # processor time of all of prepare over that of reading and tokenizing, see benchmarks/prepare.py
+STRINGS = 100  # approximate bytes of a document's source and URL
+REST = 1.15  # processor time of all of prepare relative to reading and tokenizing, see benchmarks/prepare.py
 CORES = 96
 PER_ROW, PER_DOCUMENT = 100, 40  # bytes: headers, checksums and index of four columns; documents.parquet
 
 
 class Sample(NamedTuple):
-    """Some documents of a source.
+    """A sample of a source.
 
-    rows: documents of this corpus. scale: how many times as many the source has. bytes, files: of the source.
+    rows: sampled documents of this corpus. scale: size of the source relative to the sample. bytes, files: of the
+    source.
     """
 
     rows: list[dict[str, Any]]
@@ -42,7 +43,7 @@ class Sample(NamedTuple):
 
 
 def sample_source(job: Job, source: Source) -> Sample:
-    """Reads the beginnings of some files."""
+    """Reads the beginning of some of the files."""
     paths = source.paths()
     sizes = [os.path.getsize(path) for path in paths]
     chosen = sorted({round(place) for place in np.linspace(0, len(paths) - 1, min(SAMPLE_FILES, len(paths)))})
@@ -101,7 +102,7 @@ def print_estimate(job: Job, known: Vocabulary | None, config: VocabularyConfig,
         if not made:
             continue
         flat = np.concatenate([document.tokens for document in made])
-        # Rows are compressed one by one; the other columns take little but for what every row costs.
+        # Rows are compressed one by one; the other columns take little beyond the fixed cost per row.
         cuts = range(0, len(flat), job.sequence_length)
         packed = sum(len(compress(flat[cut : cut + job.sequence_length].tobytes())) for cut in cuts)
         disk += packed * sample.scale
@@ -110,7 +111,7 @@ def print_estimate(job: Job, known: Vocabulary | None, config: VocabularyConfig,
         tokens, documents = tokens + len(flat) * sample.scale, documents + len(made) * sample.scale
     for source in job.sources:
         if not source.has_files:
-            print(f"  source {source.name}: {source.origin}, which has no files to take a sample from")
+            print(f"  source {source.name}: {source.origin}, which has no files to sample")
     seconds = (reading + time.process_time() - begin) * REST * tokens / max(seen, 1)
     runs = tokens * itemsize + documents * (DOCUMENT.itemsize + STRINGS)
     runs *= 2 if tokens > 512 * RUN_TOKENS else 1  # while they are merged

@@ -1,4 +1,4 @@
-"""The steps of `prepare`, from files to a complete corpus: which tasks there are, and what becomes of their counts."""
+"""The steps of `prepare`, from files to a complete corpus: makes the tasks and adds up their counts."""
 
 import hashlib
 import itertools
@@ -24,15 +24,15 @@ from slm_jax.data.vocabulary import Vocabulary
 from slm_jax.data.workers import Function, Task, Workers, publish, read_marker, this_process
 from slm_jax.errors import UserError
 
-# Bytes of input that a task reads: enough tasks for many workers, each long enough to be worth starting.
+# Bytes of input per task: enough tasks for many workers, each long enough to be worth starting.
 MIN_PART_BYTES, MAX_PART_BYTES, PARTS = 4 << 20, 256 << 20, 256
-TASK_PIECES = 2000  # small files that a task reads
-MAX_RUNS = 512  # that a task reads at a time
-SHORT_DOCUMENT = 500  # characters; a first guess of how many documents make the sample for a vocabulary
+TASK_PIECES = 2000  # maximum number of small files per task
+MAX_RUNS = 512  # maximum number of runs that a task reads at a time
+SHORT_DOCUMENT = 500  # characters; for a first guess of how many documents to sample for a vocabulary
 
 
 def part_bytes(job: Job) -> int:
-    """Bytes of input that a task reads, which depends on the inputs alone."""
+    """Bytes of input per task; depends on the inputs only."""
     total = sum(os.path.getsize(path) for source in job.sources for path in source.paths())
     return min(MAX_PART_BYTES, max(MIN_PART_BYTES, total // PARTS))
 
@@ -47,7 +47,7 @@ def scan_files(work: pathlib.Path, job: Job, workers: Workers) -> list[list[dict
         else:
             scans = []
             for paths in _groups(source.paths(), os.path.getsize, size):
-                # A file that changed since is another one.
+                # A file that has changed since counts as a new one.
                 stats = json.dumps([(path, tasks.stat_of(path)) for path in paths]) + str(size)
                 key = f"scan-{hashlib.sha256(stats.encode('utf-8')).hexdigest()[:24]}"
                 amount = sum(map(os.path.getsize, paths))
@@ -59,7 +59,7 @@ def scan_files(work: pathlib.Path, job: Job, workers: Workers) -> list[list[dict
 
 
 def _groups(items: Iterable[Any], size_of: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
-    """Consecutive items of about `limit` bytes together."""
+    """Groups consecutive items of about `limit` bytes in total."""
     group, size = [], 0
     for item in items:
         if group and (size + size_of(item) > limit or len(group) == TASK_PIECES):
@@ -101,7 +101,7 @@ class Steps:
         if source.max_documents is None and source.max_characters is None:
             return pieces
 
-        # A limit is reached in some piece: count, a few pieces at a time.
+        # Find the piece in which the limit is reached: count a few pieces at a time.
         tally, kept = Tally(""), list[Piece]()
         for begin in range(0, len(pieces), 32):
             some = pieces[begin : begin + 32]
@@ -121,7 +121,7 @@ class Steps:
         return self.workers.run(self.work, function, found, say, sum(task.size for task in found), unit)
 
     def _read(self, function: Function, name: str, say: str, *arguments: Any) -> list[dict[str, Any]]:
-        """Runs a function over all documents, and refuses what cannot be a source."""
+        """Runs a function over all documents, and refuses unusable sources."""
         found = [
             Task(
                 f"{name}-{number:06}",
@@ -151,12 +151,12 @@ class Steps:
         return list(found.values())
 
     def run(self, known: Vocabulary | None, config: VocabularyConfig, settings: dict[str, Any]) -> Corpus:
-        """Arguments: the vocabulary, if it is known; else how to train it; and what determines the corpus."""
+        """known: the vocabulary, or None to train one by `config`. settings: everything that determines the corpus."""
         names = ", ".join(source.name for source in self.job.sources)
         self._survey(known, config, names)
         vocabulary = load_vocabulary(self.work / "vocabulary")
 
-        # Documents become sorted runs, not too many of them.
+        # Documents become sorted runs, which are merged if there are too many.
         begin = time.monotonic()
         made = self._read(tasks.tokenize, "tokenize", "tokenizing")
         reused, seconds = self.workers.reused["tokenize"], time.monotonic() - begin
@@ -213,7 +213,7 @@ class Steps:
             more["unspelled"] = {f"U+{ord(character):04X}": count for character, count in unspelled.most_common()}
         if self.job.metadata:
             more["metadata"] = {
-                # All without loss, except one BOS per document.
+                # All tokens without loss, except one BOS per document.
                 "tokens": more["num_tokens"] - loss_tokens - more["num_documents"],
                 "values": self._num_values(len(made)),
                 "without": dict(sum((Counter(result["without"]) for result in made), Counter())),
@@ -250,7 +250,7 @@ class Steps:
             self._run(tasks.train, [Task("train", "the vocabulary", (keys, config))], "vocabulary")
 
     def _source_names(self, documents_of: Counter[str], noisy: set[str]) -> list[str]:
-        """Names that occur, in the order of the sources; NAME/noise where a document has marked spans."""
+        """Names that occur, in the order of the sources; NAME/noise if a document has marked spans."""
         names = [source.name for source in self.job.sources]
         found = set(documents_of) | {f"{name}/noise" for name in noisy}
         if len(found) > 255:
@@ -275,7 +275,7 @@ class Steps:
         raise AssertionError
 
     def _num_values(self, parts: int) -> int:
-        """How many values of metadata there are: each range of their hashes is counted for itself."""
+        """The number of different metadata values; each range of their hashes is counted separately."""
         keys = [f"tokenize-{number:06}" for number in range(parts)]
         total = sum((self.work / f"{key}.values.npy").stat().st_size for key in keys) // 8
         ranges = 1 + total // tasks.WRITE_TOKENS
@@ -284,7 +284,7 @@ class Steps:
         return sum(result["values"] for result in self._run(tasks.count_values, found, "counting metadata"))
 
     def skipped(self) -> Iterator[tuple[str, str, str, int, str]]:
-        """(source, file, reason, number, first) of the records that became no document."""
+        """(source, file, reason, number, first) of the records that gave no document."""
         for number, source in enumerate(self.job.sources):
             for tally in self._files(number):
                 for reason, (count, first) in tally.skipped.items():

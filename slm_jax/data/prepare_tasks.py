@@ -1,11 +1,11 @@
 """The tasks of `prepare`: what one worker does with some of the files.
 
-scan      an input file: its hash, and where it can be cut
-survey    documents of some parts: a sample for the vocabulary, and counts of metadata
-tokenize  documents of some parts become sorted runs
-merge     several runs become one, where there are many
-plan      lengths of all documents, in order: where each bucket of keys begins in the rows
-write     a range of rows, and the table of the documents that begin there
+scan      hashes an input file and finds where it can be cut
+survey    samples documents of some parts for the vocabulary, and counts metadata
+tokenize  turns the documents of some parts into sorted runs
+merge     merges runs, if there are many
+plan      finds where each bucket of keys begins in the rows, from the lengths of all documents in order
+write     writes a range of rows, and the table of the documents that begin there
 """
 
 import functools
@@ -38,14 +38,14 @@ from slm_jax.data.vocabulary import DESCRIPTION_FILE, Vocabulary
 from slm_jax.data.workers import publish, publishing
 from slm_jax.errors import UserError
 
-BATCH = 500  # documents tokenized at a time
+BATCH = 500  # documents to tokenize at a time
 BATCH_CHARACTERS = 2_000_000
 # What a task holds in memory at a time.
 RUN_TOKENS, RUN_DOCUMENTS = 8 << 20, 100_000
 WRITE_TOKENS = 8 << 20
 PLAN_DOCUMENTS = 1 << 20
 BUCKET_TOKENS = 1 << 20
-SPOOL_LINE = 1 << 40  # of our own files; documents have their own limit
+SPOOL_LINE = 1 << 40  # maximum line of our own files; documents have their own limit
 DOCUMENTS_SCHEMA = pyarrow.schema(
     [(name, pyarrow.string()) for name in ("id", "source", "url")]
     + [(name, pyarrow.int64()) for name in ("row", "start", "length", "bytes")]
@@ -54,8 +54,8 @@ DOCUMENTS_SCHEMA = pyarrow.schema(
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that determines a corpus but its vocabulary and the content of its files. It takes the documents whose
-    `text_fraction` is in the range `texts`."""
+    """Everything that determines a corpus except its vocabulary and the content of its files. The corpus has the
+    documents whose `text_fraction` is in the range `texts`."""
 
     corpus: str
     sources: Sequence[Source]
@@ -71,18 +71,18 @@ class Job:
 
 
 class Piece(NamedTuple):
-    """A part of a file, as a task reads it.
+    """A part of a file, to be read by a task.
 
     Attributes:
         source: number of its source.
         file: number of the file in the source.
-        path: what to read.
-        stat: size and time of change that `path` must have.
+        path: the file to read.
+        stat: size and modification time that `path` must have.
         part: which part.
         index: number of its first record in the source.
         taken: documents of the source before it, for a source with limits.
         characters: likewise.
-        origin: of records that were first written to `path`, see `spool`; None for a file of the user.
+        origin: source of records that were first written to `path`, see `spool`; None for a user's file.
     """
 
     source: int
@@ -156,7 +156,7 @@ def _tally(piece: Piece) -> Tally:
 
 
 def count(work: pathlib.Path, key: str, job: Job, piece: Piece) -> dict[str, Any]:
-    """Counts the documents that a source with limits would take if it had none."""
+    """Counts the documents that a source would take without its limits."""
     source = replace(job.sources[piece.source], max_documents=None, max_characters=None)
     source = replace(source, bad_lines=1 << 60, max_document_characters=1 << 60)
     sources = [source if number == piece.source else other for number, other in enumerate(job.sources)]
@@ -174,10 +174,10 @@ def survey(
     Args:
         work: directory of the corpus' work files.
         key: of the task.
-        job: says what the corpus is.
-        pieces: what to read.
-        below: take documents with a random key below this as the sample to train a vocabulary on; None for no sample.
-        values: count the values of the metadata.
+        job: the description of the corpus.
+        pieces: the parts to read.
+        below: sample the documents with a random key below this, to train a vocabulary on; None for no sample.
+        values: whether to count the values of the metadata.
     """
     counts, tallies, characters = Counter[str](), [], 0
     with publishing(work / f"{key}.jsonl") as own, own.open("w", encoding="utf-8") as file:
@@ -226,7 +226,7 @@ def train(work: pathlib.Path, key: str, surveys: Sequence[str], config: Vocabula
 
 
 def tokenize(work: pathlib.Path, key: str, job: Job, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Documents become runs, of so many tokens that memory does not grow with the files."""
+    """Turns documents into runs of limited size, so that memory does not grow with the files."""
     vocabulary, collected = _vocabulary(work), Collector()
     runs: list[str] = []
     total, without, unspelled, noisy, shown = Counter(), Counter(), Counter(), set(), set()
@@ -278,7 +278,7 @@ def tokenize(work: pathlib.Path, key: str, job: Job, pieces: Sequence[Piece]) ->
 
 
 def merge(work: pathlib.Path, key: str, runs: Sequence[str]) -> dict[str, Any]:
-    """Several runs become one."""
+    """Merges several runs into one."""
     dtype = token_dtype(_vocabulary(work))
     tokens = sum((work / run / "tokens").stat().st_size for run in runs) // dtype.itemsize
     parts = 1 + tokens // RUN_TOKENS
@@ -290,7 +290,7 @@ def merge(work: pathlib.Path, key: str, runs: Sequence[str]) -> dict[str, Any]:
 
 
 def plan(work: pathlib.Path, key: str, job: Job, runs: Sequence[str], documents: int, tokens: int) -> dict[str, Any]:
-    """Where the documents of each bucket begin in the rows one after the other: plan.npy, [buckets + 1].
+    """Writes plan.npy, [buckets + 1]: where the documents of each bucket begin, in tokens of the concatenated rows.
 
     Keys are random, so buckets of equal ranges of keys have about equally many tokens.
     """
@@ -399,13 +399,13 @@ def write(
 
 
 def _spread(values: np.ndarray, sizes: np.ndarray, gaps: np.ndarray, dtype: type) -> np.ndarray:
-    """Each value as often as its size says, followed by a gap of zeros."""
+    """Repeats each value by its size, followed by a gap of zeros."""
     pairs = np.stack([values, np.zeros_like(values)], axis=1).astype(dtype)
     return np.repeat(pairs.reshape(-1), np.stack([sizes, gaps], axis=1).reshape(-1))
 
 
 def join_documents(work: pathlib.Path, key: str, job: Job, parts: Sequence[str]) -> dict[str, Any]:
-    """documents.parquet, in groups of as many rows as one table would be written in."""
+    """Writes documents.parquet, with the row groups that a single table would have."""
     group, waiting, rows = 1 << 20, list[pyarrow.Table](), 0
     path = work / "documents.parquet"
     writer = None
@@ -429,7 +429,7 @@ def join_documents(work: pathlib.Path, key: str, job: Job, parts: Sequence[str])
 
 
 def count_values(work: pathlib.Path, key: str, parts: Sequence[str], first: int, last: int) -> dict[str, Any]:
-    """How many values of the metadata have a hash in [first, last)."""
+    """The number of metadata values with a hash in [first, last)."""
     found = [np.empty(0, np.uint64)]
     for part in parts:
         values = np.load(work / f"{part}.values.npy", mmap_mode="r")

@@ -47,7 +47,7 @@ def tokenize_document(
         loss_spans: the `LossSpan`s of the text, in order; None if all of it carries loss. No token crosses the border
             of one: where the vocabulary would join both sides, they are tokenized apart, like a prompt that ends
             there.
-        markers: [begin, end) characters that become a control token where the vocabulary has one written so, and are
+        markers: character ranges [begin, end) that become a control token if the vocabulary has one, and are
             text otherwise.
     """
     if loss_spans is not None:

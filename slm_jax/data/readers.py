@@ -63,10 +63,10 @@ class Part(NamedTuple):
     Attributes:
         begin: where it begins.
         end: where it ends.
-        lines: lines or rows of the file before it.
-        first: number of its first record, counted over the file.
-        records: how many records it has.
-        size: bytes of the file, compressed, that hold it.
+        lines: number of lines or rows of the file before it.
+        first: number of its first record in the file.
+        records: number of its records.
+        size: its bytes in the file, as compressed.
     """
 
     begin: int
@@ -125,7 +125,7 @@ def records(
         path: its ending determines the format.
         columns: the top-level fields that are needed; Parquet reads no others.
         max_line_bytes: maximum decompressed size of a line of JSON, or of a text file.
-        part: one of `split_file`; None for all.
+        part: one part from `split_file`; None reads the whole file.
 
     Raises:
         UserError: the file as a whole cannot be read: cut off, not what its ending says, not UTF-8, a line too long.
@@ -141,7 +141,7 @@ def records(
 
 
 def split_file(path: str, part_bytes: int, max_line_bytes: int = MAX_LINE_BYTES) -> list[Part]:
-    """Cuts a file into parts of about `part_bytes` bytes as they are on disk, and counts their records.
+    """Cuts a file into parts of about `part_bytes` bytes on disk, and counts their records.
 
     Arguments and errors as in `records`. A compressed file has at most `MAX_COMPRESSED_PARTS`.
     """
@@ -272,7 +272,7 @@ def _json_lines(path: str, max_line_bytes: int, part: Part | None) -> Iterator[R
     with file, stream:
         if stream is file:
             file.seek(place)
-        else:  # nothing but decompressing what comes before leads there
+        else:  # a compressed stream has to be read up to there
             for skipped in range(0, place, 1 << 20):
                 stream.read(min(1 << 20, place - skipped))
         while part is None or place < part.end:

@@ -1,9 +1,9 @@
 """Tokenized documents on disk in sorted runs, so that any range of the shuffled order is one slice of each run.
 
-The order is that of a random key, then of the source and of the number of the document in it. A run is a directory:
+Documents are ordered by a random key, then by source and by their number in it. A run is a directory:
 documents    DOCUMENT records, sorted
 tokens       ids of all documents, one after the other
-flags        LOSS and NOISE of each token, of documents whose loss is not simply that of all but their first tokens
+flags        LOSS and NOISE of each token, only for documents in which other tokens than the first ones lack a loss
 strings      source, URL and metadata of each document, as JSON
 """
 
@@ -20,10 +20,10 @@ from slm_jax.data.preprocess import DocumentTokens
 from slm_jax.data.workers import publishing
 
 LOSS, NOISE = 1, 2
-# begin, flags and strings are positions in the files of the run; without: tokens at its beginning without loss.
+# begin, flags and strings are positions in the files of the run; without: number of first tokens without loss.
 _FIELDS = "ordinal index length without bytes begin flags num_flags strings num_strings".split()
 DOCUMENT = np.dtype([("key", "<u8"), *((name, "<i8") for name in _FIELDS)])
-# File -> its type (that of the ids if None), position and size of a document's part of it.
+# File -> its dtype (None: that of the ids), and the fields with position and size of a document's part of it.
 _FILES = {
     "tokens": (None, "begin", "length"),
     "flags": ("u1", "flags", "num_flags"),
@@ -54,7 +54,7 @@ class Documents(NamedTuple):
 
 
 class Collector:
-    """Collects documents until they are enough for a run."""
+    """Collects the documents of a run."""
 
     def __init__(self):
         self._rows: list[tuple[int, ...]] = []

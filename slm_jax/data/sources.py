@@ -127,7 +127,7 @@ class Source:
 
     @property
     def origin(self) -> str:
-        """Where documents come from that are in no file."""
+        """The origin of documents that are not in files."""
         return f"seqio {self.seqio}" if self.seqio else self.files[0]
 
     def fields(self) -> Schema:
@@ -225,7 +225,7 @@ def columns_of(source: Source, field: str | None) -> list[str]:
 
 @dataclass
 class Tally:
-    """What became of the records of one file, or of a part of it.
+    """Counts of the records of one file, or of a part of it, by outcome.
 
     Attributes:
         file: its name.
@@ -346,7 +346,7 @@ def check_bad_lines(source: Source, bad: Sequence[str]) -> None:
 
 
 def check_tally(source: Source, tally: Tally) -> None:
-    """Refuses a file without a single document: that is no accident, as a few unreadable lines are."""
+    """Refuses a file that gives no document at all, which is not an accident as a few unreadable lines may be."""
     if not tally.documents:
         problem = next((first for _, first in tally.skipped.values()), "no records")
         raise UserError(
@@ -479,5 +479,5 @@ def text_fraction(text: str) -> float:
 
 
 def text_hash(text: str) -> int:
-    """64 bits that a text hashes to on every machine."""
+    """A 64-bit hash of a text, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")

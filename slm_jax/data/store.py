@@ -19,7 +19,7 @@ SHARD_VALUES = 1 << 20  # of a column of single values
 
 # Shard indices stay in memory: random rows are read about twice as fast.
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
-_UNCACHED = ts.Context({"cache_pool": {"total_bytes_limit": 0}})  # for what is written once
+_UNCACHED = ts.Context({"cache_pool": {"total_bytes_limit": 0}})  # for arrays that are written once
 # Failures of reading that say nothing about the content.
 _ELSEWHERE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
 _COMPLETE = "slm_jax_complete"  # attribute of an array of which every row was written
@@ -48,11 +48,11 @@ class Store:
         """The content of one file; None if it does not exist.
 
         Raises:
-            UserError: `file-unreadable`: it is there, and the system does not give it, or it is no file: a pipe would
+            UserError: `file-unreadable`: it exists but cannot be read, or is not a regular file: a pipe would
                 never end.
         """
         if not self.remote and os.path.exists(path := os.path.join(self.path, key)) and not os.path.isfile(path):
-            raise UserError("file-unreadable", f"{path} is no file: make it a readable file")
+            raise UserError("file-unreadable", f"{path} is not a regular file: make it a readable file")
         try:
             result = self._files().read(key).result()
         except ValueError as error:
@@ -66,7 +66,7 @@ class Store:
         self._files().write(key, content).result()
 
     def move_in(self, key: str, path: pathlib.Path) -> None:
-        """Makes a local file one of these."""
+        """Moves a local file into the store."""
         if (local := self.local()) is None:
             self.write(key, path.read_bytes())
         else:
@@ -93,8 +93,8 @@ class Store:
         """A new zarr3 array, replacing what is there: one compressed chunk per row, `SHARD_ROWS` rows per file; of
         single values, `SHARD_VALUES` per chunk and file.
 
-        `complete`: every row will be written, so that one that is missing later was lost. Otherwise rows of zeros take
-        no space, and rows that are not there are zeros.
+        `complete`: every row will be written, so a row that is missing later was lost. Otherwise missing rows are
+        zeros, and rows of zeros take no space.
         """
         fill = "NaN" if dtype.startswith("float") else False if dtype == "bool" else 0
         row, rows = (1, SHARD_ROWS) if len(shape) > 1 else (SHARD_VALUES, SHARD_VALUES)

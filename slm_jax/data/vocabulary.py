@@ -47,7 +47,7 @@ class Vocabulary(abc.ABC):
         """The ids of a text, without BOS and EOS."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
-        """`encode` of several texts, as arrays; faster where a library takes them at once."""
+        """`encode` of several texts, as arrays; faster if the library encodes batches."""
         return [np.array(self.encode(text), np.int32) for text in texts]
 
     @abc.abstractmethod
@@ -67,8 +67,7 @@ class Vocabulary(abc.ABC):
         """A readable form of one id."""
 
     def control_id(self, text: str) -> int | None:
-        """The control token that is written as `text`, such as "<|im_start|>"; None if there is none. `encode` never
-        gives it."""
+        """The control token written as `text`, such as "<|im_start|>", or None. `encode` never returns it."""
         return None
 
     def unspelled(self, text: str) -> str:

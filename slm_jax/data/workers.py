@@ -1,7 +1,7 @@
-"""Who runs the tasks of `prepare`: this process, worker processes on this machine, or a Dask cluster.
+"""Runs the tasks of `prepare`: in this process, in worker processes on this machine, or on a Dask cluster.
 
-A task is a function of files to files that may run anywhere, any number of times. It publishes a marker last, by
-rename: it is done or not done, whoever was killed meanwhile.
+A task is a function from files to files that may run anywhere, any number of times. Its last action is to rename a
+marker into place, so a task that was killed is simply not done.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ from typing import Any, NamedTuple
 from slm_jax.errors import UserError
 from slm_jax.messages import progress_bar
 
-DEATHS = 2  # of workers at one task, after which it is not tried again
+DEATHS = 2  # workers that may die at one task before it is given up
 
 
 class Task(NamedTuple):
     """One call of a task function, `function(work, key, *arguments)`.
 
     Attributes:
-        key: names its marker and its files; the same for the same work.
+        key: name of its marker and its files; equal for equal work.
         what: what it reads or writes, for messages.
-        arguments: of the function.
-        size: its share of the progress bar.
+        arguments: arguments of the function.
+        size: its length in the progress bar.
     """
 
     key: str
@@ -60,11 +60,11 @@ class Workers:
     """Runs tasks through an executor of `concurrent.futures`.
 
     Attributes:
-        reused: number of tasks that an earlier call had done.
+        reused: function -> number of tasks that were already done.
     """
 
     def __init__(self, executor: Executor, slots: Callable[[], int], name: str = ""):
-        """slots: how many tasks may be submitted at a time; name: of a cluster."""
+        """slots: how many tasks may be submitted at a time; name: address of the cluster, for messages."""
         self._executor, self._slots, self._name = executor, slots, name
         self.reused: Counter[str] = Counter()
 
@@ -74,17 +74,17 @@ class Workers:
         """Runs the tasks that are not done.
 
         Args:
-            work: directory for markers and files, the same for all workers.
-            function: see `Task`; its result is a small JSON object.
-            tasks: taken one by one as workers become free, so that a generator may wait for results.
-            say: what the tasks do, for the progress bar; its `total` and `unit` likewise.
+            work: directory for markers and files, shared by all workers.
+            function: see `Task`; returns a small JSON object.
+            tasks: read one by one as workers become free, so that a generator may wait for results.
+            say: description of the progress bar; `total` and `unit` are also for the bar.
 
         Returns:
             The result of each task, in order.
 
         Raises:
-            UserError: from a task, or workers died repeatedly at a task, which is named. Other exceptions of a task end
-                the call as they are: a mistake in the program does not go away by trying again.
+            UserError: from a task, or workers died repeatedly at a task, which is named. Other exceptions of a task are
+                raised unchanged: retrying does not help against a bug.
         """
         results: list[dict[str, Any]] = []
         running: dict[Future, tuple[int, Task]] = {}
@@ -93,7 +93,6 @@ class Workers:
         def submit(number: int, task: Task) -> None:
             running[self._executor.submit(run_task, function, work, task.key, *task.arguments)] = number, task
 
-        # A bar for what takes no time is noise.
         with progress_bar(desc=say, total=total, unit=unit, unit_scale=True) as bar:
             while True:
                 while len(running) < self._slots() and (task := next(waiting, None)) is not None:
@@ -113,15 +112,15 @@ class Workers:
                     except CancelledError as error:
                         raise UserError(
                             "prepare-cluster-lost",
-                            f"the cluster at {self._name} no longer answers: start it again, then the same command; "
-                            "finished tasks are kept",
+                            f"the cluster at {self._name} no longer answers: start it again, then run the same command "
+                            "again; finished tasks are kept",
                         ) from error
                     except Exception as error:
                         if not _worker_died(error):
                             raise
                         deaths[task.key] += (
                             1 if isinstance(error, BrokenExecutor) else DEATHS
-                        )  # Dask itself tries again
+                        )  # Dask has already retried it
                         if deaths[task.key] >= DEATHS:
                             raise UserError(
                                 "prepare-worker-killed",
@@ -138,12 +137,12 @@ def _worker_died(error: Exception) -> bool:
 
 
 def run_task(function: Function, work: pathlib.Path, key: str, *arguments: Any) -> dict[str, Any]:
-    """Runs one task unless it is done, and publishes its marker, which holds the result and what it cost."""
+    """Runs one task unless it is done, and publishes its marker, which holds the result, CPU time and peak memory."""
     if not (work / "lock").exists():
         raise UserError(
             "prepare-folder-not-shared",
-            f"the worker on {socket.gethostname()} does not see {work}: put the corpus into a folder that all workers "
-            "share, or name one with prepare.work",
+            f"the worker on {socket.gethostname()} cannot see {work}: put the corpus into a folder that all workers "
+            "share, or set prepare.work to one",
         )
     if (done := read_marker(work, key)) is not None:
         return done
@@ -155,8 +154,8 @@ def run_task(function: Function, work: pathlib.Path, key: str, *arguments: Any) 
 
 
 def peak_memory_mb() -> int:
-    """The most memory that this process has held."""
-    # The kernel's own figure for a process, ru_maxrss, is that of its parent where the parent's was larger.
+    """Peak resident memory of this process."""
+    # ru_maxrss includes the parent's peak if that was larger.
     with contextlib.suppress(OSError):
         found = re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
         return int(found[1]) // 1024 if found else 0
@@ -173,8 +172,8 @@ def read_marker(work: pathlib.Path, key: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def publishing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a path of this process alone, which becomes `path` when the block succeeds. Two workers may write the same
-    file at once: what they write is the same."""
+    """Yields a path private to this process, which is renamed to `path` if the block succeeds. Two workers may write
+    the same file at once, since they write the same content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
     yield own
@@ -219,12 +218,12 @@ class _ThisProcess(Executor):
 
 
 class _Processes(Executor):
-    """Worker processes, each a pool of one: where one dies, only its task is lost, and it is known which."""
+    """Worker processes, each in a pool of its own: if one dies, only its task is lost, and it is known which."""
 
     def __init__(self, processes: int):
         # A fork would copy the threads of libraries in an undefined state.
         self._context = multiprocessing.get_context("spawn")
-        # Workers end when the other end of this pipe is closed: when the parent fails, or is killed.
+        # Workers exit when the other end of this pipe is closed: when the parent exits or is killed.
         self._end, self._alive = self._context.Pipe(duplex=False)
         self._idle: queue.SimpleQueue[ProcessPoolExecutor] = queue.SimpleQueue()
         for _ in range(processes):
@@ -257,7 +256,7 @@ class _Processes(Executor):
 
 def _start_worker(end: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a process is one core's work
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one worker process per core
 
     def end_with_parent() -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -269,8 +268,8 @@ def _start_worker(end: Any) -> None:
 
 @contextlib.contextmanager
 def _workers_import_no_main() -> Iterator[None]:
-    """Spawned workers would import the caller's main module again: slow (jax) and, in a script without a main guard,
-    endless. Ours need nothing from it."""
+    """Prevents spawned workers from importing the caller's main module, which they do not need: it would be slow (jax)
+    and, in a script without a main guard, endless."""
     main = sys.modules["__main__"]
     hidden = {name: main.__dict__[name] for name in ("__spec__", "__file__") if name in main.__dict__}
     main.__spec__ = None
@@ -291,7 +290,7 @@ def _dask(address: str) -> Iterator[Workers]:
             "prepare.cluster needs Dask: install it with `pip install distributed`, on the workers too",
         ) from error
     for name in ("distributed.client", "distributed.core", "distributed.utils"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # that the scheduler is gone is said in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a lost scheduler is reported in one line of ours
     try:
         client = Client(address, timeout=10)
     except (OSError, TimeoutError, ValueError) as error:
@@ -306,5 +305,5 @@ def _dask(address: str) -> Iterator[Workers]:
 
     with client, client.get_executor(pure=False) as executor:
         print(f"prepare: Dask at {address}, {threads()} workers, watch {client.dashboard_link}")
-        # Some more than there are workers, so that none waits; workers may join at any time.
+        # More tasks than workers, so that none waits; workers may join at any time.
         yield Workers(executor, lambda: 2 + 2 * threads(), address)

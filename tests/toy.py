@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -206,8 +207,11 @@ class Command:
         self._process.start()
 
     def finish(self) -> tuple[int, str]:
-        """Exit code (-9 if killed) and output."""
-        self._process.join()
+        """Exit code (-9 if killed) and output. One that hangs is killed, so that the other tests go on."""
+        self._process.join(300)
+        if self._process.is_alive():
+            self._process.kill()
+            raise AssertionError(f"still running after 300 s:\n{self.log.read_text()[-2000:]}")
         assert self._process.exitcode is not None
         return self._process.exitcode, self.log.read_text()
 
@@ -225,6 +229,9 @@ def _run_logged(
 ) -> None:
     os.chdir(folder)
     os.environ.update(environment)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it, and so their children
     if devices:
         jax.config.update("jax_num_cpu_devices", devices)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)

@@ -110,7 +110,7 @@ def _plain(value: Estimate | None) -> dict[str, Any] | None:
 
 
 def _mean_cost(runs: Runs) -> dict[str, Any]:
-    """Means over the seeds; None where one is not known."""
+    """Means over the seeds; None if one is not known."""
     costs: dict[str, Any] = {}
     for name in ("steps", "tokens_seen", "tokens_trained", "train_seconds"):
         costs[name] = float(np.mean([result[name] for result in runs.values()]))
@@ -151,7 +151,7 @@ def is_share(measure: str) -> bool:
 
 
 def heading(measure: str) -> str:
-    """A measure as words."""
+    """The heading for a measure."""
     if measure.startswith("noisy/"):
         return f"{measure.removeprefix('noisy/')} that hold noise"
     return report_lib.heading(measure)
@@ -166,7 +166,7 @@ def _number(value: float, digits: int, signed: bool, share: bool) -> str:
 
 
 def _estimate(value: Estimate | None, digits: int = 3, signed: bool = False, share: bool = False) -> str:
-    """Mean and intervals, of a share in percent, of a difference of shares in percentage points."""
+    """Mean and intervals; shares are in percent, differences of shares in percentage points."""
     if value is None:
         return NOTHING
     text = _number(value.mean, digits, signed, share)

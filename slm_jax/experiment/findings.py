@@ -1,4 +1,4 @@
-"""What the results of a recipe say: differences paired by seed, at equal tokens and at equal cost, and verdicts."""
+"""Findings from the results of a recipe: differences paired by seed, at equal tokens or equal cost, and verdicts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ By = dict[str, dict[str, dict[int, Result]]]  # variant -> arm -> seed -> result
 
 
 class Verdict(NamedTuple):
-    """met: None where runs are missing. values: variant, or what was compared with what -> what was found."""
+    """met: None if runs are missing. values: variant, or names of the two sides -> the estimate."""
 
     threshold: Threshold
     met: bool | None
@@ -20,7 +20,7 @@ class Verdict(NamedTuple):
 
 
 def grouped(recipe: Recipe, results: Sequence[Result]) -> By:
-    """In the order of the recipe."""
+    """Results by variant, arm and seed, in the order of the recipe."""
     by: By = {variant: {arm.name: {} for arm in recipe.arms} for variant in recipe.variants}
     for result in results:
         by[result["variant"]][result["arm"]][result["seed"]] = result
@@ -45,7 +45,7 @@ def measure_of(result: Result, measure: str) -> float | None:
 def paired(
     runs: Mapping[int, Result], others: Mapping[int, Result], of: Callable[[Result, Result], float | None]
 ) -> list[float]:
-    """What a function finds in each pair of runs of one seed, where it finds something."""
+    """The values of a function on pairs of runs with the same seed, without None."""
     return [value for seed in runs if seed in others and (value := of(runs[seed], others[seed])) is not None]
 
 
@@ -55,7 +55,7 @@ def mean_of(runs: Mapping[int, Result], measure: str) -> Estimate | None:
 
 
 def difference(runs: Mapping[int, Result], others: Mapping[int, Result], measure: str) -> Estimate | None:
-    """At the end of both: at equal tokens, where both have seen as many."""
+    """Difference at the end of both runs: at equal tokens if both have seen the same number."""
 
     def change(a: Result, b: Result) -> float | None:
         x, y = measure_of(a, measure), measure_of(b, measure)
@@ -66,14 +66,14 @@ def difference(runs: Mapping[int, Result], others: Mapping[int, Result], measure
 
 
 def cost(result: Result, with_reference: bool) -> tuple[float, float] | None:
-    """Floating point operations before the first step, and of training; None where they are not known."""
+    """Floating point operations before the first step, and of training; None if they are not known."""
     flops = result["flops"]
     before = [flops["scoring"], flops["reference"] if with_reference else 0.0]
     return None if None in (*before, flops["training"]) else (sum(before), flops["training"])
 
 
 def cost_curve(result: Result, measure: str, with_reference: bool) -> tuple[list[float], list[Any]] | None:
-    """The measure over the operations spent, scoring counted, and the training of the references if asked."""
+    """The measure over the operations spent, including scoring and, `with_reference`, the training of references."""
     spent = cost(result, with_reference)
     if spent is None or measure not in result["evaluations"]:
         return None
@@ -85,8 +85,8 @@ def cost_curve(result: Result, measure: str, with_reference: bool) -> tuple[list
 def equal_cost(
     runs: Mapping[int, Result], others: Mapping[int, Result], measure: str, with_reference: bool
 ) -> Estimate | None:
-    """Difference where `others` end in operations; the arm is read off its curve there, in the middle of its schedule
-    or, if it costs less altogether, at its end. None if it has not begun to train by then."""
+    """Difference at the total operations of `others`. The arm's value is interpolated on its curve, in the middle of
+    its schedule; an arm that costs less in total is taken at its end. None if it has not begun to train by then."""
 
     def change(a: Result, b: Result) -> float | None:
         curve, there = cost_curve(a, measure, with_reference), cost_curve(b, measure, with_reference)
@@ -100,8 +100,8 @@ def equal_cost(
 
 
 def crossings(runs: Mapping[int, Result], others: Mapping[int, Result], measure: str) -> list[float | None]:
-    """Of each seed: the share of the others' tokens after which the arm first reaches their final loss; None for
-    never."""
+    """For each seed, the fraction of the others' tokens after which the arm first reaches their final loss; None if it
+    never does."""
     found = []
     for seed in runs:
         if seed in others and (goal := measure_of(others[seed], measure)) is not None:
@@ -114,7 +114,7 @@ def crossings(runs: Mapping[int, Result], others: Mapping[int, Result], measure:
 def recovered(
     runs: Mapping[int, Result], others: Mapping[int, Result], oracle: Mapping[int, Result], measure: str
 ) -> Estimate | None:
-    """The share of the gain from `others` to the oracle that an arm has, over the seeds that all three have."""
+    """The fraction of the oracle's gain over `others` that an arm achieves, over the seeds that all three have."""
     gains, best = [], []
     for seed in [seed for seed in runs if seed in others and seed in oracle]:
         mine, base, top = (measure_of(arm[seed], measure) for arm in (runs, others, oracle))
@@ -125,7 +125,7 @@ def recovered(
 
 
 class Side(NamedTuple):
-    """One side of a comparison. seeds: those it is planned for. complete: what it was the best of has all its runs."""
+    """One side of a comparison. seeds: the planned ones. complete: whether all candidates have all their runs."""
 
     variant: str
     arm: str
@@ -138,8 +138,8 @@ class Side(NamedTuple):
 
 
 def best(recipe: Recipe, by: By, name: str, variants: Sequence[str]) -> Side:
-    """An arm or, of a group or of several variants, the one with the lowest mean of the first measure over the seeds
-    that all of them have; the first one where there is no such seed."""
+    """An arm; for a group or several variants, the candidate with the lowest mean of the first measure over the seeds
+    that all candidates have, or the first candidate if there is no such seed."""
     planned = [
         (variant, arm.name, recipe.seeds_of(arm))
         for variant in variants
@@ -162,9 +162,9 @@ def best(recipe: Recipe, by: By, name: str, variants: Sequence[str]) -> Side:
 def own_schedules(
     lengths: Sequence[Mapping[int, Result]], others: Mapping[int, Result], measure: str
 ) -> dict[int, float | None]:
-    """Of each seed: the share of the others' tokens at which runs with full schedules of their own, of different
-    lengths, end where the others end, on the straight line between two lengths. None for never; where the shortest
-    suffices, its share."""
+    """For each seed, the fraction of the others' tokens that a full schedule needs to end at the others' final value,
+    by linear interpolation between runs with schedules of different lengths. None if no length reaches it; if the
+    shortest does, its fraction."""
     found = {}
     for seed in others:
         ends = [(runs[seed]["tokens_seen"], measure_of(runs[seed], measure)) for runs in lengths if seed in runs]
@@ -176,8 +176,8 @@ def own_schedules(
 
 
 def verdict(recipe: Recipe, by: By, threshold: Threshold) -> Verdict:
-    """Whether a claim holds: in every variant it names, or between the best variants of the two sides; for the mean,
-    every seed or the interval as it says."""
+    """Whether a claim holds: in every variant that it names, or between the best variants of the two sides; for the
+    mean, every seed or the interval, by Threshold.seeds."""
     values, held = {}, []
     variants, measure = list(threshold.variants or recipe.variants_of(threshold.arm)), threshold.measure
     against = threshold.against or recipe.baseline

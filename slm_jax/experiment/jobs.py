@@ -1,4 +1,4 @@
-"""Runs stages as commands, several at a time, each as soon as what it reads is there."""
+"""Runs stages as commands, several at a time, each as soon as its inputs are finished."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ ONE_CORE = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 OUT_OF_TIME = "out of time"
-POLL_SECONDS, LOOK_SECONDS = 0.1, 2.0  # between looks at processes, and at the metrics of runs
+POLL_SECONDS, LOOK_SECONDS = 0.1, 2.0  # between checks of the processes, and of the metrics of runs
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def run_jobs(
     A job that fails is reported at once; those that read its results are left out and the others go on.
 
     Args:
-      jobs: what to run; names in `after` that are not among them count as done.
+      jobs: jobs to run; names in `after` that are not among them count as done.
       lanes: commands at a time.
       environment: variables for them.
       finished: called with each job that succeeded and the seconds it took.
@@ -101,13 +101,13 @@ def run_jobs(
                     for each in running.values():
                         each.process.terminate()
                     deadline, out_of_time = None, True
-                # Start what is ready, give up what reads something that failed.
+                # Start jobs that are ready; give up jobs whose inputs failed.
                 for job in list(waiting.values()):
                     if broken := next((name for name in job.after if name in failed), None):
                         failed[waiting.pop(job.name).name] = f"it reads {broken}"
                     elif len(running) < lanes and not any(name in waiting or name in running for name in job.after):
                         running[job.name] = _start(waiting.pop(job.name), environment)
-                # Collect what has ended.
+                # Collect finished jobs.
                 for each in [each for each in running.values() if each.process.poll() is not None]:
                     job = running.pop(each.job.name).job
                     if (reason := _problem(each)) and out_of_time:

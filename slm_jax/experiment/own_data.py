@@ -1,4 +1,4 @@
-"""Stages `init` and `run`: your own text as an experiment. `init` writes the recipe, `run` goes from text to report."""
+"""Stages `init` and `run`: an experiment on your own text. `init` writes the recipe, `run` goes from text to report."""
 
 import math
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ EPOCHS = 4  # more passes over a text teach little (Muennighoff et al., arXiv 23
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. (arXiv 2203.15556)
 CHARACTERS_PER_TOKEN = 3.5
 UNPACKED = {".gz": 3.0, ".zst": 3.0, ".parquet": 2.0}  # characters per byte of a file
-EFFICIENCY = 0.3  # fraction of an accelerator's peak that such a run is taken to reach
-RUNS = 3.7  # of one arm's cost: three arms, a reference on less text, scoring without a backward pass
+EFFICIENCY = 0.3  # assumed fraction of an accelerator's peak FLOP/s
+RUNS = 3.7  # total cost in arms: three arms, a reference on less text, scoring without a backward pass
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What `init` chooses from data and machine."""
+    """The settings that `init` chooses for data and machine."""
 
     size: str
     model: ModelConfig
@@ -50,20 +50,20 @@ def init(
 ) -> None:
     """Writes FOLDER/recipe.gin: selective training on your text against causal and random training, for `slm-jax run`.
 
-    Sizes and learning rate follow the amount of text and this machine; all of it can be changed in the file.
+    Sizes and learning rate follow from the amount of text and this machine; the file can be edited.
 
     Args:
       folder: where to write; its last part names the experiment.
       noisy: files or globs of the text to train on (.jsonl, .parquet, .txt, .gz, .zst).
-      clean: files or globs of the text to become good at, which trains the reference.
-      heldout: files or globs of such text to measure on; by default a tenth of the clean documents, held out.
+      clean: files or globs of the target text, which trains the reference.
+      heldout: files or globs of target text to measure on; by default a held-out tenth of the clean documents.
       minutes: how long the whole experiment may take.
       python: write FOLDER/run.py instead, a script with the same runs.
     """
     target = Path(folder) / ("run.py" if python else "recipe.gin")
     if target.exists():
         raise UserError("init-exists", f"{target} exists: edit it, remove it, or take another folder")
-    # Absolute, since the commands of the experiment may be given from anywhere.
+    # Absolute paths, since the experiment may be run from any folder.
     files = {name: _paths(name, given) for name, given in (("noisy", noisy), ("clean", clean), ("heldout", heldout))}
     choice = choose(sum(map(_characters, files["noisy"])), minutes * 60 * _flops_per_second())
     write_text(target, _script(folder, files, choice) if python else _recipe(folder, files, choice))
@@ -85,11 +85,11 @@ def init(
 
 @configurable
 def run(folder: str, budget_s: NotNegative | None = None, overrides: Sequence[str] = (), dry_run: bool = False) -> None:
-    """Runs FOLDER/recipe.gin from text to report, a stage at a time; the same command continues it.
+    """Runs FOLDER/recipe.gin from text to report; after an interruption, the same command continues.
 
     Args:
-      folder: as `init` wrote it.
-      budget_s: seconds after which nothing is started and what runs is stopped; it continues next time.
+      folder: the folder that `init` wrote.
+      budget_s: seconds after which running jobs are stopped and no more are started; the next call continues.
       overrides: gin bindings for every job, such as 'Phase.steps = 20'.
       dry_run: print the plan and stop.
     """
@@ -107,10 +107,10 @@ def run(folder: str, budget_s: NotNegative | None = None, overrides: Sequence[st
 
 
 def choose(characters: float, flops: float) -> Choice:
-    """Sizes for so much noisy text, and so many floating point operations for the whole experiment.
+    """Sizes for this many characters of noisy text and this many floating point operations for the whole experiment.
 
-    The largest size that the budget trains on 20 tokens a parameter, and of which the text has half of that within 4
-    epochs; at least `demo`.
+    The largest size for which the budget allows 20 tokens per parameter and the text has half of that within 4 epochs;
+    at least `demo`.
     """
     vocabulary = next(size for size, most in VOCABULARIES if characters < most)
     available = EPOCHS * characters / CHARACTERS_PER_TOKEN
@@ -131,7 +131,7 @@ def choose(characters: float, flops: float) -> Choice:
     return found
 
 
-# Ids of a vocabulary, for text below so many characters.
+# (size of the vocabulary, upper limit of the text's characters for this size).
 VOCABULARIES = ((320, 1e5), (512, 3e5), (1024, 1e6), (2048, 2e7), (8192, 1e9), (32000, math.inf))
 
 
@@ -161,27 +161,27 @@ def _recipe(folder: str, files: dict[str, list[str]], choice: Choice) -> str:
     part = "" if files["heldout"] else "\n    Source.part = '9/10'"
     rest = "" if files["heldout"] else "\n    Source.part = '0-8/10'"
     return f"""# slm-jax run {folder}
-# Selective training on your own text, against causal and random training on the same rows, over two held-out texts.
-# Written by `slm-jax init` for {choice.megabytes:,.1f} million characters of noisy text; every line may be changed.
+# Selective training on your own text, against causal and random training on the same rows, with two held-out texts.
+# Written by `slm-jax init` for {choice.megabytes:,.1f} million characters of noisy text; edit it as you like.
 Recipe.name = {Path(folder).name!r}
 Recipe.question = 'Does training on the tokens that the reference knows better help on the clean text?'
 Recipe.measures = ['held/loss', 'noisy_held/loss']
 Recipe.seeds = [0]  # more seeds give intervals: [0, 1, 2]
 
-# Settings by stage, as in a gin file of its own; `%noisy` is the product of the stage `noisy` below.
+# Settings by stage, as in a gin file; `%noisy` is the product of the stage `noisy` below.
 Recipe.settings = {{
     'prepare': \"\"\"
         prepare.sequence_length = {choice.length}
         VocabularyConfig.path = %noisy
     \"\"\",
     'train': \"\"\"
-        # `slm-jax help sizes` lists the sizes; a larger one wants a smaller learning rate.
+        # `slm-jax help sizes` lists the sizes; a larger one needs a smaller learning rate.
         model.size = {choice.size!r}
         cosine_schedule.peak = {choice.peak:g}
         cosine_schedule.warmup = 0.05
         Phase.steps = {choice.steps}
         Phase.batch_size = {choice.batch_size}
-        # The fraction of tokens that trains, for the arms that select.
+        # The fraction of tokens to train on, for the arms that select.
         Selection.ratio = 0.6
         MixtureComponent.corpus = %noisy
         MixtureComponent.epochs = {4 * EPOCHS}

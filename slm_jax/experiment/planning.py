@@ -1,4 +1,4 @@
-"""From a recipe to its tasks: what is repeated for which variant and seed, with which settings, and at which cost."""
+"""Expands a recipe into tasks, for each variant and seed, with their settings and costs."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ PRODUCTS = {
     "experiment filter": "experiment_filter.output",
 }
 COLUMNS = ("score", "experiment label")  # whose product is a score column
-SHARED_SEED = 100  # added to the seed of references and base models, so that no run begins where another does
+SHARED_SEED = 100  # added to the seed of references and base models, so that no two runs start from equal parameters
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def expand(recipe: Recipe, work: Path, overrides: Sequence[str] = (), data: str 
       recipe: the recipe.
       work: folder of what it makes.
       overrides: gin bindings for every task.
-      data: Source.directory of every task that sets none of its own; results do not depend on it.
+      data: Source.directory of every task that does not set its own; results do not depend on it.
 
     Raises:
       UserError: shared stages that read each other, or a stage that is unknown.
@@ -157,7 +157,7 @@ class Cost:
 
 
 def train_costs(tasks: Sequence[Task], folder: Path) -> dict[str, Cost]:
-    """Cost of each train task from its settings; loads each gin file, so what was bound before is gone.
+    """Cost of each train task from its settings. Loads each gin file, which clears earlier bindings.
 
     Row length and vocabulary are those of the corpus or, while it is not there, of the first `prepare` that sets them.
     """

@@ -1,7 +1,7 @@
-"""A recipe: an experiment as data. Which arms are compared, over which seeds and variants, and what they share.
+"""A recipe describes an experiment: the arms to compare, their seeds and variants, and the stages that they share.
 
-Settings are gin text. In it `%NAME` is the product of the shared stage NAME: a directory or, for a stage that writes a
-score column, the name of the column. Whoever names a product runs after its stage. `%seed` is the seed of the run.
+Settings are gin text, in which `%NAME` is the product of the shared stage NAME: a directory or, for a stage that writes
+a score column, the name of the column. A task that names a product runs after its stage. `%seed` is the run's seed.
 """
 
 import re
@@ -20,7 +20,7 @@ SEEDS = ("mean", "every", "interval")
 
 
 class _Named:
-    """Takes its gin scope as its name unless it is given one: `causal/Arm.settings = ...`."""
+    """Its name is its gin scope, as in `causal/Arm.settings = ...`, unless `name` is set."""
 
     name: str
 
@@ -38,15 +38,15 @@ class _Named:
 @configurable
 @dataclass(frozen=True)
 class SharedStage(_Named):
-    """A stage whose product several runs read: text, a corpus, a reference, a score column.
+    """A stage whose product several runs use: text, a corpus, a reference, a score column.
 
     Attributes:
       stage: `prepare`, `train`, `score`, `experiment world` and the like.
-      settings: gin text, besides the recipe's for that stage.
-      per: make it anew for each 'variant', each 'seed'; those of what it reads are added. The seed of a train stage
-        is 100 + seed.
+      settings: gin text, in addition to the recipe's for that stage.
+      per: repeat it for each 'variant' or 'seed', or both; those of its inputs are added. The seed of a train stage is
+        100 + seed.
       after: shared stages to wait for that the settings do not name.
-      column: name of the score column, its own name by default. Two stages that score different corpora with one
+      column: name of the score column; by default the stage's name. Two stages that score different corpora with one
         reference share a column name.
       name: by default its gin scope.
     """
@@ -65,11 +65,11 @@ class Arm(_Named):
     """A train run that is compared with others.
 
     Attributes:
-      settings: gin text, besides the recipe's for `train`.
-      seeds: None takes the recipe's.
-      variants: in which it runs; all by default.
+      settings: gin text, in addition to the recipe's for `train`.
+      seeds: seeds to run; None uses the recipe's.
+      variants: variants to run it in; all by default.
       after: shared stages to wait for that the settings do not name.
-      label: in reports; the name by default.
+      label: name in reports; by default `name`.
       name: by default its gin scope.
     """
 
@@ -84,24 +84,24 @@ class Arm(_Named):
 @configurable
 @dataclass(frozen=True)
 class Threshold(_Named):
-    """A claim written down before the run: the verdict is computed.
+    """A claim written down before the run, with a bound from which the verdict is computed.
 
     Attributes:
-      claim: in words.
-      arm: of which arm, or of the best of which group of arms.
+      claim: the claim in words.
+      arm: the arm that the claim is about, or a group of arms, of which the best is used.
       comparison: `value` of the measure at the end; `difference` to `against`, paired by seed; `recovered`, the
-        share of the gain from `against` to another arm (`gain_of`); `tokens`, the share of the tokens of `against`
-        that a group of arms with schedules of different lengths needs to reach its final value.
-      measure: a number of the evaluators such as 'target/loss', or 'selected/SOURCE', the share of a source's tokens
+        fraction of the gain of another arm (`gain_of`) over `against`; `tokens`, the fraction of the tokens of
+        `against` that a group of arms with schedules of different lengths needs to reach its final value.
+      measure: a number of the evaluators such as 'target/loss', or 'selected/SOURCE', the fraction of a source's tokens
         selected over the second half of the run.
-      at_most: the bound.
-      at_least: the bound, in place of `at_most`.
-      against: an arm, or the best of a group of arms; None takes the recipe's baseline.
-      gain_of: arm whose gain is shared; None takes the recipe's oracle.
-      variants: in which variants it must hold; by default all in which the arm runs.
-      best_variant: the best variant of either side is compared, such as the better of two learning rates, in place of
-        each variant.
-      seeds: the bound holds for the `mean`, for `every` seed, or for the whole 95 % `interval` (t).
+      at_most: upper bound; set either this or `at_least`.
+      at_least: lower bound.
+      against: an arm, or the best of a group of arms; None uses the recipe's baseline.
+      gain_of: for `recovered`, the arm whose gain is 100 %; None uses the recipe's oracle.
+      variants: variants in which it must hold; by default all in which the arm runs.
+      best_variant: compare the best variant of each side, such as the better of two learning rates, instead of every
+        variant.
+      seeds: whether the bound must hold for the `mean`, for `every` seed, or for the whole 95 % `interval` (t).
       name: by default its gin scope.
     """
 
@@ -127,7 +127,7 @@ class Threshold(_Named):
         if self.comparison == "tokens" and self.at_most is None:
             raise UserError(
                 "experiment-bad-threshold",
-                f"Threshold {self.name}: comparison = 'tokens' needs at_most, since an arm may never get there",
+                f"Threshold {self.name}: comparison = 'tokens' needs at_most, since an arm may never reach the value",
             )
 
 
@@ -138,13 +138,13 @@ class Recipe:
 
     Attributes:
       name: of its folders.
-      question: what it asks, in a sentence.
-      sources: where its text comes from: for each, its public name, licence, and how to get it.
-      evidence: in a paragraph, what its result is evidence for and what not.
+      question: the question it asks, in one sentence.
+      sources: the sources of its text: for each, its public name, licence, and how to get it.
+      evidence: a paragraph on what its result is evidence for, and what it is not.
       settings: stage -> gin text for all jobs of that stage.
-      changes: the same for a recipe that includes another: settings that override the other's.
-      shared: stages before the arms.
-      arms: what is compared.
+      changes: like `settings`, for a recipe that includes another one: overrides the settings of that one.
+      shared: stages that run before the arms.
+      arms: the train runs to compare.
       groups: name -> names of arms. The best of a group is the arm with the lowest mean of the first measure.
       variants: name -> gin text; every arm runs once in each. One without a name by default.
       seeds: of the arms.

@@ -1,4 +1,4 @@
-"""What a finished arm leaves: one small JSON file with its numbers, curves, cost and settings. No checkpoint."""
+"""The result of a finished arm: one small JSON file with its numbers, curves, cost and settings. No checkpoint."""
 
 import json
 import math
@@ -167,7 +167,7 @@ def _rounded(value: Any) -> Any:
 def selection_quality(selected: Mapping[str, Mapping[str, float]], planted: Sequence[str]) -> dict[str, float] | None:
     """Of what was selected: `precision`, the share that was not planted; `recall`, the share of what was not planted
     that was selected; `planted`, the share of planted tokens that was selected. None where nothing was planted."""
-    # A source that no batch of these steps held has no share.
+    # A source that was in no batch of these steps has no share.
     kept = {name: (about["selected"] or 0.0) * about["of_tokens"] for name, about in selected.items()}
     bad = [name for name in selected if name in planted]
     all_bad = sum(selected[name]["of_tokens"] for name in bad)

@@ -40,19 +40,19 @@ def experiment(
 ) -> None:
     """Runs the arms of a recipe over its seeds and variants, and compares them.
 
-    The same command continues it, on this machine or on another that has the results folder. Every job
+    The same command continues, on this machine or on another one that has the results folder. Every job
     is a `slm-jax` command with its own gin file in <work>/<recipe>/gin/ and a log in <work>/<recipe>/logs/.
 
     Args:
       recipe: name of a file in configs/experiments/, or a gin file.
-      data: Source.directory of every corpus whose settings name none: the folder with the files of the recipe.
+      data: folder with the recipe's files: Source.directory of every corpus that does not set its own.
       results: folder; <results>/<recipe>/ gets one small file for each arm and seed, report.html, results.md and
         summary.json.
       work: folder; <work>/<recipe>/ gets corpora and run directories, and may be deleted afterwards.
-      lanes: jobs at a time; 0 for one per core on CPU, one on an accelerator.
-      budget_s: seconds after which nothing is started and what runs is stopped; it continues next time.
+      lanes: jobs at a time; 0 uses one per core on CPU, one on an accelerator.
+      budget_s: seconds after which running jobs are stopped and no more are started; the next call continues.
       overrides: gin bindings for every job, such as 'Phase.steps = 20'.
-      report: run nothing, report on the results that are there.
+      report: run nothing, report on the results so far.
       dry_run: print the plan and stop.
     """
     begun = time.monotonic()

@@ -22,8 +22,8 @@ class TrainState(NamedTuple):
     average: moving average of the parameters, if the run keeps one.
     start: parameters at the beginning of the phase, if it has l2_to_init. Checkpoints leave them out: the checkpoint at
       the phase boundary has them.
-    history: `older` and `newer` parameters, if a selection of the run is lagged: those of the last two steps that are a
-      multiple of Selection.lag; at first both are the initial ones.
+    history: `older` and `newer` parameters, if a selection of the run has a lagged history: those of the last two steps
+      that are multiples of Selection.lag; both are the initial ones at first.
     """
 
     step: Int[Array, ""]

@@ -2,15 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL ?= $(BIN)/python -m pip install --quiet
-# Every file that is installed has a hash in the requirements. Packages without wheels are built with the pinned setuptools, since pip
-# checks no hashes of what it would fetch for a build.
+# Every installed file has a hash in the requirements. Packages without wheels are built with the pinned setuptools, since pip does not
+# check the hashes of build dependencies that it fetches.
 PINNED := $(INSTALL) --require-hashes --no-build-isolation
 UV ?= uv
 PINS := requirements-build.txt requirements.txt requirements-docs.txt requirements-gpu-compiler.txt requirements-parity.txt
 
 .PHONY: demo test lint docs parity gpu-compiler pods pins campaign clean
 
-# Which tokens a model trains on, and what that does; `make demo QUICK=1` is shorter.
+# Shows which tokens a model trains on, and the effect; `make demo QUICK=1` is shorter.
 demo: $(VENV)/.installed
 	$(BIN)/python -m slm_jax experiment $(if $(QUICK),demo_quick,demo) --results=runs
 

@@ -109,8 +109,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        # Several processes finish a save together. Where one was lost, was interrupted or found a mistake, the others
-        # never come: it must not wait for them. Only a loss that is not finite is found by all at once.
+        # Processes finish a save together. If one was lost, interrupted or found a mistake, waiting for it would
+        # never end. Only a non-finite loss is found by all processes at once.
         if processes.count() == 1 or error is None or isinstance(error, FloatingPointError):
             self.close()
 

@@ -36,7 +36,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(attention/out|mlp/down)/bias$", P()),
     (r"norm/(scale|bias)$", P()),
 )
-# Of optimizers, arrays without the shape of a parameter: Adafactor's factored moments, Muon's coefficients.
+# Optimizer arrays that do not have the shape of a parameter: Adafactor's factored moments, Muon's coefficients.
 REPLICATED = re.compile(r"(^|/)(v|v_row|v_col)/|/ns_coeffs$")
 
 

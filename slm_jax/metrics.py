@@ -52,7 +52,7 @@ class MetricsWriter:
 
 
 def _tensorboard() -> Any:
-    """The module tensorboardX, imported without PyTorch, which takes three seconds and of which nothing is used."""
+    """The module tensorboardX, imported without PyTorch, which takes three seconds to import and is not needed."""
     absent = "torch" not in sys.modules
     if absent:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] (Python's way to say: not installed)

@@ -93,8 +93,8 @@ OTHERS = "Devices and the like"
 
 
 def help_text(name: str) -> str:
-    """What `slm-jax STAGE --help` and `slm-jax help NAME` print: a docstring and the settings, then, in groups, those
-    of all that they reach."""
+    """The text of `slm-jax STAGE --help` and `slm-jax help NAME`: the docstring and the settings, then, in groups, the
+    settings of everything that they reach."""
     lines = [re.split(r"\n\w+:\n", declarations()[name].doc)[0].strip()]
     lines += ["", "Settings, as --gin.NAME=VALUE or in a --gin_file; those of the stage that are text also as"]
     lines += ["--NAME=VALUE (numbers too), those that are off also as --NAME:", *_settings_text(name)]

@@ -260,7 +260,7 @@ def select(
     if selection_entropies(selection) or histories(selection):
         raise UserError(
             "selection-needs-model",
-            f"selection {in_words(selection)} reads more of the model than its losses, and they are all that is known "
+            f"selection {in_words(selection)} needs more of the model than its losses, which are all that is kept "
             "here: choose another selection",
         )
     selected = np.zeros(valid.shape, bool)

@@ -17,7 +17,7 @@ class Flops(NamedTuple):
     Attributes:
       training: of the run, including the steps that it inherited from another.
       scoring: forward passes of its references over the rows it selected from, each row counted once.
-      reference: the training of its references, but for one that the run started from, which is there anyway.
+      reference: the training of its references, except one that the run started from, which costs nothing more.
     """
 
     training: float | None

@@ -53,8 +53,8 @@ def generate(
       prompts: a file of prompts (JSON lines or Parquet) with a field `prompt` or `text`.
       prefix: text placed between BOS and each prompt, tokenized separately, such as "URL: en.wikipedia.org" and an
         empty line.
-      chat: template of `Source.template` with which each prompt is written as a user's turn, to be answered; None
-        continues the prompt itself.
+      chat: a template of `Source.template`, which formats each prompt as a user's turn to be answered; None continues
+        the prompt itself.
       output: JSON lines with the results; for several prompts the default is `<run>/generate/<step>.jsonl`.
       sampling: how tokens are chosen and where texts end; a Sampling.
       num_samples: continuations per prompt; they differ only by chance.

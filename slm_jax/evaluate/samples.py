@@ -1,4 +1,4 @@
-"""Evaluators that generate while a model trains: `Samples` measures repetition, `ExactAnswers` how many are right."""
+"""Evaluators that generate during training: `Samples` measures repetition, `ExactAnswers` right answers."""
 
 import dataclasses
 import itertools
@@ -110,16 +110,16 @@ class Samples:
 @configurable
 @dataclasses.dataclass(frozen=True)
 class ExactAnswers:
-    """Share of questions whose greedy continuation begins with the right number.
+    """The share of questions whose greedy continuation begins with the right number.
 
     Attributes:
       name: of its numbers.
       vocabulary: a corpus, or another place of the model's vocabulary.
       file: JSON lines with `prompt` and `answer`.
-      directory: in which it is looked up.
-      questions: how many of them, from the first on.
-      max_new_tokens: in which the answer must come.
-      batch_size: prompts continued together.
+      directory: folder of the file.
+      questions: number of questions, from the first on.
+      max_new_tokens: maximum number of tokens for an answer.
+      batch_size: number of prompts to continue together.
     """
 
     name: str

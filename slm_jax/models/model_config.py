@@ -280,7 +280,7 @@ def model_config(size: str = "demo", **changes: Any) -> ModelConfig:
 
 
 def sizes_text() -> str:
-    """What `slm-jax help sizes` prints: a line for each named size."""
+    """The text of `slm-jax help sizes`: a line for each named size."""
     header = ("model.size", "parameters", "layers", "width", "heads", "kv heads", "vocabulary", "longest row")
     rows: list[tuple[str, ...]] = [header]
     for name, config in SIZES.items():

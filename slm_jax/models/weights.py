@@ -82,7 +82,7 @@ class HuggingFaceWeights:
         if left:
             raise UserError(
                 "weights-mismatch",
-                f"{directory} holds tensors that the model in its config.json does not have: {some(left)}: correct it",
+                f"{directory} has tensors that its config.json does not describe: {some(left)}: correct config.json",
             )
         for tensor in expected:
             dtype_of(found[tensor.name])

@@ -78,7 +78,7 @@ class LogProbs:
         self._numbers = {name: number for number, name in enumerate(self._ids)}
         self._counts, self._first = Counter[str](), dict[str, str]()
         self._sizes, self._vocabulary = None, None
-        # As large as the column, so beside it, unless the corpus is in a bucket; it goes with the process.
+        # As large as the column, so next to it unless the corpus is in a bucket; it is removed with the process.
         with tempfile.TemporaryFile(dir=None if "://" in table.path else table.path) as file:
             self._losses = np.memmap(file, np.float32, "w+", shape=(table.num_rows, table.sequence_length))
         self._losses[:] = np.nan

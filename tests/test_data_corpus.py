@@ -224,6 +224,16 @@ def test_no_space_left_is_told_in_one_line():
         raise ValueError("something else")
 
 
+def test_a_flipped_bit_of_the_documents_is_refused(corpus):
+    file = Path(corpus.path) / "documents.parquet"
+    good = file.read_bytes()
+    for place in range(len(good)):
+        file.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        assert "documents.parquet" in toy.refused("corpus-damaged", Corpus.open(corpus.path).documents)
+    file.write_bytes(good)
+    assert Corpus.open(corpus.path).documents().num_rows == 1
+
+
 @pytest.mark.parametrize("key", ["columns/tokens", "columns/loss_mask", "scores/a/loss"])
 def test_a_flipped_bit_is_refused_where_it_is_read(corpus, key):
     """A sample of bytes, every bit of each: the content is refused by name, or is what it was."""

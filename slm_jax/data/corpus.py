@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -161,6 +162,9 @@ class Corpus:
         if content is None:
             raise UserError("corpus-damaged", f"corpus {self.path} has lost its {DOCUMENTS}: prepare it again")
         try:
+            # Corpora of earlier versions have no checksum of this file.
+            if zlib.crc32(content) != self.manifest.get("documents_crc32", zlib.crc32(content)):
+                raise OSError("checksum")
             return pyarrow.parquet.read_table(io.BytesIO(content))
         except (pyarrow.ArrowException, OSError) as error:  # a page that cannot be decompressed is an OSError
             raise UserError(
@@ -393,4 +397,5 @@ class CorpusWriter:
         content = io.BytesIO()
         pyarrow.parquet.write_table(documents, content)
         self._store.write(DOCUMENTS, content.getvalue())
+        more = {"documents_crc32": zlib.crc32(content.getvalue()), **more}
         return complete(self._store, self._fingerprint, self._shape, self._vocabulary, source_names, more)

@@ -183,9 +183,8 @@ class Steps:
             Task(f"write-{a:010}", f"rows {a} to {b}", (self.job, runs, source_names, (a, b)), b - a) for a, b in ranges
         ]
         written = self._run(tasks.write, writes, "writing", " rows")
-        self._run(
-            tasks.join_documents, [Task("join", "documents", (self.job, [task.key for task in writes]))], "documents"
-        )
+        join = Task("join", "documents", (self.job, [task.key for task in writes]))
+        [joined] = self._run(tasks.join_documents, [join], "documents")
 
         # The manifest.
         tokens_of = np.sum([result["tokens"] for result in written], axis=0)
@@ -199,6 +198,7 @@ class Steps:
         more = {
             "settings": settings,
             "num_documents": documents_of.total(),
+            "documents_crc32": joined["documents_crc32"],
             "num_tokens": int(tokens_of.sum()),
             "num_loss_tokens": loss_tokens,
             "num_discarded_tokens": num_tokens - int(tokens_of.sum()),

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import pathlib
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -405,7 +406,7 @@ def _spread(values: np.ndarray, sizes: np.ndarray, gaps: np.ndarray, dtype: type
 
 
 def join_documents(work: pathlib.Path, key: str, job: Job, parts: Sequence[str]) -> dict[str, Any]:
-    """Writes documents.parquet, with the row groups that a single table would have."""
+    """Writes documents.parquet, with the row groups that a single table would have; gives its checksum."""
     group, waiting, rows = 1 << 20, list[pyarrow.Table](), 0
     path = work / "documents.parquet"
     writer = None
@@ -424,8 +425,12 @@ def join_documents(work: pathlib.Path, key: str, job: Job, parts: Sequence[str])
     finally:
         if writer:
             writer.close()
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            checksum = zlib.crc32(block, checksum)
     Store(job.corpus).move_in("documents.parquet", path)
-    return {}
+    return {"documents_crc32": checksum}
 
 
 def count_values(work: pathlib.Path, key: str, parts: Sequence[str], first: int, last: int) -> dict[str, Any]:

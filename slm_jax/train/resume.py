@@ -337,7 +337,7 @@ def ways_to_extend(run: RunDirectory, step: int, plan: Plan) -> str:
     rates = {row["step"]: row["learning_rate"] for row in run.metrics() if "learning_rate" in row}
     peak = max(rates.values(), default=0.0)
     begins = step in plan.first_steps and plan.phases[plan.phase_index(step)].schedule
-    if begins or rates.get(step, peak) > DECAYED * peak:
+    if begins or step not in rates or rates[step] > DECAYED * peak:
         return ""
     return (
         f"{run} ended at {rates[step] / peak:.0%} of its peak learning rate, {peak:.3g}. Three ways to extend it: "

@@ -146,7 +146,7 @@ def test_a_run_begins_with_it(exported, corpus, shell, tmp_path):
     [(_, loss)] = toy.losses(tmp_path / "run")
     assert loss < 4.5 < np.log(259)
     code, _, errors = shell(*train, f"--run_dir={imported}", folder=tmp_path)
-    assert code == 1 and "init_from import of" in errors and "train.run_dir" in errors
+    assert code == 1 and "[resume-other-run]" in errors and "holds a model" in errors and "train.run_dir" in errors
     branch = [f"--run_dir={tmp_path}/branch", f"--init_from={imported}", "--init_mode=state"]
     code, _, errors = shell(*train, *branch, folder=tmp_path)
     assert code == 1 and "[branch-not-trained]" in errors and "train.init_mode = 'params'" in errors
@@ -361,7 +361,8 @@ def test_the_vocabulary_must_be_there_and_fit(copy, tmp_path):
     with toy.one_device():
         import_model(str(small), str(tmp_path / "other"), vocabulary=str(copy))
         assert run_vocabulary(str(tmp_path / "other"), ByteVocabulary().content_hash).size == 259
-        toy.refused("import-target-exists", import_model, str(copy), str(tmp_path / "other"))
+        import_model(str(copy), str(tmp_path / "other"))  # elsewhere, but the same files: it is there already
+        toy.refused("import-target-exists", import_model, str(copy), str(tmp_path / "other"), vocab_multiple=7)
     rewrite(small, lambda arrays: arrays.update(
         {name: arrays[name][:200] for name in ("model.embed_tokens.weight", "lm_head.weight")}))  # fmt: skip
     reconfigure(small, vocab_size=200)
@@ -450,7 +451,7 @@ def test_padding_is_named_where_there_is_any(exported, tmp_path):
 def test_an_import_holds_no_path_of_this_machine(exported, tmp_path):
     import_model(str(exported), str(tmp_path / "model"))
     for file in (tmp_path / "model").rglob("*"):
-        if file.is_file():
+        if file.is_file() and file.name != "commit_success.txt":  # Orbax's own mark of a finished checkpoint
             assert str(tmp_path).encode() not in file.read_bytes(), file
             assert str(exported.parent).encode() not in file.read_bytes(), file
 

@@ -83,7 +83,11 @@ class RunDirectory:
         Raises:
           UserError: `file-damaged`.
         """
-        return read_json(self.run_json) if self.run_json.is_file() else {}
+        record = read_json(self.run_json) if self.run_json.is_file() else {}
+        for name, kind in (("identity", dict), ("settings", dict), ("starts", list)):
+            if not isinstance(record.get(name, kind()), kind):
+                raise UserError("file-damaged", f"{self.run_json} is damaged ({name}): restore it or train again")
+        return record
 
     def settings(self) -> dict[str, Any]:
         """Settings of the run, `model`, `phases` and so on, as JSON; {} without a run.json."""

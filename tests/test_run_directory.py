@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import toy
 
 from slm_jax.metrics import MetricsWriter
@@ -62,6 +63,13 @@ def test_a_damaged_record_is_named(tmp_path):
     for file, read in ((run.run_json, run.record), (run.summary_json, run.summary)):
         file.write_text("{")
         assert str(file) in toy.refused("file-damaged", read)
+
+
+@pytest.mark.parametrize("name, value", [("identity", []), ("settings", "x"), ("starts", {}), ("settings", None)])
+def test_parts_of_another_type_are_damage(name, value, tmp_path):
+    run = RunDirectory(tmp_path)
+    run.run_json.write_text(json.dumps({name: value}))
+    assert f"run.json is damaged ({name})" in toy.refused("file-damaged", run.record)
 
 
 def test_reading_starts_no_jax():

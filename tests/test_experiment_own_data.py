@@ -80,6 +80,7 @@ def test_the_script_runs(source, texts, tmp_path, shell):
         script = (tmp_path / "mine/run.py").read_text()
     script = re.sub(r"steps=\d+|Phase\(\d+", lambda found: re.sub(r"\d+", "2", found[0]), script)
     script = re.sub(r"size=\d+\)", "size=300)", script).replace("data/", "")
+    script = re.sub(r"model_config\((.\w+.)\)", r"model_config(\1, num_layers=1, embed_dim=32, mlp_dim=48)", script)
     (tmp_path / "run.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "run.py"]

@@ -17,7 +17,11 @@ from slm_jax.run_directory import RunDirectory
 
 
 def one_line(errors: Path, *words: str) -> str:
-    """The only line of standard error, which must contain the words."""
+    """The only line of standard error, which must contain the words. Of a process that was killed or aborted, a shell
+    prints it after the end: it may take a moment."""
+    deadline = toy.time.monotonic() + 20
+    while not errors.read_text() and toy.time.monotonic() < deadline:
+        toy.time.sleep(0.02)
     text = errors.read_text()
     assert text.count("\n") == 1 and text.startswith("slm-jax train: error: "), text
     assert all(word in text for word in words), text
@@ -40,9 +44,6 @@ def test_a_signal_to_a_run(number, code, corpus, tmp_path):
     found, _ = command.when(lambda: steps_done(tmp_path / "run") > 3, number)
     assert found == code
     word = "interrupted" if number == signal.SIGINT else "killed"
-    deadline = toy.time.monotonic() + 20  # the shell prints after the process has ended
-    while not (tmp_path / "errors").read_text() and toy.time.monotonic() < deadline:
-        toy.time.sleep(0.02)
     one_line(tmp_path / "errors", word, "the same command continues")
 
 

@@ -86,7 +86,7 @@ def equal_cost(
     runs: Mapping[int, Result], others: Mapping[int, Result], measure: str, with_reference: bool
 ) -> Estimate | None:
     """Difference at the total operations of `others`. The arm's value is interpolated on its curve, in the middle of
-    its schedule; an arm that costs less in total is taken at its end. None if it has not begun to train by then."""
+    its schedule; an arm that costs less in total is taken at its end. None if training starts only after that cost."""
 
     def change(a: Result, b: Result) -> float | None:
         curve, there = cost_curve(a, measure, with_reference), cost_curve(b, measure, with_reference)

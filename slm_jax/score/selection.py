@@ -362,7 +362,7 @@ def _largest(keys: Array, count: Int[Array, "T 1"], across: bool = False) -> Boo
 
 
 def selection_entropies(selection: Selection | CombinedSelection | None) -> tuple[int, ...]:
-    """The k of each entropy of the model's own that selection reads; 0 stands for the whole vocabulary."""
+    """The k of each own entropy that selection reads; 0 means the whole vocabulary."""
     return tuple(part.entropy_top_k for part in selection.parts if part.score == "own_entropy") if selection else ()
 
 

@@ -188,7 +188,7 @@ def depends_on_model(rule: Rule | None) -> bool:
 
 
 def entropies_of(rule: Rule | None) -> tuple[int, ...]:
-    """The k of the entropy that a rule reads, or (); a k of 0 stands for the whole vocabulary."""
+    """The k of the entropy that a rule reads, or (); k = 0 means the whole vocabulary."""
     return (entropy_top_k(rule),) if rule is not None and "own_entropy" in takes(rule) else ()
 
 
